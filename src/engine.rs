@@ -1,0 +1,3 @@
+//! Engine: how bytes get from one file to another. It has never heard of marks.
+
+pub mod job;

@@ -1,0 +1,230 @@
+//! Errors: what we did, to what, on which side, and what the kernel said.
+//!
+//! One type for the whole crate and one map from it to an errno (`Error::errno`, the only one).
+//! Functions of `sys` return a bare [`Errno`]; whoever knows the path adds it with [`Context::on`].
+
+use std::ffi::OsStr;
+use std::fmt;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+pub use rustix::io::Errno;
+
+/// The result of everything above `sys`.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Which tree a call was about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Side {
+    /// The tree that is copied from; never written.
+    Src,
+    /// The tree that is copied into.
+    Dst,
+    /// The mount point, /dev/fuse, or another part of this machine.
+    Host,
+}
+
+impl fmt::Display for Side {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Side::Src => "src",
+            Side::Dst => "dst",
+            Side::Host => "host",
+        })
+    }
+}
+
+/// What went wrong.
+#[derive(Debug, Clone)]
+pub enum Error {
+    /// A system call failed.
+    Call {
+        /// The call, as its man page is named.
+        call: &'static str,
+        /// Which tree it was about.
+        side: Side,
+        /// The path inside that tree (relative), or an absolute path for `Side::Host`.
+        path: PathBuf,
+        /// What the kernel said.
+        errno: Errno,
+    },
+    /// src changed between the look before and the look after a copy, more often than we retry.
+    SrcChanged {
+        /// The path in src.
+        path: PathBuf,
+    },
+    /// The src entry carries a live mark: it is itself only half migrated, its bytes may be zeros.
+    SrcPending {
+        /// The path in src.
+        path: PathBuf,
+    },
+    /// Something else stands where src has an entry of another type.
+    WrongType {
+        /// The path in dst.
+        path: PathBuf,
+    },
+    /// The engine or the mount is shutting down; nothing was lost, the entry is still pending.
+    Stopped,
+    /// Usage or configuration: one line that says what is wrong.
+    Usage(String),
+    /// SRC, DST or the mount point cannot be used: one line that says which and why.
+    Unusable(String),
+}
+
+impl Error {
+    /// The errno that a user of the mount gets for this error. The only such map.
+    pub fn errno(&self) -> Errno {
+        match self {
+            Error::Call { errno, .. } => *errno,
+            Error::SrcChanged { .. } => Errno::IO,
+            Error::SrcPending { .. } => Errno::IO,
+            Error::WrongType { .. } => Errno::IO,
+            Error::Stopped => Errno::NOTCONN,
+            Error::Usage(_) => Errno::INVAL,
+            Error::Unusable(_) => Errno::IO,
+        }
+    }
+
+    /// Which side failed, where that is known.
+    pub fn side(&self) -> Side {
+        match self {
+            Error::Call { side, .. } => *side,
+            Error::SrcChanged { .. } | Error::SrcPending { .. } => Side::Src,
+            Error::WrongType { .. } => Side::Dst,
+            Error::Stopped | Error::Usage(_) | Error::Unusable(_) => Side::Host,
+        }
+    }
+
+    /// The call or the reason, as the ledger names it.
+    pub fn what(&self) -> &'static str {
+        match self {
+            Error::Call { call, .. } => call,
+            Error::SrcChanged { .. } => "changed",
+            Error::SrcPending { .. } => "pending",
+            Error::WrongType { .. } => "type",
+            Error::Stopped => "stopped",
+            Error::Usage(_) => "usage",
+            Error::Unusable(_) => "unusable",
+        }
+    }
+
+    /// True when dst has no room: the only failure after which the walker waits and goes on.
+    pub fn is_dst_full(&self) -> bool {
+        matches!(self, Error::Call { side: Side::Dst, errno, .. }
+            if *errno == Errno::NOSPC || *errno == Errno::DQUOT)
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Error::Call {
+                call,
+                side: Side::Host,
+                path,
+                errno,
+            } => {
+                write!(f, "\"{}\": {call}: {errno}", Printable(path.as_os_str()))
+            }
+            Error::Call {
+                call,
+                side,
+                path,
+                errno,
+            } => {
+                write!(
+                    f,
+                    "\"{}\": {call} {side}: {errno}",
+                    Printable(path.as_os_str())
+                )
+            }
+            Error::SrcChanged { path } => {
+                write!(
+                    f,
+                    "\"{}\": src kept changing while it was copied",
+                    Printable(path.as_os_str())
+                )
+            }
+            Error::SrcPending { path } => write!(
+                f,
+                "\"{}\": src carries a live mark: it is itself a migration that has not finished",
+                Printable(path.as_os_str())
+            ),
+            Error::WrongType { path } => {
+                write!(
+                    f,
+                    "\"{}\": dst has an entry of another type here",
+                    Printable(path.as_os_str())
+                )
+            }
+            Error::Stopped => f.write_str("stopped; run again to continue"),
+            Error::Usage(s) | Error::Unusable(s) => f.write_str(s),
+        }
+    }
+}
+
+impl std::error::Error for Error {}
+
+/// Adds the call, the side and the path to a bare errno.
+pub trait Context<T> {
+    /// Names what was done, to what.
+    fn on(self, call: &'static str, side: Side, path: impl AsRef<Path>) -> Result<T>;
+}
+
+impl<T> Context<T> for std::result::Result<T, Errno> {
+    fn on(self, call: &'static str, side: Side, path: impl AsRef<Path>) -> Result<T> {
+        self.map_err(|errno| Error::Call {
+            call,
+            side,
+            path: path.as_ref().to_path_buf(),
+            errno,
+        })
+    }
+}
+
+/// A name as unambiguous printable text: bytes that are not UTF-8, control characters, quotes and
+/// backslashes come out as `\xNN`, so that a name can never forge a line of output.
+pub struct Printable<'a>(pub &'a OsStr);
+
+impl fmt::Display for Printable<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for chunk in self.0.as_bytes().utf8_chunks() {
+            for c in chunk.valid().chars() {
+                if c.is_control() || c == '\\' || c == '"' {
+                    let mut buf = [0; 4];
+                    for b in c.encode_utf8(&mut buf).bytes() {
+                        write!(f, "\\x{b:02x}")?;
+                    }
+                } else {
+                    write!(f, "{c}")?;
+                }
+            }
+            for b in chunk.invalid() {
+                write!(f, "\\x{b:02x}")?;
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_message_names_the_path_the_call_the_side_and_the_reason() {
+        let e: Result<()> = Err(Errno::NOSPC).on("fdatasync", Side::Dst, "mail/inbox");
+        let e = e.expect_err("was an error");
+        assert_eq!(
+            e.to_string(),
+            "\"mail/inbox\": fdatasync dst: No space left on device (os error 28)"
+        );
+        assert!(e.is_dst_full());
+    }
+
+    #[test]
+    fn a_name_cannot_forge_a_line_of_output() {
+        let name = OsStr::from_bytes(b"a\nb\"\\\xff");
+        assert_eq!(Printable(name).to_string(), "a\\x0ab\\x22\\x5c\\xff");
+    }
+}

@@ -1,0 +1,15 @@
+//! mirrorfs: a copy-on-access mirror filesystem.
+//!
+//! src is the tree copied from, dst the tree copied into. A dst entry that is not all here yet is
+//! pending and carries a mark (an xattr). A directory is populated (placeholders for all its
+//! entries), a file is hydrated (its data brought into its placeholder), on first access or by the
+//! walker. docs/ARCHITECTURE.md has the table of floors that a module may import from.
+
+pub mod error;
+pub mod progress;
+pub mod ranges;
+
+#[allow(unsafe_code)]
+pub mod sys;
+
+pub mod engine;

@@ -1,0 +1,3 @@
+//! The `mirrorfs` program: parse, run, exit code.
+
+fn main() {}

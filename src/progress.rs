@@ -1,0 +1,71 @@
+//! Progress: counters that everybody adds to and that only status and run read.
+//!
+//! Counters only grow, except the gauges (named so). Bytes count when they are durable in dst.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+
+/// A counter: any thread adds, status reads.
+#[derive(Debug, Default)]
+pub struct Counter(AtomicU64);
+
+impl Counter {
+    /// Adds `n`.
+    pub fn add(&self, n: u64) {
+        self.0.fetch_add(n, Relaxed);
+    }
+
+    /// Subtracts `n` from a gauge.
+    pub fn sub(&self, n: u64) {
+        // A gauge that was started below what is taken from it must not wrap to a huge number.
+        let _ = self
+            .0
+            .fetch_update(Relaxed, Relaxed, |v| Some(v.saturating_sub(n))); // Always Some.
+    }
+
+    /// The value now.
+    pub fn get(&self) -> u64 {
+        self.0.load(Relaxed)
+    }
+
+    /// Sets a gauge.
+    pub fn set(&self, n: u64) {
+        self.0.store(n, Relaxed);
+    }
+}
+
+/// What has been done and what is known to be left.
+#[derive(Debug, Default)]
+pub struct Progress {
+    /// Entries of src that were seen (each name once).
+    pub entries_seen: Counter,
+    /// Entries that have their name and metadata in dst.
+    pub entries_placed: Counter,
+    /// Directories populated.
+    pub dirs_populated: Counter,
+    /// Bytes of regular files that were seen (st_size of each inode once).
+    pub bytes_seen: Counter,
+    /// Bytes of files that are complete and durable in dst.
+    pub bytes_pulled: Counter,
+    /// Files that are complete and durable in dst.
+    pub files_pulled: Counter,
+    /// Regular files that were seen.
+    pub files_seen: Counter,
+    /// Files that were pulled because somebody waited.
+    pub demand_files: Counter,
+    /// Bytes that were pulled because somebody waited.
+    pub demand_bytes: Counter,
+    /// Gauge: bytes that are known to be still to pull (statfs subtracts them).
+    pub bytes_left: Counter,
+    /// Gauge: accesses that wait for src now.
+    pub waiting: Counter,
+    /// Failures now in the ledger (gauge).
+    pub errors: Counter,
+    /// The walker has seen every directory once: totals are no longer estimates.
+    pub walk_done: AtomicBool,
+    /// Nothing is pending.
+    pub complete: AtomicBool,
+    /// The walker waits for room in dst.
+    pub dst_full: AtomicBool,
+    /// The background is paused or was never started.
+    pub paused: AtomicBool,
+}

@@ -1,0 +1,86 @@
+//! Capabilities and identity of the calling thread.
+//!
+//! Linux keeps all of these per thread: what a session thread drops or assumes is its own affair.
+
+use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
+
+use super::{Result, check};
+
+/// True when the effective set holds CAP_SYS_ADMIN: `trusted.*` xattrs and passthrough work.
+pub fn have_sys_admin() -> bool {
+    capabilities(None).is_ok_and(|c| c.effective.contains(CapabilitySet::SYS_ADMIN))
+}
+
+/// True when the effective set holds CAP_DAC_READ_SEARCH: open_by_handle_at(2) works.
+pub fn have_read_search() -> bool {
+    capabilities(None).is_ok_and(|c| c.effective.contains(CapabilitySet::DAC_READ_SEARCH))
+}
+
+/// Sets or clears CAP_FSETID in the calling thread's effective set; returns what it was.
+/// Without it a write clears setuid and setgid, as a user's write must (DESIGN: passthrough keeps
+/// the credentials of the thread that registered the backing file).
+fn set_fsetid(on: bool) -> bool {
+    let Ok(mut caps) = capabilities(None) else {
+        return false;
+    };
+    let was = caps.effective.contains(CapabilitySet::FSETID);
+    if was != on {
+        caps.effective.set(CapabilitySet::FSETID, on);
+        // Not permitted (rootless): then there is no privilege to add or to drop either.
+        let _ = set_capabilities(None, caps); // EPERM changes nothing.
+    }
+    was
+}
+
+/// Drops CAP_FSETID from the calling thread for good; threads that it spawns inherit that.
+pub fn drop_fsetid() {
+    set_fsetid(false);
+}
+
+/// Runs `f` with CAP_FSETID in effect, so that chmod and create keep S_ISGID as asked.
+pub fn with_fsetid<T>(f: impl FnOnce() -> T) -> T {
+    let was = set_fsetid(true);
+    let value = f();
+    set_fsetid(was);
+    value
+}
+
+/// Runs `f` without CAP_FSETID: for truncate, write and BACKING_OPEN on a user's behalf.
+pub fn without_fsetid<T>(f: impl FnOnce() -> T) -> T {
+    let was = set_fsetid(false);
+    let value = f();
+    set_fsetid(was);
+    value
+}
+
+/// Gives the calling thread its own umask and working directory (unshare CLONE_FS), and keeps its
+/// capabilities over setfsuid (SECBIT_NO_SETUID_FIXUP). Once per session thread.
+pub fn own_fs_identity() -> Result<()> {
+    // SAFETY: unshare(CLONE_FS) only separates umask, cwd and root of this thread.
+    check(libc::c_long::from(unsafe { libc::unshare(libc::CLONE_FS) }))?;
+    const SECBIT_NO_SETUID_FIXUP: libc::c_ulong = 1 << 2;
+    // SAFETY: prctl with integer arguments only.
+    let ret = unsafe { libc::prctl(libc::PR_SET_SECUREBITS, SECBIT_NO_SETUID_FIXUP, 0, 0, 0) };
+    check(libc::c_long::from(ret)).map(|_| ())
+}
+
+/// Runs `f` as somebody else for the file system: owner, group and umask of what it creates.
+/// The thread must have called [`own_fs_identity`]; its capabilities stay.
+pub fn as_creator<T>(uid: u32, gid: u32, umask: u32, f: impl FnOnce() -> T) -> T {
+    // SAFETY: setfsgid, setfsuid and umask take integers and concern this thread alone.
+    let (old_gid, old_uid, old_mask) = unsafe {
+        (
+            libc::setfsgid(gid),
+            libc::setfsuid(uid),
+            libc::umask(umask as libc::mode_t),
+        )
+    };
+    let value = f();
+    // SAFETY: as above; restores what was in effect.
+    unsafe {
+        libc::umask(old_mask);
+        libc::setfsuid(old_uid as libc::uid_t);
+        libc::setfsgid(old_gid as libc::gid_t);
+    }
+    value
+}

@@ -1,0 +1,111 @@
+//! Calls that move or describe file data: clone, copy_file_range, data extents, preallocation.
+
+use std::ops::Range;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use rustix::fs::{FallocateFlags, SeekFrom};
+use rustix::io::Errno;
+
+use super::Result;
+
+/// Clones all of `src` into `dst`. `Ok(false)` when the pair of file systems cannot share extents.
+pub fn clone_file(src: BorrowedFd<'_>, dst: BorrowedFd<'_>) -> Result<bool> {
+    match rustix::fs::ioctl_ficlone(dst, src) {
+        Ok(()) => Ok(true),
+        Err(Errno::OPNOTSUPP | Errno::XDEV | Errno::INVAL | Errno::NOTTY | Errno::NOSYS) => {
+            Ok(false)
+        }
+        Err(e) => Err(e),
+    }
+}
+
+/// Copies up to `len` bytes inside the kernel; returns how many (0: src ends here).
+/// EXDEV, EOPNOTSUPP and EINVAL mean: not for this pair, read and write instead.
+pub fn copy_range(
+    src: BorrowedFd<'_>,
+    src_offset: u64,
+    dst: BorrowedFd<'_>,
+    dst_offset: u64,
+    len: usize,
+) -> Result<usize> {
+    let (mut from, mut to) = (src_offset, dst_offset);
+    rustix::fs::copy_file_range(src, Some(&mut from), dst, Some(&mut to), len)
+}
+
+/// The first data extent at or after `from`, clipped to `size`; `None` when only hole is left.
+/// A file system without SEEK_DATA reports everything as data.
+pub fn next_data(fd: BorrowedFd<'_>, from: u64, size: u64) -> Result<Option<Range<u64>>> {
+    if from >= size {
+        return Ok(None);
+    }
+    let start = match rustix::fs::seek(fd, SeekFrom::Data(from)) {
+        Ok(start) => start,
+        Err(Errno::NXIO) => return Ok(None),
+        Err(Errno::INVAL | Errno::OPNOTSUPP | Errno::NOSYS) => return Ok(Some(from..size)),
+        Err(e) => return Err(e),
+    };
+    if start >= size {
+        return Ok(None);
+    }
+    let end = match rustix::fs::seek(fd, SeekFrom::Hole(start)) {
+        Ok(end) => end.min(size),
+        // src shrank between the two calls: whoever reads will meet the end.
+        Err(Errno::NXIO) => size,
+        Err(e) => return Err(e),
+    };
+    Ok(Some(start..end))
+}
+
+/// lseek(2) with SEEK_DATA or SEEK_HOLE, as a user asks it.
+pub fn seek_data_or_hole(fd: BorrowedFd<'_>, offset: u64, data: bool) -> Result<u64> {
+    let to = if data {
+        SeekFrom::Data(offset)
+    } else {
+        SeekFrom::Hole(offset)
+    };
+    rustix::fs::seek(fd, to)
+}
+
+/// Reserves room without moving the end of the file (size must never run ahead of data).
+/// A file system that cannot do it is no error: it was a hint for layout and an early ENOSPC.
+pub fn preallocate(fd: BorrowedFd<'_>, range: Range<u64>) -> Result<()> {
+    let len = range.end.saturating_sub(range.start);
+    if len == 0 {
+        return Ok(());
+    }
+    match rustix::fs::fallocate(fd, FallocateFlags::KEEP_SIZE, range.start, len) {
+        Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => Ok(()),
+        other => other,
+    }
+}
+
+/// fallocate(2) with the mode that a user asked for.
+pub fn fallocate(fd: BorrowedFd<'_>, mode: i32, offset: u64, len: u64) -> Result<()> {
+    let flags = FallocateFlags::from_bits_retain(mode.cast_unsigned());
+    rustix::fs::fallocate(fd, flags, offset, len)
+}
+
+/// Sets the size; a longer file reads as zeros behind its old end.
+pub fn truncate(fd: BorrowedFd<'_>, size: u64) -> Result<()> {
+    rustix::fs::ftruncate(fd, size)
+}
+
+/// Inode flags as chattr(1) knows them (FS_IOC_GETFLAGS); `None` where there are none.
+pub fn inode_flags(fd: BorrowedFd<'_>) -> Result<Option<u32>> {
+    match rustix::fs::ioctl_getflags(fd) {
+        Ok(f) => Ok(Some(f.bits())),
+        Err(Errno::NOTTY | Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => Ok(None),
+        Err(e) => Err(e),
+    }
+}
+
+/// Sets inode flags (FS_IOC_SETFLAGS). EOPNOTSUPP when the file system has none or not these.
+pub fn set_inode_flags(fd: BorrowedFd<'_>, flags: u32) -> Result<()> {
+    rustix::fs::ioctl_setflags(fd, rustix::fs::IFlags::from_bits_retain(flags))
+}
+
+/// posix_fadvise(2) for sequential reading: a hint, its failure means nothing.
+pub fn advise_sequential(fd: BorrowedFd<'_>) {
+    // SAFETY: integers only; the fd is open for the whole call (borrowed).
+    let _ = unsafe { libc::posix_fadvise(fd.as_raw_fd(), 0, 0, libc::POSIX_FADV_SEQUENTIAL) }; // A hint.
+}

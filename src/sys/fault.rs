@@ -1,0 +1,50 @@
+//! Named fault points: places where a test makes the process exit as a power cut would.
+//!
+//! `MIRRORFS_FAULT=name:n` exits (status 99, no cleanup) at the n-th passage of point `name`.
+//! Without the `fault` feature a point compiles to nothing.
+
+/// Every point, in the order of a file's life. Tests walk this list.
+pub const POINTS: &[&str] = &[
+    "populate-before-child",
+    "populate-after-child",
+    "populate-before-mark",
+    "populate-after-mark",
+    "hydrate-begin",
+    "hydrate-landed",
+    "hydrate-durable",
+    "hydrate-unmarked",
+    "rename-origin",
+    "rename-done",
+    "dir-unmark",
+    "finish-synced",
+    "finish-flags",
+    "finish-links",
+    "finish-control",
+];
+
+/// A fault point: exits when the environment says so.
+#[cfg(feature = "fault")]
+pub fn point(name: &str) {
+    use std::sync::OnceLock;
+    use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+    static WANT: OnceLock<Option<(String, u64)>> = OnceLock::new();
+    static SEEN: AtomicU64 = AtomicU64::new(0);
+    debug_assert!(POINTS.contains(&name), "{name} is not in POINTS");
+    let want = WANT.get_or_init(|| {
+        let text = std::env::var("MIRRORFS_FAULT").ok()?;
+        let (name, n) = text.rsplit_once(':')?;
+        Some((name.to_owned(), n.parse().ok()?))
+    });
+    if let Some((at, n)) = want
+        && at == name
+        && SEEN.fetch_add(1, Relaxed) + 1 == *n
+    {
+        // SAFETY: _exit takes an integer and does not return; skipping cleanup is the point.
+        unsafe { libc::_exit(99) }
+    }
+}
+
+/// A fault point: nothing without the `fault` feature.
+#[cfg(not(feature = "fault"))]
+#[inline(always)]
+pub fn point(_name: &str) {}

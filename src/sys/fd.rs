@@ -1,0 +1,144 @@
+//! Opening below a root, temporary files, reading and writing all of a buffer.
+
+use std::ffi::CStr;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags};
+use rustix::io::Errno;
+
+use super::Result;
+use super::name::{Name, RelPath};
+
+/// One openat2 call resolves at most this much: PATH_MAX is 4096 with the NUL.
+const STEP_MAX: usize = 4000;
+
+/// Opens `path` below `root`: no symlink and no magic link on the way, never above `root`.
+/// Works for paths longer than PATH_MAX. Mounts below `root` are crossed.
+pub fn open_beneath(root: BorrowedFd<'_>, path: &RelPath, flags: OFlags) -> Result<OwnedFd> {
+    let bytes = path.as_bytes();
+    if bytes.is_empty() {
+        return openat2(root, b".", flags);
+    }
+    let mut rest = bytes;
+    let mut dir: Option<OwnedFd> = None;
+    while rest.len() > STEP_MAX {
+        // Names are at most 255 bytes, so a slash is always near.
+        let cut = rest[..STEP_MAX]
+            .iter()
+            .rposition(|b| *b == b'/')
+            .ok_or(Errno::NAMETOOLONG)?;
+        let at = dir.as_ref().map_or(root, |d| d.as_fd());
+        dir = Some(openat2(at, &rest[..cut], OFlags::PATH | OFlags::DIRECTORY)?);
+        rest = &rest[cut + 1..];
+    }
+    openat2(dir.as_ref().map_or(root, |d| d.as_fd()), rest, flags)
+}
+
+/// Opens one name in `dir`, never following it.
+pub fn open_at(dir: BorrowedFd<'_>, name: &Name, flags: OFlags) -> Result<OwnedFd> {
+    openat2(dir, name.as_bytes(), flags)
+}
+
+fn openat2(dir: BorrowedFd<'_>, path: &[u8], flags: OFlags) -> Result<OwnedFd> {
+    let how = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+    let flags = flags | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+    loop {
+        match rustix::fs::openat2(dir, path, flags, Mode::empty(), how) {
+            // EAGAIN: a rename raced with the resolution (openat2(2)); EINTR: a signal.
+            Err(Errno::AGAIN | Errno::INTR) => {}
+            other => return other,
+        }
+    }
+}
+
+/// Opens an inode of src for reading: the one function that opens anything of src's content.
+/// Read-only, without changing access times where the kernel lets us (O_NOATIME needs the owner
+/// or CAP_FOWNER), and without waiting for the writer of a fifo that was swapped in.
+pub fn open_src(dir: BorrowedFd<'_>, name: &Name) -> Result<OwnedFd> {
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY;
+    match open_at(dir, name, flags | OFlags::NOATIME) {
+        Err(Errno::PERM) => open_at(dir, name, flags),
+        other => other,
+    }
+}
+
+/// Opens a directory of src for reading its names.
+pub fn open_src_dir(root: BorrowedFd<'_>, path: &RelPath) -> Result<OwnedFd> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY;
+    match open_beneath(root, path, flags | OFlags::NOATIME) {
+        Err(Errno::PERM) => open_beneath(root, path, flags),
+        other => other,
+    }
+}
+
+/// Opens an existing inode again with other flags, through /proc/self/fd (works for O_PATH fds).
+pub fn reopen(fd: BorrowedFd<'_>, flags: OFlags) -> Result<OwnedFd> {
+    let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
+    rustix::fs::openat(
+        rustix::fs::CWD,
+        path,
+        flags | OFlags::CLOEXEC,
+        Mode::empty(),
+    )
+}
+
+/// A nameless file in `dir`, open for reading and writing (O_TMPFILE), mode 0600.
+pub fn tmpfile(dir: BorrowedFd<'_>) -> Result<OwnedFd> {
+    let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+    rustix::fs::openat(dir, c".", flags, Mode::from_raw_mode(0o600))
+}
+
+/// Gives an open file (or an O_PATH fd) a name. EEXIST when the name is taken.
+pub fn link_fd(fd: BorrowedFd<'_>, dir: BorrowedFd<'_>, name: &CStr) -> Result<()> {
+    match rustix::fs::linkat(fd, c"", dir, name, AtFlags::EMPTY_PATH) {
+        // Without CAP_DAC_READ_SEARCH the kernel says ENOENT (linkat(2)).
+        Err(Errno::NOENT) => {
+            let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
+            rustix::fs::linkat(rustix::fs::CWD, path, dir, name, AtFlags::SYMLINK_FOLLOW)
+        }
+        other => other,
+    }
+}
+
+/// Reads until `buf` is full or the file ends; returns how many bytes were read.
+pub fn pread_all(fd: BorrowedFd<'_>, buf: &mut [u8], offset: u64) -> Result<usize> {
+    let mut done = 0;
+    while done < buf.len() {
+        match rustix::io::pread(fd, &mut buf[done..], offset + done as u64) {
+            Ok(0) => break,
+            Ok(n) => done += n,
+            Err(Errno::INTR) => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(done)
+}
+
+/// Writes all of `buf`. A write that makes no progress is ENOSPC's cousin and ends as EIO.
+pub fn pwrite_all(fd: BorrowedFd<'_>, buf: &[u8], offset: u64) -> Result<()> {
+    let mut done = 0;
+    while done < buf.len() {
+        match rustix::io::pwrite(fd, &buf[done..], offset + done as u64) {
+            Ok(0) => return Err(Errno::IO),
+            Ok(n) => done += n,
+            Err(Errno::INTR) => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
+}
+
+/// fdatasync(2).
+pub fn fdatasync(fd: BorrowedFd<'_>) -> Result<()> {
+    rustix::fs::fdatasync(fd)
+}
+
+/// fsync(2).
+pub fn fsync(fd: BorrowedFd<'_>) -> Result<()> {
+    rustix::fs::fsync(fd)
+}
+
+/// syncfs(2) of the file system that `fd` is on. Since Linux 5.8 it reports write-back errors.
+pub fn syncfs(fd: BorrowedFd<'_>) -> Result<()> {
+    rustix::fs::syncfs(fd)
+}

@@ -1,0 +1,306 @@
+//! This machine: mounts, processes, limits, locks.
+
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::path::Path;
+
+use rustix::fs::{CWD, Mode, OFlags};
+use rustix::io::Errno;
+use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, UnmountFlags};
+
+use super::{Result, check};
+
+/// Opens an absolute directory as the user wrote it (symlinks are followed).
+pub fn open_dir(path: &Path) -> Result<OwnedFd> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    rustix::fs::openat(CWD, path, flags, Mode::empty())
+}
+
+/// What statfs(2) and statvfs(3) say about the file system of an fd.
+#[derive(Debug, Clone, Copy)]
+pub struct FsStat {
+    /// f_type: the magic number of linux/magic.h.
+    pub magic: u64,
+    /// Unit of the block counts, bytes.
+    pub frsize: u64,
+    /// Preferred I/O size, bytes.
+    pub bsize: u64,
+    /// Blocks: all, free, free for users.
+    pub blocks: u64,
+    /// Free blocks.
+    pub bfree: u64,
+    /// Blocks free for users.
+    pub bavail: u64,
+    /// Inodes: all, free.
+    pub files: u64,
+    /// Free inodes.
+    pub ffree: u64,
+    /// Longest name, bytes.
+    pub namelen: u64,
+    /// ST_RDONLY, ST_NOSUID ... of the mount that the fd came through.
+    pub flags: u64,
+}
+
+/// btrfs' f_type: the file system that needs a barrier before a directory is published (D6).
+pub const BTRFS_MAGIC: u64 = 0x9123_683e;
+
+/// statfs(2) and fstatvfs(3) of an fd.
+pub fn fs_stat(fd: BorrowedFd<'_>) -> Result<FsStat> {
+    let s = rustix::fs::fstatfs(fd)?;
+    let v = rustix::fs::fstatvfs(fd)?;
+    Ok(FsStat {
+        magic: s.f_type as u64,
+        frsize: v.f_frsize,
+        bsize: v.f_bsize,
+        blocks: v.f_blocks,
+        bfree: v.f_bfree,
+        bavail: v.f_bavail,
+        files: v.f_files,
+        ffree: v.f_ffree,
+        namelen: v.f_namemax,
+        flags: v.f_flag.bits(),
+    })
+}
+
+/// Takes an exclusive flock(2) without waiting. EWOULDBLOCK: somebody holds it.
+pub fn try_lock(fd: BorrowedFd<'_>) -> Result<()> {
+    rustix::fs::flock(fd, rustix::fs::FlockOperation::NonBlockingLockExclusive)
+}
+
+/// Raises RLIMIT_NOFILE to its hard limit; returns the limit now in force.
+pub fn raise_nofile() -> u64 {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let now = getrlimit(Resource::Nofile);
+    let want = Rlimit {
+        current: now.maximum,
+        maximum: now.maximum,
+    };
+    match setrlimit(Resource::Nofile, want) {
+        Ok(()) => now.maximum.unwrap_or(1 << 20),
+        Err(_) => now.current.unwrap_or(1024),
+    }
+}
+
+/// The CPUs that this process may run on.
+pub fn cpus() -> Vec<usize> {
+    match rustix::thread::sched_getaffinity(None) {
+        Ok(set) => (0..rustix::thread::CpuSet::MAX_CPU)
+            .filter(|c| set.is_set(*c))
+            .collect(),
+        Err(_) => vec![0],
+    }
+}
+
+/// Pins the calling thread to one CPU. A CPU that went offline is no error: it stays unpinned.
+pub fn pin_to_cpu(cpu: usize) {
+    let mut set = rustix::thread::CpuSet::new();
+    set.set(cpu);
+    let _ = rustix::thread::sched_setaffinity(None, &set); // Slower, not wrong.
+}
+
+/// What fork(2) returned.
+#[derive(Debug)]
+pub enum Forked {
+    /// In the parent: the child's pid.
+    Parent(i32),
+    /// In the child.
+    Child,
+}
+
+/// Forks. Only before any thread was started: the child has just the calling thread.
+pub fn fork() -> Result<Forked> {
+    // SAFETY: the process is single-threaded here (the function's contract), so no lock can be
+    // held by a thread that the child lacks.
+    match check(libc::c_long::from(unsafe { libc::fork() }))? {
+        0 => Ok(Forked::Child),
+        pid => Ok(Forked::Parent(pid as i32)),
+    }
+}
+
+/// Leaves the terminal: a session of its own, standard input and output on /dev/null, and standard
+/// error on `log` (or /dev/null), working directory `/` so that no mount is kept busy.
+pub fn detach_from_terminal(log: Option<BorrowedFd<'_>>) -> Result<()> {
+    rustix::process::setsid()?;
+    rustix::process::chdir(c"/")?;
+    let null = rustix::fs::openat(CWD, c"/dev/null", OFlags::RDWR, Mode::empty())?;
+    rustix::stdio::dup2_stdin(&null)?;
+    rustix::stdio::dup2_stdout(&null)?;
+    match log {
+        Some(log) => rustix::stdio::dup2_stderr(log),
+        None => rustix::stdio::dup2_stderr(&null),
+    }
+}
+
+/// A FUSE file system that is not attached anywhere yet.
+#[derive(Debug)]
+pub struct FuseMount {
+    /// The open /dev/fuse, for the session.
+    pub dev: OwnedFd,
+    /// The open context: `attach` makes the mount after the session's handshake has begun.
+    context: OwnedFd,
+}
+
+/// How the mount treats what is in it; taken over from DST's own mount.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct MountFlags {
+    /// No setuid.
+    pub nosuid: bool,
+    /// No device nodes.
+    pub nodev: bool,
+    /// No programs.
+    pub noexec: bool,
+    /// Read-only.
+    pub rdonly: bool,
+}
+
+/// Opens /dev/fuse and configures a `fuse.mirrorfs` superblock on it.
+/// `allow_other` and `default_permissions` are always set for root.
+pub fn fuse_open(source: &str, root_mode: u32, uid: u32, gid: u32) -> Result<FuseMount> {
+    use rustix::mount::{fsconfig_create, fsconfig_set_flag, fsconfig_set_string};
+    let dev = rustix::fs::openat(
+        CWD,
+        c"/dev/fuse",
+        OFlags::RDWR | OFlags::CLOEXEC,
+        Mode::empty(),
+    )?;
+    let context = rustix::mount::fsopen(c"fuse", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    let ctx = &context;
+    fsconfig_set_string(ctx, c"source", source)?;
+    fsconfig_set_string(ctx, c"subtype", c"mirrorfs")?;
+    fsconfig_set_string(ctx, c"fd", dev.as_raw_fd().to_string())?;
+    fsconfig_set_string(ctx, c"rootmode", format!("{root_mode:o}"))?;
+    fsconfig_set_string(ctx, c"user_id", uid.to_string())?;
+    fsconfig_set_string(ctx, c"group_id", gid.to_string())?;
+    fsconfig_set_flag(ctx, c"default_permissions")?;
+    fsconfig_set_flag(ctx, c"allow_other")?;
+    fsconfig_create(ctx)?;
+    Ok(FuseMount { dev, context })
+}
+
+impl FuseMount {
+    /// Makes the mount object: the kernel's INIT request can be answered from now on, nobody can
+    /// see the file system yet. `attach` gives it a place.
+    pub fn into_mount(self, flags: MountFlags) -> Result<(OwnedFd, OwnedFd)> {
+        let mut attr = MountAttrFlags::empty();
+        attr.set(MountAttrFlags::MOUNT_ATTR_NOSUID, flags.nosuid);
+        attr.set(MountAttrFlags::MOUNT_ATTR_NODEV, flags.nodev);
+        attr.set(MountAttrFlags::MOUNT_ATTR_NOEXEC, flags.noexec);
+        attr.set(MountAttrFlags::MOUNT_ATTR_RDONLY, flags.rdonly);
+        let mnt = rustix::mount::fsmount(&self.context, FsMountFlags::FSMOUNT_CLOEXEC, attr)?;
+        Ok((self.dev, mnt))
+    }
+}
+
+/// Attaches a detached mount on top of an open directory.
+pub fn attach(mnt: BorrowedFd<'_>, on: BorrowedFd<'_>) -> Result<()> {
+    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
+    rustix::mount::move_mount(mnt, c"", on, c"", flags)
+}
+
+/// `umount -l`: the topmost mount on `path` leaves the tree at once; open files live on.
+pub fn detach(path: &Path) -> Result<()> {
+    rustix::mount::unmount(path, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW)
+}
+
+/// mount(2) as mount(8) does it, for tests and rootless helpers: not used on the hot path.
+pub fn is_mount_gone(errno: Errno) -> bool {
+    errno == Errno::NOTCONN || errno == Errno::CONNABORTED
+}
+
+/// One line of /proc/self/mountinfo.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MountLine {
+    /// The mount's id (statx's stx_mnt_id).
+    pub id: u64,
+    /// Where it is attached.
+    pub point: std::path::PathBuf,
+    /// File system type with subtype, such as `fuse.mirrorfs`.
+    pub fs_type: String,
+    /// The source, such as a device.
+    pub source: String,
+    /// Per-mount options, comma separated.
+    pub options: String,
+}
+
+/// All mounts that this process can see, in the order of attachment.
+pub fn mounts() -> std::io::Result<Vec<MountLine>> {
+    let bytes = std::fs::read("/proc/self/mountinfo")?;
+    Ok(bytes
+        .split(|b| *b == b'\n')
+        .filter_map(parse_mount_line)
+        .collect())
+}
+
+/// See proc_pid_mountinfo(5). Space, tab, newline and backslash in a field are octal escapes.
+fn parse_mount_line(line: &[u8]) -> Option<MountLine> {
+    use std::os::unix::ffi::OsStringExt;
+    let fields: Vec<&[u8]> = line.split(|b| *b == b' ').collect();
+    let dash = fields.iter().position(|f| *f == b"-")?;
+    let text = |f: &[u8]| String::from_utf8_lossy(&unescape(f)).into_owned();
+    Some(MountLine {
+        id: text(fields.first()?).parse().ok()?,
+        point: std::ffi::OsString::from_vec(unescape(fields.get(4)?)).into(),
+        options: text(fields.get(5)?),
+        fs_type: text(fields.get(dash + 1)?),
+        source: text(fields.get(dash + 2)?),
+    })
+}
+
+fn unescape(field: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(field.len());
+    let mut at = 0;
+    while at < field.len() {
+        let octal = field
+            .get(at + 1..at + 4)
+            .filter(|o| o.iter().all(|b| (b'0'..=b'7').contains(b)));
+        match octal {
+            Some(o) if field[at] == b'\\' => {
+                out.push(
+                    o.iter()
+                        .fold(0u8, |v, b| v.wrapping_mul(8).wrapping_add(b - b'0')),
+                );
+                at += 4;
+            }
+            _ => {
+                out.push(field[at]);
+                at += 1;
+            }
+        }
+    }
+    out
+}
+
+/// Duplicates an fd that a user of `sys` only borrowed.
+pub fn dup(fd: BorrowedFd<'_>) -> Result<OwnedFd> {
+    // SAFETY: fcntl with F_DUPFD_CLOEXEC returns a new fd that nobody else owns, or -1.
+    let new = check(libc::c_long::from(unsafe {
+        libc::fcntl(fd.as_raw_fd(), libc::F_DUPFD_CLOEXEC, 3)
+    }))?;
+    // SAFETY: as above.
+    Ok(unsafe { OwnedFd::from_raw_fd(new as i32) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mount_point_with_spaces_and_newlines_is_read_back() {
+        let line =
+            b"36 35 98:0 /mnt1 /mnt\\0402\\012x rw,noatime master:1 - fuse.mirrorfs /old\\134x rw";
+        let m = parse_mount_line(line).expect("a line");
+        assert_eq!(m.id, 36);
+        assert_eq!(m.point, Path::new("/mnt 2\nx"));
+        assert_eq!(m.fs_type, "fuse.mirrorfs");
+        assert_eq!(m.source, "/old\\x");
+    }
+
+    #[test]
+    fn this_process_sees_its_root_mount() {
+        assert!(
+            mounts()
+                .expect("mountinfo")
+                .iter()
+                .any(|m| m.point == Path::new("/"))
+        );
+    }
+}

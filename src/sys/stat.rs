@@ -1,0 +1,146 @@
+//! statx into `Stat`: all that one call tells about an inode.
+
+use std::ffi::CStr;
+use std::os::fd::BorrowedFd;
+
+use rustix::fs::{AtFlags, FileType, StatxAttributes, StatxFlags};
+
+use super::Result;
+
+/// Seconds since 1970 (negative before) and nanoseconds (0 to 999,999,999) after that second.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
+pub struct Time {
+    /// Seconds; floor, not truncation: half a second before 1970 is -1 s and 500,000,000 ns.
+    pub sec: i64,
+    /// Nanoseconds, always forward from `sec`.
+    pub nsec: u32,
+}
+
+/// Which inode this is: unique on this machine while it runs. Never stored: st_dev changes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct FileKey {
+    /// st_dev, major and minor.
+    pub dev: (u32, u32),
+    /// st_ino.
+    pub ino: u64,
+}
+
+/// The answer of statx(2).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stat {
+    /// st_dev and st_ino.
+    pub key: FileKey,
+    /// The mount that the inode was reached through (stx_mnt_id).
+    pub mnt_id: u64,
+    /// st_mode with the type bits.
+    pub mode: u32,
+    /// Number of names.
+    pub nlink: u32,
+    /// Owner.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+    /// Bytes.
+    pub size: u64,
+    /// Allocated units of 512 bytes.
+    pub blocks: u64,
+    /// Preferred I/O size, bytes.
+    pub blksize: u32,
+    /// Device number of a device node, major and minor.
+    pub rdev: (u32, u32),
+    /// Last access.
+    pub atime: Time,
+    /// Last change of the content.
+    pub mtime: Time,
+    /// Last change of the inode.
+    pub ctime: Time,
+    /// Birth, where the file system keeps it.
+    pub btime: Time,
+    /// STATX_ATTR_IMMUTABLE.
+    pub immutable: bool,
+    /// STATX_ATTR_APPEND.
+    pub append: bool,
+    /// STATX_ATTR_MOUNT_ROOT.
+    pub mount_root: bool,
+}
+
+impl Stat {
+    /// The file type.
+    pub fn kind(&self) -> FileType {
+        FileType::from_raw_mode(self.mode)
+    }
+
+    /// Permission bits, setuid, setgid and sticky.
+    pub fn perm(&self) -> u32 {
+        self.mode & 0o7777
+    }
+
+    /// True for a regular file.
+    pub fn is_file(&self) -> bool {
+        self.kind() == FileType::RegularFile
+    }
+
+    /// True for a directory.
+    pub fn is_dir(&self) -> bool {
+        self.kind() == FileType::Directory
+    }
+
+    /// True when the content may have changed between the two looks (size, mtime or ctime).
+    pub fn changed_since(&self, earlier: &Stat) -> bool {
+        (self.size, self.mtime, self.ctime) != (earlier.size, earlier.mtime, earlier.ctime)
+    }
+
+    /// `(major << 8 | minor)` as the FUSE protocol and mknod(2) want it (new_encode_dev).
+    pub fn rdev_encoded(&self) -> u64 {
+        rustix::fs::makedev(self.rdev.0, self.rdev.1)
+    }
+}
+
+fn want() -> StatxFlags {
+    StatxFlags::BASIC_STATS | StatxFlags::BTIME | StatxFlags::MNT_ID
+}
+
+/// The inode behind an open fd (O_PATH too).
+pub fn stat_fd(fd: BorrowedFd<'_>) -> Result<Stat> {
+    rustix::fs::statx(fd, c"", AtFlags::EMPTY_PATH, want()).map(|x| from_statx(&x))
+}
+
+/// The inode that `name` in `dir` is; a symlink is not followed, an automount not triggered.
+pub fn stat_at(dir: BorrowedFd<'_>, name: &CStr) -> Result<Stat> {
+    let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT;
+    rustix::fs::statx(dir, name, flags, want()).map(|x| from_statx(&x))
+}
+
+/// The inode at an absolute path, symlinks followed (SRC and DST as the user wrote them).
+pub fn stat_path(path: &std::path::Path) -> Result<Stat> {
+    rustix::fs::statx(rustix::fs::CWD, path, AtFlags::empty(), want()).map(|x| from_statx(&x))
+}
+
+fn from_statx(x: &rustix::fs::Statx) -> Stat {
+    let time = |t: &rustix::fs::StatxTimestamp| Time {
+        sec: t.tv_sec,
+        nsec: t.tv_nsec,
+    };
+    Stat {
+        key: FileKey {
+            dev: (x.stx_dev_major, x.stx_dev_minor),
+            ino: x.stx_ino,
+        },
+        mnt_id: x.stx_mnt_id,
+        mode: u32::from(x.stx_mode),
+        nlink: x.stx_nlink,
+        uid: x.stx_uid,
+        gid: x.stx_gid,
+        size: x.stx_size,
+        blocks: x.stx_blocks,
+        blksize: x.stx_blksize,
+        rdev: (x.stx_rdev_major, x.stx_rdev_minor),
+        atime: time(&x.stx_atime),
+        mtime: time(&x.stx_mtime),
+        ctime: time(&x.stx_ctime),
+        btime: time(&x.stx_btime),
+        immutable: x.stx_attributes.contains(StatxAttributes::IMMUTABLE),
+        append: x.stx_attributes.contains(StatxAttributes::APPEND),
+        mount_root: x.stx_attributes.contains(StatxAttributes::MOUNT_ROOT),
+    }
+}
