@@ -5,6 +5,7 @@
 //! entries), a file is hydrated (its data brought into its placeholder), on first access or by the
 //! walker. docs/ARCHITECTURE.md has the table of floors that a module may import from.
 
+pub mod config;
 pub mod error;
 pub mod progress;
 pub mod ranges;
@@ -13,3 +14,5 @@ pub mod ranges;
 pub mod sys;
 
 pub mod engine;
+pub mod mark;
+pub mod meta;

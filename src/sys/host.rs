@@ -245,7 +245,7 @@ fn parse_mount_line(line: &[u8]) -> Option<MountLine> {
     })
 }
 
-fn unescape(field: &[u8]) -> Vec<u8> {
+pub(super) fn unescape(field: &[u8]) -> Vec<u8> {
     let mut out = Vec::with_capacity(field.len());
     let mut at = 0;
     while at < field.len() {

@@ -1,0 +1,306 @@
+//! Meta: everything about an inode that is not its data or its names; captured from src, applied to
+//! dst in the one right order.
+//!
+//! The order is D7's: owner (chown clears setuid and capabilities), mode, ACLs and xattrs,
+//! security.capability, inode flags, times. What dst cannot hold comes back as a list of
+//! [`Refused`], for the ledger; it never stops the rest.
+
+use std::ffi::{CStr, CString};
+use std::os::fd::{AsFd, BorrowedFd};
+
+use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Timespec, Timestamps, Uid};
+use rustix::io::Errno;
+
+use crate::mark::MarkName;
+use crate::sys::name::Name;
+use crate::sys::stat::{self, Stat, Time};
+use crate::sys::xattr::{self, Target};
+use crate::sys::{caps, copy, fd};
+
+/// The xattr that file capabilities live in; any write removes it.
+pub const CAPABILITY: &CStr = c"security.capability";
+/// A directory's ACL for what is created in it.
+pub const DEFAULT_ACL: &CStr = c"system.posix_acl_default";
+const ACCESS_ACL: &CStr = c"system.posix_acl_access";
+
+/// FS_IMMUTABLE_FL and FS_APPEND_FL: they forbid all further work, so they are set at finish.
+pub const LATE_FLAGS: u32 = 0x10 | 0x20;
+/// Flags that mean the same on every file system that knows them: sync, immutable, append, nodump,
+/// noatime, dirsync. Layout flags (extents, compression, COW) belong to the file system below.
+const COPIED_FLAGS: u32 = 0x8 | LATE_FLAGS | 0x40 | 0x80 | 0x1_0000;
+
+/// An inode's metadata.
+#[derive(Debug, Clone)]
+pub struct Meta {
+    /// Owner, mode, times, type, device number, size.
+    pub stat: Stat,
+    /// Every xattr that we copy, ACLs and labels included.
+    pub xattrs: Vec<(CString, Vec<u8>)>,
+    /// The inode flags that we copy (FS_*_FL).
+    pub flags: u32,
+}
+
+/// One piece of metadata that dst would not take.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refused {
+    /// What: `chown`, `chmod`, an xattr's name, `flags`, `utimensat`.
+    pub what: String,
+    /// Why.
+    pub errno: Errno,
+}
+
+/// What a capture is told about the source.
+#[derive(Debug, Clone, Copy)]
+pub struct Capture {
+    /// The live mark's name: never copied.
+    pub mark: MarkName,
+    /// The source file system has inode flags (FS_IOC_GETFLAGS): worth an open per file.
+    pub flags: bool,
+}
+
+impl Meta {
+    /// Captures `name` in `dir` (src); `stat` is what statx just said of it.
+    pub fn capture(
+        how: Capture,
+        dir: BorrowedFd<'_>,
+        name: &Name,
+        stat: Stat,
+    ) -> Result<Meta, Errno> {
+        let xattrs = read_xattrs(Target::At(dir, name), how.mark)?;
+        let flags = match stat.kind() {
+            FileType::RegularFile | FileType::Directory if how.flags => {
+                let fd = fd::open_src(dir, name)?;
+                copy::inode_flags(fd.as_fd())?.unwrap_or(0) & COPIED_FLAGS
+            }
+            _ => 0,
+        };
+        Ok(Meta {
+            stat,
+            xattrs,
+            flags,
+        })
+    }
+
+    /// Captures an open file or directory (src).
+    pub fn capture_fd(how: Capture, fd: BorrowedFd<'_>) -> Result<Meta, Errno> {
+        let stat = stat::stat_fd(fd)?;
+        let xattrs = read_xattrs(Target::Fd(fd), how.mark)?;
+        let flags = match stat.kind() {
+            FileType::RegularFile | FileType::Directory if how.flags => {
+                copy::inode_flags(fd)?.unwrap_or(0) & COPIED_FLAGS
+            }
+            _ => 0,
+        };
+        Ok(Meta {
+            stat,
+            xattrs,
+            flags,
+        })
+    }
+
+    /// The value of one xattr.
+    pub fn xattr(&self, name: &CStr) -> Option<&[u8]> {
+        self.xattrs
+            .iter()
+            .find(|(n, _)| n.as_c_str() == name)
+            .map(|(_, v)| v.as_slice())
+    }
+
+    /// Applies everything to an open file or directory of dst, except the data, the mark, the
+    /// flags of [`LATE_FLAGS`] and, for a directory that gets its children later, the default ACL
+    /// (`DefaultAcl::Later`: children would inherit it).
+    pub fn apply_fd(&self, fd: BorrowedFd<'_>, acl: DefaultAcl) -> Vec<Refused> {
+        let mut refused = Refusals::default();
+        let (uid, gid) = self.ids();
+        refused.note("chown", rustix::fs::fchown(fd, Some(uid), Some(gid)));
+        refused.note("chmod", chmod_fd(fd, self.stat.perm()));
+        self.apply_xattrs(Target::Fd(fd), acl, &mut refused);
+        let early = self.flags & !LATE_FLAGS;
+        if early != 0 {
+            let now = copy::inode_flags(fd).ok().flatten().unwrap_or(0);
+            // Flags are kept where both sides know them: a file system without them is no loss.
+            match copy::set_inode_flags(fd, now | early) {
+                Err(Errno::OPNOTSUPP | Errno::NOTTY | Errno::INVAL) => {}
+                other => refused.note("flags", other),
+            }
+        }
+        self.apply_times_fd(fd, &mut refused);
+        refused.0
+    }
+
+    /// Applies everything to a symlink, fifo, socket or device of dst, by its name.
+    pub fn apply_at(&self, dir: BorrowedFd<'_>, name: &Name) -> Vec<Refused> {
+        let mut refused = Refusals::default();
+        let (uid, gid) = self.ids();
+        let flags = AtFlags::SYMLINK_NOFOLLOW;
+        refused.note(
+            "chown",
+            rustix::fs::chownat(dir, name.as_cstr(), Some(uid), Some(gid), flags),
+        );
+        if self.stat.kind() != FileType::Symlink {
+            let mode = Mode::from_raw_mode(self.stat.perm());
+            let set = || rustix::fs::chmodat(dir, name.as_cstr(), mode, AtFlags::empty());
+            refused.note("chmod", caps::with_fsetid(set));
+        }
+        self.apply_xattrs(Target::At(dir, name), DefaultAcl::Now, &mut refused);
+        let times = timestamps(self.stat.atime, self.stat.mtime);
+        refused.note(
+            "utimensat",
+            rustix::fs::utimensat(dir, name.as_cstr(), &times, flags),
+        );
+        if let Ok(now) = stat::stat_at(dir, name.as_cstr()) {
+            refused.note_times(self.stat.mtime, now.mtime);
+        }
+        refused.0
+    }
+
+    fn ids(&self) -> (Uid, Gid) {
+        (Uid::from_raw(self.stat.uid), Gid::from_raw(self.stat.gid))
+    }
+
+    fn apply_xattrs(&self, target: Target<'_>, acl: DefaultAcl, refused: &mut Refusals) {
+        let later = |name: &CStr| acl == DefaultAcl::Later && name == DEFAULT_ACL;
+        // Capabilities last: setting an ACL or a label must not be able to disturb them.
+        let (caps, others): (Vec<_>, Vec<_>) = self
+            .xattrs
+            .iter()
+            .partition(|(name, _)| name.as_c_str() == CAPABILITY);
+        for (name, value) in others.into_iter().chain(caps) {
+            if !later(name) {
+                let set = caps::with_fsetid(|| xattr::set(target, name, value));
+                refused.note(&name.to_string_lossy(), set);
+            }
+        }
+    }
+
+    fn apply_times_fd(&self, fd: BorrowedFd<'_>, refused: &mut Refusals) {
+        refused.note(
+            "utimensat",
+            set_times_fd(fd, self.stat.atime, self.stat.mtime),
+        );
+        // File systems clamp what they cannot hold, silently. Ordinary times fit everywhere.
+        let mtime = self.stat.mtime;
+        if !(0..=i64::from(i32::MAX)).contains(&mtime.sec)
+            && let Ok(now) = stat::stat_fd(fd)
+        {
+            refused.note_times(mtime, now.mtime);
+        }
+    }
+}
+
+/// When a directory gets its default ACL.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DefaultAcl {
+    /// With the other xattrs.
+    Now,
+    /// After its children: they would inherit it (D8).
+    Later,
+}
+
+#[derive(Default)]
+struct Refusals(Vec<Refused>);
+
+impl Refusals {
+    fn note(&mut self, what: &str, result: Result<(), Errno>) {
+        if let Err(errno) = result {
+            self.0.push(Refused {
+                what: what.to_owned(),
+                errno,
+            });
+        }
+    }
+
+    fn note_times(&mut self, want: Time, got: Time) {
+        if want.sec != got.sec {
+            self.0.push(Refused {
+                what: "mtime".to_owned(),
+                errno: Errno::RANGE,
+            });
+        }
+    }
+}
+
+/// Removes the ACLs that an inode inherited from its parent's default ACL but src does not have.
+pub fn drop_inherited_acl(target: Target<'_>, meta: &Meta) -> Result<(), Errno> {
+    for name in [ACCESS_ACL, DEFAULT_ACL] {
+        if meta.xattr(name).is_none() {
+            match xattr::remove(target, name) {
+                Ok(()) | Err(Errno::NODATA | Errno::OPNOTSUPP) => {}
+                Err(e) => return Err(e),
+            }
+        }
+    }
+    Ok(())
+}
+
+/// chmod of an open inode (O_PATH too); keeps S_ISGID whatever the groups of the daemon are.
+pub fn chmod_fd(fd: BorrowedFd<'_>, perm: u32) -> Result<(), Errno> {
+    let mode = Mode::from_raw_mode(perm & 0o7777);
+    let set = || match rustix::fs::fchmod(fd, mode) {
+        // An O_PATH fd.
+        Err(Errno::BADF) => {
+            use std::os::fd::AsRawFd;
+            let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
+            rustix::fs::chmod(path, mode)
+        }
+        other => other,
+    };
+    if perm & 0o2000 != 0 {
+        caps::with_fsetid(set)
+    } else {
+        set()
+    }
+}
+
+/// utimensat of an open inode (O_PATH too).
+pub fn set_times_fd(fd: BorrowedFd<'_>, atime: Time, mtime: Time) -> Result<(), Errno> {
+    utimens(fd, &timestamps(atime, mtime))
+}
+
+/// utimensat(2) with any timespec (UTIME_NOW, UTIME_OMIT) on an open inode (O_PATH too).
+pub fn utimens(fd: BorrowedFd<'_>, times: &Timestamps) -> Result<(), Errno> {
+    rustix::fs::utimensat(fd, c"", times, AtFlags::EMPTY_PATH)
+}
+
+/// The kernel's form of two times.
+pub fn timestamps(atime: Time, mtime: Time) -> Timestamps {
+    let spec = |t: Time| Timespec {
+        tv_sec: t.sec,
+        tv_nsec: t.nsec.into(),
+    };
+    Timestamps {
+        last_access: spec(atime),
+        last_modification: spec(mtime),
+    }
+}
+
+/// True for an xattr that a copy carries over: users', root's, labels, capabilities, POSIX ACLs.
+/// Not the live mark, and not what a file system computes (`system.nfs4_acl`, `btrfs.*`, `ceph.*`).
+fn is_copied(name: &CStr, mark: MarkName) -> bool {
+    let bytes = name.to_bytes();
+    if name == mark.as_cstr() {
+        return false;
+    }
+    [&b"user."[..], b"trusted.", b"security."]
+        .iter()
+        .any(|p| bytes.starts_with(p))
+        || name == ACCESS_ACL
+        || name == DEFAULT_ACL
+}
+
+fn read_xattrs(target: Target<'_>, mark: MarkName) -> Result<Vec<(CString, Vec<u8>)>, Errno> {
+    let mut out = Vec::new();
+    for name in xattr::list(target)? {
+        if is_copied(&name, mark)
+            && let Some(value) = xattr::get(target, &name)?
+        {
+            out.push((name, value));
+        }
+    }
+    Ok(out)
+}
+
+/// Opens a directory of dst to apply metadata to it or to work in it.
+pub fn open_dst_dir(dir: BorrowedFd<'_>, name: &Name) -> Result<std::os::fd::OwnedFd, Errno> {
+    fd::open_at(dir, name, OFlags::RDONLY | OFlags::DIRECTORY)
+}

@@ -1,0 +1,140 @@
+//! This process's surroundings, as the command line needs them: who we are, who is at the other
+//! end of a socket, and which directories lie above one.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{CWD, Mode, OFlags};
+use rustix::io::Errno;
+
+use super::stat::{FileKey, stat_fd};
+use super::{Result, host};
+
+/// Effective user id.
+pub fn uid() -> u32 {
+    rustix::process::geteuid().as_raw()
+}
+
+/// The user at the other end of a Unix stream socket, as of its connect(2).
+pub fn peer_uid(socket: BorrowedFd<'_>) -> Result<u32> {
+    Ok(rustix::net::sockopt::socket_peercred(socket)?.uid.as_raw())
+}
+
+/// Opens a directory without a look at its content (O_PATH); symlinks are followed.
+pub fn open_dir_path(path: &Path) -> Result<OwnedFd> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    rustix::fs::openat(CWD, path, flags, Mode::empty())
+}
+
+/// access(2) with the effective ids, for a directory that is to be read.
+pub fn may_list(dir: BorrowedFd<'_>) -> Result<()> {
+    use rustix::fs::{Access, AtFlags, accessat};
+    accessat(
+        dir,
+        c".",
+        Access::READ_OK | Access::EXEC_OK,
+        AtFlags::EACCESS,
+    )
+}
+
+/// Longest chain of `..` that is followed: deeper trees exist only to break programs.
+const DEPTH_MAX: usize = 100_000;
+
+/// The directory itself and all directories above it, up to the root, by following `..`.
+pub fn ancestors(dir: BorrowedFd<'_>) -> Result<Vec<FileKey>> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let mut keys = vec![stat_fd(dir)?.key];
+    let mut at = rustix::fs::openat(dir, c"..", flags, Mode::empty())?;
+    let mut mount = stat_fd(dir)?.mnt_id;
+    while keys.len() < DEPTH_MAX {
+        let stat = stat_fd(at.as_fd())?;
+        if keys.last() == Some(&stat.key) && mount == stat.mnt_id {
+            return Ok(keys);
+        }
+        keys.push(stat.key);
+        mount = stat.mnt_id;
+        at = rustix::fs::openat(&at, c"..", flags, Mode::empty())?;
+    }
+    Err(Errno::LOOP)
+}
+
+/// Where a directory lies inside its file system, whichever mount it was reached through.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Place {
+    /// The device of the mount, as mountinfo writes it: one per file system (btrfs too).
+    pub device: String,
+    /// The path from the file system's own root.
+    pub path: PathBuf,
+}
+
+impl Place {
+    /// True when `other` is this directory or below it.
+    pub fn contains(&self, other: &Place) -> bool {
+        self.device == other.device && other.path.starts_with(&self.path)
+    }
+}
+
+/// Where `dir` lies inside its file system; `None` when the kernel does not tell (the directory
+/// was deleted, or its mount belongs to another namespace).
+pub fn place(dir: BorrowedFd<'_>) -> Result<Option<Place>> {
+    let id = stat_fd(dir)?.mnt_id;
+    let link = rustix::fs::readlinkat(CWD, format!("/proc/self/fd/{}", raw(dir)), Vec::new())?;
+    let path = Path::new(std::ffi::OsStr::from_bytes(link.to_bytes()));
+    let info = std::fs::read("/proc/self/mountinfo").map_err(|_| Errno::NOENT)?;
+    for line in info.split(|b| *b == b'\n') {
+        let fields: Vec<&[u8]> = line.split(|b| *b == b' ').collect();
+        let (Some(line_id), Some(device), Some(root), Some(point)) =
+            (fields.first(), fields.get(2), fields.get(3), fields.get(4))
+        else {
+            continue;
+        };
+        if std::str::from_utf8(line_id)
+            .ok()
+            .and_then(|t| t.parse().ok())
+            != Some(id)
+        {
+            continue;
+        }
+        let Ok(inside) = path.strip_prefix(unescaped(point)) else {
+            return Ok(None);
+        };
+        return Ok(Some(Place {
+            device: String::from_utf8_lossy(device).into_owned(),
+            path: unescaped(root).join(inside),
+        }));
+    }
+    Ok(None)
+}
+
+fn unescaped(field: &[u8]) -> PathBuf {
+    std::ffi::OsString::from_vec(host::unescape(field)).into()
+}
+
+fn raw(fd: BorrowedFd<'_>) -> i32 {
+    use std::os::fd::AsRawFd;
+    fd.as_raw_fd()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_directory_is_found_among_the_ancestors_of_what_is_below_it() {
+        let above = tempfile::tempdir().expect("a directory");
+        let below = above.path().join("a/b");
+        std::fs::create_dir_all(&below).expect("directories");
+        let (above, below) = (
+            open_dir_path(above.path()).expect("open"),
+            open_dir_path(&below).expect("open"),
+        );
+        let key = stat_fd(above.as_fd()).expect("stat").key;
+        assert!(ancestors(below.as_fd()).expect("ancestors").contains(&key));
+        let (a, b) = (
+            place(above.as_fd()).expect("place").expect("known"),
+            place(below.as_fd()).expect("place").expect("known"),
+        );
+        assert!(a.contains(&b) && !b.contains(&a));
+    }
+}
