@@ -11,6 +11,7 @@ pub mod fault;
 pub mod fd;
 pub mod handle;
 pub mod host;
+pub mod local;
 pub mod name;
 pub mod stat;
 pub mod xattr;

@@ -1,0 +1,256 @@
+//! Config: what a run was asked to do, as plain data that was validated once.
+//!
+//! `cli` parses the text, the constructors here check what one value says about another, and
+//! everything below only reads the fields.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// Files up to this many bytes are hydrated inside open(2); larger ones are pulled by range.
+pub const LARGE_FILE_BYTES: u64 = 8 << 20;
+
+/// Most FUSE session threads and copy workers that can be asked for.
+pub const THREADS_MAX: usize = 256;
+
+/// How much the log says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum LogLevel {
+    /// Only what stops us.
+    Error,
+    /// And entries that could not be pulled.
+    Warn,
+    /// And the life of the mount.
+    Info,
+    /// And every decision.
+    Debug,
+    /// And every request.
+    Trace,
+}
+
+impl LogLevel {
+    /// The level's name, as the log filter and `--log-level` spell it.
+    pub fn name(self) -> &'static str {
+        match self {
+            LogLevel::Error => "error",
+            LogLevel::Warn => "warn",
+            LogLevel::Info => "info",
+            LogLevel::Debug => "debug",
+            LogLevel::Trace => "trace",
+        }
+    }
+}
+
+/// What `mirrorfs mount` was asked to do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MountConfig {
+    /// The tree copied from.
+    pub src: PathBuf,
+    /// The tree copied into.
+    pub dst: PathBuf,
+    /// Where the whole tree is visible; by default on top of `dst`.
+    pub mountpoint: PathBuf,
+    /// A dst that is not empty is taken over: what is equal counts as hydrated.
+    pub adopt: bool,
+    /// The walker pulls what nobody asks for.
+    pub background: bool,
+    /// Stay in front and show progress, instead of becoming a daemon.
+    pub foreground: bool,
+    /// Files over this many bytes are opened at once and pulled by range.
+    pub large_file_bytes: u64,
+    /// FUSE session threads.
+    pub threads: usize,
+    /// Copy workers.
+    pub workers: usize,
+    /// How long an access waits for a source that does not answer; `None`: as long as it takes.
+    pub source_timeout: Option<Duration>,
+    /// When nothing is pending: finish, unmount and exit.
+    pub finish: bool,
+    /// Where the log goes; `None`: standard error in front, a file in the run directory else.
+    pub log_file: Option<PathBuf>,
+    /// How much is logged.
+    pub log_level: LogLevel,
+    /// Mount flags that the mount itself honours: of `ro`, `nosuid`, `nodev`, `noexec`.
+    pub mount_options: Vec<String>,
+    /// Without CAP_SYS_ADMIN: marks are `user.mirrorfs`, no passthrough.
+    pub rootless: bool,
+}
+
+impl MountConfig {
+    /// A migration from `src` to `dst`, over-mounted on `dst`, everything else as by default.
+    pub fn new(src: impl Into<PathBuf>, dst: impl Into<PathBuf>) -> MountConfig {
+        let dst = dst.into();
+        MountConfig {
+            src: src.into(),
+            mountpoint: dst.clone(),
+            dst,
+            adopt: false,
+            background: true,
+            foreground: false,
+            large_file_bytes: LARGE_FILE_BYTES,
+            threads: cpus().clamp(2, 8),
+            workers: cpus(),
+            source_timeout: None,
+            finish: false,
+            log_file: None,
+            log_level: LogLevel::Info,
+            mount_options: Vec::new(),
+            rootless: false,
+        }
+    }
+
+    /// This configuration, or one line that says which value cannot be.
+    pub fn validated(self) -> Result<MountConfig, String> {
+        in_range("threads", self.threads)?;
+        in_range("workers", self.workers)?;
+        if self.finish && !self.background {
+            return Err("--finish needs the background that --no-background switches off".into());
+        }
+        Ok(self)
+    }
+
+    /// True when the mount goes on top of dst itself.
+    pub fn over_mounts_dst(&self) -> bool {
+        self.mountpoint == self.dst
+    }
+}
+
+/// When `sync` makes durable what it wrote.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fsync {
+    /// Each file before it gets its name.
+    File,
+    /// Everything, once, at the end.
+    End,
+    /// The kernel decides.
+    Never,
+}
+
+/// Whether `sync` shares extents between src and dst.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reflink {
+    /// Where the file system can.
+    Auto,
+    /// Or fail.
+    Always,
+    /// Never: dst gets blocks of its own.
+    Never,
+}
+
+/// What `mirrorfs sync` was asked to do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SyncConfig {
+    /// The tree copied from.
+    pub src: PathBuf,
+    /// The tree copied into; its last component is made when it is missing.
+    pub dst: PathBuf,
+    /// Change nothing, say what would be done.
+    pub dry_run: bool,
+    /// One line of rsync's `%i %n` for each change, on standard output.
+    pub itemize: bool,
+    /// Remove from dst what src does not have.
+    pub delete: bool,
+    /// Remove at most this many entries.
+    pub max_delete: Option<u64>,
+    /// Compare by content, not by size and mtime.
+    pub checksum: bool,
+    /// Copy also what is equal in size and mtime.
+    pub ignore_times: bool,
+    /// Leave alone what is newer in dst.
+    pub update: bool,
+    /// Equal size is equal.
+    pub size_only: bool,
+    /// Leave alone whatever is there.
+    pub ignore_existing: bool,
+    /// Do not descend into other file systems mounted below src.
+    pub one_file_system: bool,
+    /// When what was written is made durable.
+    pub fsync: Fsync,
+    /// Copy workers.
+    pub jobs: usize,
+    /// Whether extents are shared.
+    pub reflink: Reflink,
+    /// Compare both trees after the copy, bytes too.
+    pub verify: bool,
+    /// A page of totals at the end.
+    pub stats: bool,
+    /// The totals as JSON.
+    pub json: bool,
+    /// Names of what is copied; twice: of what is skipped too.
+    pub verbose: u8,
+    /// Nothing but errors.
+    pub quiet: bool,
+    /// Live progress.
+    pub progress: bool,
+}
+
+impl SyncConfig {
+    /// A copy of everything from `src` to `dst`, everything else as by default.
+    pub fn new(src: impl Into<PathBuf>, dst: impl Into<PathBuf>) -> SyncConfig {
+        SyncConfig {
+            src: src.into(),
+            dst: dst.into(),
+            dry_run: false,
+            itemize: false,
+            delete: false,
+            max_delete: None,
+            checksum: false,
+            ignore_times: false,
+            update: false,
+            size_only: false,
+            ignore_existing: false,
+            one_file_system: false,
+            fsync: Fsync::End,
+            jobs: cpus(),
+            reflink: Reflink::Auto,
+            verify: false,
+            stats: false,
+            json: false,
+            verbose: 0,
+            quiet: false,
+            progress: false,
+        }
+    }
+
+    /// This configuration, or one line that says which value cannot be.
+    pub fn validated(self) -> Result<SyncConfig, String> {
+        in_range("--jobs", self.jobs)?;
+        if self.dry_run && self.verify {
+            return Err("--verify after --dry-run would compare what was not copied".into());
+        }
+        Ok(self)
+    }
+}
+
+fn in_range(what: &str, n: usize) -> Result<(), String> {
+    if (1..=THREADS_MAX).contains(&n) {
+        Ok(())
+    } else {
+        Err(format!("{what}: {n} is not between 1 and {THREADS_MAX}"))
+    }
+}
+
+/// The CPUs that this process may run on.
+fn cpus() -> usize {
+    std::thread::available_parallelism().map_or(2, |n| n.get().min(THREADS_MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_contradicts_itself_is_refused_in_one_line() {
+        let mut mount = MountConfig::new("/a", "/b");
+        assert!(mount.over_mounts_dst());
+        assert!(mount.clone().validated().is_ok());
+        mount.threads = 0;
+        assert_eq!(
+            mount.validated(),
+            Err("threads: 0 is not between 1 and 256".to_owned())
+        );
+        let mut sync = SyncConfig::new("/a", "/b");
+        assert!(sync.clone().validated().is_ok());
+        (sync.dry_run, sync.verify) = (true, true);
+        assert!(sync.validated().is_err());
+    }
+}
