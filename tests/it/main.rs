@@ -1,1 +1,13 @@
+//! The integration tests: the program as its users meet it, on real mounts and file systems.
+//!
+//! `fixture` makes scratch file systems and mounts, `nasty` awkward trees, `compare` says how two
+//! trees differ, `raw` holds what is unsafe. A test that cannot run here says what is missing and
+//! passes; under MIRRORFS_TEST_ALL=1 it fails. MIRRORFS_TEST_SEED repeats a random test.
 
+#![allow(clippy::unwrap_used)]
+
+mod compare;
+mod fidelity;
+mod fixture;
+mod nasty;
+mod raw;

@@ -1,0 +1,243 @@
+"""What the crash scripts share: a src tree, a mount of the program, an independent comparer.
+
+Nothing here asks the program what it thinks: trees are compared entry by entry with os calls.
+"""
+import ctypes
+import errno
+import hashlib
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(os.path.dirname(HERE))
+T0 = 1_400_000_000 * 10**9
+MARKS = ('trusted.mirrorfs', 'user.mirrorfs')
+CONTROL = '.mirrorfs'
+# What a request gets when the daemon dies under it.
+DEAD = (errno.ENOTCONN, errno.ECONNABORTED, errno.EIO, errno.ESHUTDOWN, errno.EINTR)
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def die(text):
+    print(text, file=sys.stderr)
+    sys.exit(2)
+
+
+def binary():
+    """The program: $MIRRORFS, or the newest build in the target directory."""
+    if 'MIRRORFS' in os.environ:
+        return os.environ['MIRRORFS']
+    target = os.environ.get('CARGO_TARGET_DIR', ROOT + '/target')
+    built = [p for p in (target + '/release/mirrorfs', target + '/debug/mirrorfs') if os.path.exists(p)]
+    if not built:
+        die('no mirrorfs: build it (cargo build --release) or set MIRRORFS')
+    return max(built, key=os.path.getmtime)
+
+
+def kit(tool):
+    """A tool of the test kit, or None."""
+    path = os.path.join(os.environ.get('MIRRORFS_KIT', os.path.join(ROOT, '../shared/kit')), tool)
+    return path if os.path.exists(path) else None
+
+
+def own_namespace():
+    """A mount namespace of our own: our mounts and loop devices go when we go. What others have
+    mounted on loop devices or by FUSE is let go of, so that it is not kept busy by us."""
+    if libc.unshare(0x20000) or libc.mount(b'none', b'/', None, 0x4000 | 0x40000, None):
+        die('no mount namespace: ' + os.strerror(ctypes.get_errno()))
+    keep = (os.getcwd(), ROOT, os.environ.get('TMPDIR', '/tmp'))
+    for line in open('/proc/self/mountinfo'):
+        left, _, right = line.partition(' - ')
+        at, kind, source = left.split()[4], *right.split()[:2]
+        foreign = source.startswith('/dev/loop') or kind.startswith('fuse')
+        if foreign and not any(k == at or k.startswith(at + '/') for k in keep):
+            libc.umount2(os.fsencode(at), 2)
+
+
+def device_at(path):
+    """The device of the FUSE mount on top at a path, or None. Never touches the mount."""
+    found = None
+    for line in open('/proc/self/mountinfo'):
+        left, _, right = line.partition(' - ')
+        if left.split()[4] == path:
+            found = left.split()[2] if right.startswith('fuse') else None
+    return found
+
+
+def make_fs(kind, work, size=2 << 30):
+    """A new file system in a sparse image, mounted; or a plain directory (kind dir)."""
+    at = work + '/fs'
+    os.makedirs(at)
+    if kind != 'dir':
+        options = {'ext4': ['-q', '-F', '-E', 'nodiscard'], 'xfs': ['-q', '-f', '-K'], 'btrfs': ['-q', '-f', '-K']}
+        with open(work + '/image', 'wb') as f:
+            f.truncate(size)
+        subprocess.run(['mkfs.' + kind, *options[kind], work + '/image'], check=True)
+        subprocess.run(['mount', '-o', 'loop', work + '/image', at], check=True)
+    return at
+
+
+class Mount:
+    """`mirrorfs mount -f`, watched."""
+
+    def __init__(self, src, dst, at, log, args=(), wait=60):
+        self.at = at
+        before = device_at(at)
+        with open(log, 'ab') as out:
+            self.proc = subprocess.Popen([binary(), 'mount', '-f', *args, src, dst, at], stdin=subprocess.DEVNULL,
+                                         stdout=out, stderr=out, preexec_fn=lambda: libc.prctl(1, signal.SIGKILL))
+        self.before = before
+        self.log = log
+        if wait:
+            self.wait_ready(wait)
+
+    def ready(self):
+        now = device_at(self.at)
+        return now is not None and now != self.before
+
+    def wait_ready(self, limit):
+        end = time.monotonic() + limit
+        while not self.ready():
+            if self.proc.poll() is not None:
+                raise RuntimeError('mount ended with %d: %s' % (self.proc.returncode, self.tail()))
+            if time.monotonic() > end:
+                self.kill()
+                raise RuntimeError('no mount after %d s: %s' % (limit, self.tail()))
+            time.sleep(0.002)
+
+    def tail(self):
+        return open(self.log, errors='replace').read()[-1500:]
+
+    def kill(self):
+        self.proc.kill()
+        self.proc.wait()
+
+    def status(self):
+        return ask('status', self.at, '--json')
+
+    def wait_complete(self, limit=120):
+        import json
+        end = time.monotonic() + limit
+        while True:
+            rc, out = self.status()
+            state = json.loads(out) if rc == 0 else {}
+            state = state[0] if isinstance(state, list) else state
+            if state.get('state') == 'COMPLETE':
+                return
+            if state.get('errors'):
+                raise RuntimeError('errors: ' + ask('errors', self.at, '--json')[1])
+            if time.monotonic() > end:
+                raise RuntimeError('not COMPLETE after %d s: %s' % (limit, out))
+            time.sleep(0.03)
+
+    def finish(self, limit=60):
+        self.wait_complete()
+        rc, out = ask('finish', self.at)
+        if rc:
+            raise RuntimeError('finish: exit %d: %s' % (rc, out))
+        try:
+            self.proc.wait(limit)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise RuntimeError('the daemon is still there after finish')
+
+    def stop(self):
+        """Away with it, whatever it does."""
+        while device_at(self.at) is not None and libc.umount2(os.fsencode(self.at), 2) == 0:
+            pass
+        try:
+            self.proc.wait(5)
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+
+def ask(*args):
+    p = subprocess.run([binary(), *args], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                       text=True, errors='replace', timeout=120)
+    return p.returncode, p.stdout
+
+
+def data(tag, n):
+    return hashlib.shake_128(str(tag).encode()).digest(n)
+
+
+def fill_src(src, seed, tops, files, big=2):
+    """An ordinary tree with links and some large files; the same seed gives the same."""
+    for t in range(tops):
+        for k in range(4):
+            os.makedirs('%s/t%d/d%d/e' % (src, t, k))
+        for i in range(files):
+            tag = '%s/%d/%d' % (seed, t, i)
+            d = '%s/t%d/d%d%s' % (src, t, i % 4, '/e' if i % 3 == 0 else '')
+            size = int.from_bytes(data(tag + 'size', 2), 'little')
+            size = [size % 5000, size % 5000, size % 60000, 70000 + size * 8][i * 7919 % 4]
+            with open('%s/f%d' % (d, i), 'wb') as f:
+                f.write(data(tag, size))
+            os.chmod('%s/f%d' % (d, i), [0o644, 0o600, 0o755, 0o640][i % 4])
+            if i % 5 == 0:
+                os.setxattr('%s/f%d' % (d, i), 'user.tag', tag.encode())
+            if i % 11 == 0:
+                os.link('%s/f%d' % (d, i), '%s/t%d/d%d/link%d' % (src, t, (i + 1) % 4, i))
+            if i % 13 == 0:
+                os.symlink('f%d' % i, '%s/sym%d' % (d, i))
+        for i in range(big):
+            with open('%s/t%d/big%d' % (src, t, i), 'wb') as f:
+                f.write(data('%s/%d/big%d' % (seed, t, i), 9 << 20))
+                f.seek(3 << 20, 1)
+                f.write(b'the end after a hole')
+    for top, dirs, names in os.walk(src, topdown=False):
+        for i, n in enumerate(sorted(names)):
+            os.utime(top + '/' + n, ns=(T0, T0 + i * 1_000_003), follow_symlinks=False)
+        os.utime(top, ns=(T0, T0 + len(names)))
+
+
+def look(path):
+    """What one name is: a comparable tuple without its content."""
+    s = os.lstat(path)
+    kind = stat.S_IFMT(s.st_mode)
+    xs = {n: os.getxattr(path, n, follow_symlinks=False) for n in os.listxattr(path, follow_symlinks=False)}
+    return {'kind': kind, 'mode': stat.S_IMODE(s.st_mode), 'uid': s.st_uid, 'gid': s.st_gid, 'xattrs': xs,
+            'size': 0 if kind == stat.S_IFDIR else s.st_size, 'mtime': s.st_mtime_ns, 'ino': s.st_ino,
+            'nlink': 0 if kind == stat.S_IFDIR else s.st_nlink,
+            'target': os.readlink(path) if kind == stat.S_IFLNK else None}
+
+
+def tree(root):
+    """All relative names below root."""
+    out = []
+    for top, dirs, names in os.walk(root):
+        rel = os.path.relpath(top, root)
+        out += [os.path.normpath(os.path.join(rel, n)) for n in dirs + names]
+    return sorted(out)
+
+
+def traces(dst):
+    """What is left in dst of the program; [] when nothing is."""
+    left = [CONTROL] if os.path.lexists(dst + '/' + CONTROL) else []
+    for n in ['.'] + tree(dst):
+        left += [n + ': ' + x for x in os.listxattr(dst + '/' + n, follow_symlinks=False) if x in MARKS]
+    return left
+
+
+def read(path):
+    with open(path, 'rb') as f:
+        return f.read()
+
+
+def scratch(prefix):
+    import tempfile
+    return os.path.realpath(tempfile.mkdtemp(prefix=prefix))
+
+
+def remove(work):
+    """Unmounts what is below a scratch directory and removes it."""
+    while True:
+        below = [l.split()[4] for l in open('/proc/self/mountinfo') if l.split()[4].startswith(work + '/')]
+        if not below or libc.umount2(os.fsencode(below[-1]), 2):
+            break
+    shutil.rmtree(work, ignore_errors=True)
