@@ -6,6 +6,7 @@
 //! walker. docs/ARCHITECTURE.md has the table of floors that a module may import from.
 
 pub mod config;
+pub mod crew;
 pub mod error;
 pub mod progress;
 pub mod ranges;
@@ -16,3 +17,4 @@ pub mod sys;
 pub mod engine;
 pub mod mark;
 pub mod meta;
+pub mod verify;

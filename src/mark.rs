@@ -19,6 +19,9 @@ use crate::sys::name::RelPath;
 use crate::sys::stat::Time;
 use crate::sys::xattr::{self, Target};
 
+/// The control directory in the raw root of dst: gone at finish, invisible in the mount.
+pub const CONTROL_DIR: &[u8] = b".mirrorfs";
+
 const VERSION: u8 = 1 << 4;
 const POPULATED: u8 = 1;
 const ORIGIN: u8 = 1 << 1;

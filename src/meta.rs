@@ -27,7 +27,7 @@ const ACCESS_ACL: &CStr = c"system.posix_acl_access";
 pub const LATE_FLAGS: u32 = 0x10 | 0x20;
 /// Flags that mean the same on every file system that knows them: sync, immutable, append, nodump,
 /// noatime, dirsync. Layout flags (extents, compression, COW) belong to the file system below.
-const COPIED_FLAGS: u32 = 0x8 | LATE_FLAGS | 0x40 | 0x80 | 0x1_0000;
+pub const COPIED_FLAGS: u32 = 0x8 | LATE_FLAGS | 0x40 | 0x80 | 0x1_0000;
 
 /// An inode's metadata.
 #[derive(Debug, Clone)]
@@ -278,7 +278,8 @@ pub fn timestamps(atime: Time, mtime: Time) -> Timestamps {
 /// Not the live mark, and not what a file system computes (`system.nfs4_acl`, `btrfs.*`, `ceph.*`).
 fn is_copied(name: &CStr, mark: MarkName) -> bool {
     let bytes = name.to_bytes();
-    if name == mark.as_cstr() {
+    // xfs shows each POSIX ACL a second time, as trusted.SGI_ACL_*: not to be copied elsewhere.
+    if name == mark.as_cstr() || bytes.starts_with(b"trusted.SGI_ACL_") {
         return false;
     }
     [&b"user."[..], b"trusted.", b"security."]

@@ -13,6 +13,7 @@ pub mod handle;
 pub mod host;
 pub mod local;
 pub mod name;
+pub mod pair;
 pub mod stat;
 pub mod xattr;
 

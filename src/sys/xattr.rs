@@ -18,6 +18,8 @@ use super::name::Name;
 pub enum Target<'a> {
     /// The inode behind an fd of any kind.
     Fd(BorrowedFd<'a>),
+    /// The inode behind an fd that is open for reading or writing (not O_PATH): the shortest way.
+    Open(BorrowedFd<'a>),
     /// The inode that a name in a directory is; never what a symlink points to.
     At(BorrowedFd<'a>, &'a Name),
 }
@@ -25,6 +27,7 @@ pub enum Target<'a> {
 impl Target<'_> {
     fn path(&self) -> CString {
         let bytes = match self {
+            Target::Open(_) => Vec::new(),
             Target::Fd(fd) => format!("/proc/self/fd/{}", fd.as_raw_fd()).into_bytes(),
             Target::At(dir, name) => {
                 let mut p = format!("/proc/self/fd/{}/", dir.as_raw_fd()).into_bytes();
@@ -43,11 +46,13 @@ const MAX: usize = 65536;
 pub fn list(target: Target<'_>) -> Result<Vec<CString>> {
     let path = target.path();
     let call = |buf: &mut [u8]| match target {
+        Target::Open(fd) => rustix::fs::flistxattr(fd, buf),
         Target::Fd(_) => rustix::fs::listxattr(&path, buf),
         Target::At(..) => rustix::fs::llistxattr(&path, buf),
     };
     let mut small = [0u8; 1024];
     let bytes = match call(&mut small) {
+        Ok(0) => return Ok(Vec::new()),
         Ok(n) => small[..n].to_vec(),
         Err(Errno::RANGE) => {
             let mut big = vec![0u8; MAX];
@@ -66,6 +71,7 @@ pub fn list(target: Target<'_>) -> Result<Vec<CString>> {
 pub fn get(target: Target<'_>, name: &CStr) -> Result<Option<Vec<u8>>> {
     let path = target.path();
     let call = |buf: &mut [u8]| match target {
+        Target::Open(fd) => rustix::fs::fgetxattr(fd, name, buf),
         Target::Fd(_) => rustix::fs::getxattr(&path, name, buf),
         Target::At(..) => rustix::fs::lgetxattr(&path, name, buf),
     };
@@ -92,6 +98,7 @@ pub fn set(target: Target<'_>, name: &CStr, value: &[u8]) -> Result<()> {
 pub fn set_flags(target: Target<'_>, name: &CStr, value: &[u8], flags: XattrFlags) -> Result<()> {
     let path = target.path();
     match target {
+        Target::Open(fd) => rustix::fs::fsetxattr(fd, name, value, flags),
         Target::Fd(_) => rustix::fs::setxattr(&path, name, value, flags),
         Target::At(..) => rustix::fs::lsetxattr(&path, name, value, flags),
     }
@@ -101,6 +108,7 @@ pub fn set_flags(target: Target<'_>, name: &CStr, value: &[u8], flags: XattrFlag
 pub fn remove(target: Target<'_>, name: &CStr) -> Result<()> {
     let path = target.path();
     match target {
+        Target::Open(fd) => rustix::fs::fremovexattr(fd, name),
         Target::Fd(_) => rustix::fs::removexattr(&path, name),
         Target::At(..) => rustix::fs::lremovexattr(&path, name),
     }
