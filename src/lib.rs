@@ -5,6 +5,7 @@
 //! entries), a file is hydrated (its data brought into its placeholder), on first access or by the
 //! walker. docs/ARCHITECTURE.md has the table of floors that a module may import from.
 
+pub mod cli;
 pub mod config;
 pub mod crew;
 pub mod error;

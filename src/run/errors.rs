@@ -1,0 +1,92 @@
+//! The `errors` command: the ledger, from the daemon or from dst.
+
+use std::path::Path;
+
+use serde_json::Value;
+
+use super::control::{self, Request};
+use super::{Failure, Outcome, exit, out};
+use crate::cli;
+
+/// How the entries are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Format {
+    /// A line for people.
+    Text,
+    /// An object on each line.
+    Json,
+    /// Paths, each ended by a NUL.
+    Null,
+}
+
+impl Format {
+    /// What the flags say.
+    pub(super) fn of(args: &cli::Errors) -> Format {
+        match (args.json, args.null) {
+            (true, _) => Format::Json,
+            (_, true) => Format::Null,
+            _ => Format::Text,
+        }
+    }
+}
+
+/// `mirrorfs errors`.
+pub(super) fn run(path: &Path, format: Format) -> Outcome {
+    let bad = |e: &dyn std::fmt::Display| Failure::new(exit::FAILURE, format!("ledger: {e}"));
+    let value = match control::find(path)? {
+        Some(daemon) => daemon.call(&Request::Errors)?,
+        None => serde_json::to_value(crate::mirror::read_ledger(path)?).map_err(|e| bad(&e))?,
+    };
+    let Value::Array(entries) = value else {
+        return Err(bad(&"not a list"));
+    };
+    for entry in &entries {
+        match format {
+            Format::Text => out::say(&text(entry)),
+            Format::Json => out::say(&entry.to_string()),
+            Format::Null => {
+                let mut bytes = path_of(entry);
+                bytes.push(0);
+                out::raw(&bytes);
+            }
+        }
+    }
+    Ok(exit::DONE)
+}
+
+/// The path's bytes: the text when it is UTF-8, otherwise the hexadecimal form.
+fn path_of(entry: &Value) -> Vec<u8> {
+    let field = |key: &str| entry.get(key).and_then(Value::as_str).unwrap_or_default();
+    let hex = field("path_hex").as_bytes();
+    let decoded: Option<Vec<u8>> = hex
+        .chunks(2)
+        .map(|pair| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok())
+        .collect();
+    match decoded {
+        Some(bytes) if !bytes.is_empty() => bytes,
+        _ => field("path").as_bytes().to_vec(),
+    }
+}
+
+/// The ledger's own line: it names the path, the call, the side and the reason.
+fn text(entry: &Value) -> String {
+    let field = |key: &str| entry.get(key).and_then(Value::as_str);
+    field("message").unwrap_or("?").to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn a_path_that_is_not_utf_8_comes_back_as_its_bytes() {
+        let entry = json!({
+            "path": "a\u{fffd}", "path_hex": "61ff", "side": "src", "call": "open",
+            "errno": 13, "message": "\"a\\xff\": open src: Permission denied", "time_unix": 0
+        });
+        assert_eq!(path_of(&entry), b"a\xff");
+        assert_eq!(text(&entry), "\"a\\xff\": open src: Permission denied");
+        assert_eq!(path_of(&json!({ "path": "b" })), b"b");
+    }
+}

@@ -1,0 +1,289 @@
+//! Preflight: what must hold before anything is touched, each with a line of its own.
+//!
+//! Directories are opened once and compared as inodes, upwards along `..` and by their place inside
+//! their file system, so that neither a symlink nor a bind mount hides that one tree is inside the
+//! other. What only the trees' content tells (marks, identity, locks) is `Mirror::open`'s.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use super::out::quoted;
+use super::{Failure, exit};
+use crate::config::{MountConfig, SyncConfig};
+use crate::error::Errno;
+use crate::sys::stat::{Stat, stat_fd};
+use crate::sys::{caps, host, local};
+
+/// File system type of our own mounts.
+const OUR_TYPE: &str = "fuse.mirrorfs";
+/// Dead mounts stacked on one directory that are taken away; more is somebody's mistake.
+const DEAD_MOUNTS_MAX: usize = 16;
+
+/// A directory that was opened as the user named it.
+struct Root {
+    role: &'static str,
+    path: PathBuf,
+    fd: OwnedFd,
+    stat: Stat,
+}
+
+impl Root {
+    fn open(role: &'static str, path: &Path) -> Result<Root, Failure> {
+        let fail = |call: &str, e: Errno| unusable(role, path, call, e);
+        let fd = match local::open_dir_path(path) {
+            Err(e) if host::is_mount_gone(e) => {
+                let line = format!(
+                    "{role} {}: open: {e}; a mount on it has died: umount -l {}",
+                    quoted(path),
+                    quoted(path)
+                );
+                return Err(Failure::new(exit::UNUSABLE, line));
+            }
+            other => other.map_err(|e| fail("open", e))?,
+        };
+        let stat = stat_fd(fd.as_fd()).map_err(|e| fail("statx", e))?;
+        local::may_list(fd.as_fd()).map_err(|e| fail("access", e))?;
+        Ok(Root {
+            role,
+            path: path.to_path_buf(),
+            fd,
+            stat,
+        })
+    }
+
+    /// Whether `other` is this directory or below it.
+    fn contains(&self, other: &Root) -> Result<bool, Failure> {
+        let above = local::ancestors(other.fd.as_fd())
+            .map_err(|e| unusable(other.role, &other.path, "openat ..", e))?;
+        if above.contains(&self.stat.key) {
+            return Ok(true);
+        }
+        let place = |root: &Root| {
+            local::place(root.fd.as_fd())
+                .map_err(|e| unusable(root.role, &root.path, "readlink", e))
+        };
+        Ok(match (place(self)?, place(other)?) {
+            (Some(this), Some(that)) => this.contains(&that),
+            _ => false,
+        })
+    }
+
+    fn is(&self, other: &Root) -> bool {
+        self.stat.key == other.stat.key
+    }
+
+    /// The type of the file system whose root was mounted right on this directory.
+    fn mounted_type(&self) -> Option<String> {
+        if !self.stat.mount_root {
+            return None;
+        }
+        let mounts = host::mounts().ok()?;
+        let line = mounts.into_iter().find(|m| m.id == self.stat.mnt_id)?;
+        Some(line.fs_type)
+    }
+}
+
+/// Everything that `mount` can know beforehand. Returns the configuration with absolute paths.
+pub(super) fn mount(mut config: MountConfig) -> Result<MountConfig, Failure> {
+    host_can_mount()?;
+    if config.mountpoint != config.src {
+        Root::open("SRC", &config.src)?;
+    }
+    // After SRC: a mistake there must not uncover a half-filled DST.
+    for path in [&config.mountpoint, &config.dst] {
+        clear_dead_mounts(path)?;
+    }
+    let src = Root::open("SRC", &config.src)?;
+    let dst = Root::open("DST", &config.dst)?;
+    let point = Root::open("MOUNTPOINT", &config.mountpoint)?;
+    for root in [&dst, &point] {
+        if root.mounted_type().as_deref() == Some(OUR_TYPE) {
+            let line = format!(
+                "{} {}: busy: mirrorfs is mounted on it already (mirrorfs status {})",
+                root.role,
+                quoted(&root.path),
+                quoted(&root.path)
+            );
+            return Err(Failure::new(exit::UNUSABLE, line));
+        }
+    }
+    not_nested(&src, &dst)?;
+    if point.is(&dst) {
+        config.mountpoint = config.dst.clone();
+    } else if !point.is(&src) {
+        // The daemon would meet its own mount below SRC or DST, and wait for itself.
+        for root in [&src, &dst] {
+            if root.contains(&point)? {
+                let line = format!(
+                    "MOUNTPOINT {}: inside {} {}",
+                    quoted(&point.path),
+                    root.role,
+                    quoted(&root.path)
+                );
+                return Err(Failure::new(exit::UNUSABLE, line));
+            }
+        }
+        // An automount point waits for exactly this mount.
+        if let Some(fs_type) = point.mounted_type().filter(|t| t != "autofs") {
+            let line = format!(
+                "MOUNTPOINT {}: busy: {fs_type} is mounted on it",
+                quoted(&point.path)
+            );
+            return Err(Failure::new(exit::UNUSABLE, line));
+        }
+    }
+    config.rootless = !in_initial_user_namespace();
+    Ok(config)
+}
+
+/// Everything that `sync` can know beforehand.
+pub(super) fn sync(config: &SyncConfig) -> Result<(), Failure> {
+    let src = Root::open("SRC", &config.src)?;
+    match Root::open("DST", &config.dst) {
+        Ok(dst) => not_nested(&src, &dst),
+        // Missing: it will be made, unless its parent is missing too or lies inside SRC.
+        Err(failure) => match std::fs::symlink_metadata(&config.dst) {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+                let parent = match config.dst.parent() {
+                    Some(p) if !p.as_os_str().is_empty() => p,
+                    _ => Path::new("."),
+                };
+                let parent = Root::open("DST's parent", parent)?;
+                match src.contains(&parent)? {
+                    true => Err(nested(("DST", &config.dst), &src)),
+                    false => Ok(()),
+                }
+            }
+            _ => Err(failure),
+        },
+    }
+}
+
+/// Both trees of `verify` exist and are directories.
+pub(super) fn verify(src: &Path, dst: &Path) -> Result<(), Failure> {
+    Root::open("SRC", src)?;
+    Root::open("DST", dst)?;
+    Ok(())
+}
+
+fn not_nested(src: &Root, dst: &Root) -> Result<(), Failure> {
+    if src.is(dst) {
+        let line = format!(
+            "SRC {} and DST {} are the same directory",
+            quoted(&src.path),
+            quoted(&dst.path)
+        );
+        return Err(Failure::new(exit::UNUSABLE, line));
+    }
+    if src.contains(dst)? {
+        return Err(nested((dst.role, &dst.path), src));
+    }
+    if dst.contains(src)? {
+        return Err(nested((src.role, &src.path), dst));
+    }
+    Ok(())
+}
+
+fn nested((role, path): (&str, &Path), outer: &Root) -> Failure {
+    let line = format!(
+        "{role} {}: inside {} {}",
+        quoted(path),
+        outer.role,
+        quoted(&outer.path)
+    );
+    Failure::new(exit::UNUSABLE, line)
+}
+
+/// Takes away mounts of ours whose daemon is dead: every access through them is ENOTCONN.
+fn clear_dead_mounts(path: &Path) -> Result<(), Failure> {
+    for _ in 0..DEAD_MOUNTS_MAX {
+        match local::open_dir_path(path) {
+            Err(e) if host::is_mount_gone(e) => {}
+            _ => return Ok(()),
+        }
+        let Some(point) = dead_mount_point(path) else {
+            return Ok(()); // Not ours: opening it says what is wrong.
+        };
+        host::detach(&point).map_err(|e| unusable("MOUNTPOINT", &point, "umount", e))?;
+    }
+    Ok(())
+}
+
+/// The mount point of ours that `path` names, found as text: the path itself cannot be resolved.
+fn dead_mount_point(path: &Path) -> Option<PathBuf> {
+    let (parent, name) = (path.parent()?, path.file_name()?);
+    let real = std::fs::canonicalize(parent).ok()?.join(name);
+    let mounts = host::mounts().ok()?;
+    let top = mounts.into_iter().rfind(|m| m.point == real)?;
+    (top.fs_type == OUR_TYPE).then_some(real)
+}
+
+fn host_can_mount() -> Result<(), Failure> {
+    if !caps::have_sys_admin() {
+        return Err(Failure::new(
+            exit::FAILURE,
+            "mount: fsopen: needs CAP_SYS_ADMIN: run as root, or as \
+             `unshare --user --map-root-user --mount mirrorfs mount ...`",
+        ));
+    }
+    match std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/fuse")
+    {
+        Ok(_) => Ok(()),
+        Err(e) => Err(Failure::new(
+            exit::FAILURE,
+            format!("\"/dev/fuse\": open: {e}; load the module with `modprobe fuse`"),
+        )),
+    }
+}
+
+/// False for the root of a container or of `unshare --user`: `trusted.*` xattrs are not for us.
+fn in_initial_user_namespace() -> bool {
+    match std::fs::read_to_string("/proc/self/uid_map") {
+        Ok(map) => map.split_whitespace().eq(["0", "0", "4294967295"]),
+        Err(_) => true,
+    }
+}
+
+fn unusable(role: &str, path: &Path, call: &str, errno: Errno) -> Failure {
+    Failure::new(
+        exit::UNUSABLE,
+        format!("{role} {}: {call}: {errno}", quoted(path)),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sync_refuses_trees_inside_each_other_and_what_is_no_directory() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let at = |name: &str| dir.path().join(name);
+        std::fs::create_dir_all(at("src/inner")).expect("mkdir");
+        std::fs::create_dir(at("dst")).expect("mkdir");
+        std::fs::write(at("file"), "x").expect("write");
+        std::os::unix::fs::symlink(at("src/inner"), at("link")).expect("symlink");
+        let check = |src: &str, dst: &str| sync(&SyncConfig::new(at(src), at(dst)));
+        assert_eq!(check("src", "dst"), Ok(()));
+        assert_eq!(check("src", "new"), Ok(()));
+        for (src, dst, word) in [
+            ("none", "dst", "No such file"),
+            ("file", "dst", "Not a directory"),
+            ("src", "file", "Not a directory"),
+            ("src", "src", "same"),
+            ("src", "src/inner", "inside"),
+            ("src", "src/inner/new", "inside"),
+            ("src/inner", "src", "inside"),
+            ("src", "link", "inside"),
+            ("src", "none/new", "No such file"),
+        ] {
+            let failure = check(src, dst).expect_err(word);
+            assert_eq!(failure.exit, exit::UNUSABLE, "{failure:?}");
+            assert!(failure.line.contains(word), "{failure:?}");
+            assert!(!failure.line.contains('\n'), "{failure:?}");
+        }
+    }
+}

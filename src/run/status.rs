@@ -1,0 +1,593 @@
+//! Status: how far a migration is, as a page, as one line and as JSON.
+//!
+//! The daemon's `Live` makes a `Report` whenever somebody asks; the client prints it. Only what is
+//! known is said: a total that still grows is written with a `+`.
+
+use std::collections::VecDeque;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
+
+use super::control::{self, lexical};
+use super::out::{self, bytes, count, duration, percent, quoted};
+use super::{Failure, Outcome, exit};
+use crate::config::MountConfig;
+use crate::error::Printable;
+use crate::progress::Progress;
+use crate::sys::{host, local, stat};
+
+/// The states of DESIGN section 9.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "UPPERCASE")]
+pub enum State {
+    /// Not usable yet.
+    Preparing,
+    /// Usable; totals still grow.
+    Walking,
+    /// Usable; totals are known.
+    Migrating,
+    /// Usable; only what is opened is copied.
+    Paused,
+    /// Usable; something needs you.
+    Degraded,
+    /// Nothing is pending.
+    Complete,
+    /// Finished; waits for the last open file.
+    Finished,
+    /// No daemon; can be resumed.
+    Stopped,
+}
+
+impl State {
+    fn name(self) -> &'static str {
+        match self {
+            State::Preparing => "PREPARING",
+            State::Walking => "WALKING",
+            State::Migrating => "MIGRATING",
+            State::Paused => "PAUSED",
+            State::Degraded => "DEGRADED",
+            State::Complete => "COMPLETE",
+            State::Finished => "FINISHED",
+            State::Stopped => "STOPPED",
+        }
+    }
+}
+
+/// The counters, at one moment. They start at 0 with each daemon.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Counts {
+    /// Entries that have their name and metadata in dst.
+    pub entries_placed: u64,
+    /// Entries seen in src.
+    pub entries_seen: u64,
+    /// Files complete and durable in dst.
+    pub files_pulled: u64,
+    /// Files seen in src.
+    pub files_seen: u64,
+    /// Bytes complete and durable in dst.
+    pub bytes_pulled: u64,
+    /// Bytes seen in src.
+    pub bytes_seen: u64,
+    /// Bytes known to be left.
+    pub bytes_left: u64,
+    /// Files pulled because somebody waited.
+    pub demand_files: u64,
+    /// Bytes pulled because somebody waited.
+    pub demand_bytes: u64,
+    /// Accesses that wait for src now.
+    pub waiting: u64,
+    /// Entries in the ledger.
+    pub errors: u64,
+    /// Every directory was seen: the totals are final.
+    pub walk_done: bool,
+    /// Bytes per second, over the last half minute.
+    pub bytes_per_s: u64,
+}
+
+impl Counts {
+    /// The counters now.
+    pub fn of(progress: &Progress, bytes_per_s: u64) -> Counts {
+        Counts {
+            entries_placed: progress.entries_placed.get(),
+            entries_seen: progress.entries_seen.get(),
+            files_pulled: progress.files_pulled.get(),
+            files_seen: progress.files_seen.get(),
+            bytes_pulled: progress.bytes_pulled.get(),
+            bytes_seen: progress.bytes_seen.get(),
+            bytes_left: progress.bytes_left.get(),
+            demand_files: progress.demand_files.get(),
+            demand_bytes: progress.demand_bytes.get(),
+            waiting: progress.waiting.get(),
+            errors: progress.errors.get(),
+            walk_done: progress.walk_done.load(Relaxed),
+            bytes_per_s,
+        }
+    }
+
+    /// A `+` while the total can still grow.
+    fn more(&self) -> &'static str {
+        if self.walk_done { "" } else { "+" }
+    }
+
+    /// Time for what is known to be left; `None` while nothing moves.
+    fn eta(&self) -> Option<Duration> {
+        (self.bytes_per_s > 0 && self.bytes_left > 0)
+            .then(|| Duration::from_secs(self.bytes_left / self.bytes_per_s))
+    }
+
+    /// One line for a log or a pipe.
+    pub(crate) fn line(&self) -> String {
+        let more = self.more();
+        let mut line = format!(
+            "entries {} / {}{more}  files {} / {}{more}  data {} / {}{more}  {}/s",
+            count(self.entries_placed),
+            count(self.entries_seen),
+            count(self.files_pulled),
+            count(self.files_seen),
+            bytes(self.bytes_pulled),
+            bytes(self.bytes_seen),
+            bytes(self.bytes_per_s),
+        );
+        if let Some(eta) = self.eta() {
+            line += &format!("  ETA {}{more}", duration(eta));
+        }
+        line + &format!("  errors {}", count(self.errors))
+    }
+}
+
+/// All that a status page says.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    /// The state.
+    pub state: State,
+    /// Programs can work in the mount.
+    pub usable: bool,
+    /// Where the tree is seen.
+    pub mountpoint: String,
+    /// The tree copied from.
+    pub src: String,
+    /// The tree copied into.
+    pub dst: String,
+    /// File system types.
+    pub src_fs: String,
+    /// Likewise.
+    pub dst_fs: String,
+    /// All names of mount point and dst, unambiguous text: how a client finds its daemon.
+    pub home_names: Vec<String>,
+    /// All names of src.
+    pub src_names: Vec<String>,
+    /// The daemon.
+    pub pid: u32,
+    /// Its version.
+    pub version: String,
+    /// When it started.
+    pub since_unix: u64,
+    /// What the background does: running, off, paused, waits for room, done.
+    pub background: String,
+    /// The counters.
+    #[serde(flatten)]
+    pub counts: Counts,
+    /// Free in dst, bytes.
+    pub dst_free: Option<u64>,
+    /// What you should do.
+    pub action: String,
+}
+
+impl Report {
+    /// The page.
+    fn page(&self) -> Vec<String> {
+        let c = &self.counts;
+        let usable = if self.usable { ", usable" } else { "" };
+        let since = UNIX_EPOCH + Duration::from_secs(self.since_unix);
+        let age = SystemTime::now().duration_since(since).unwrap_or_default();
+        let total = |part, whole| match c.walk_done {
+            true => percent(part, whole),
+            false => "(not all directories were seen yet)".to_owned(),
+        };
+        let mut data = format!(
+            "data    {} pulled / {}{}  {}",
+            bytes(c.bytes_pulled),
+            bytes(c.bytes_seen),
+            c.more(),
+            total(c.bytes_pulled, c.bytes_seen),
+        );
+        if c.bytes_per_s > 0 {
+            data += &format!("  {}/s", bytes(c.bytes_per_s));
+        }
+        if let Some(eta) = c.eta() {
+            data += &format!("  ETA {}{}", duration(eta), c.more());
+        }
+        let mut page = vec![
+            format!(
+                "{}  {} ({}) -> {} ({})   {}{usable}",
+                self.mountpoint,
+                self.src,
+                self.src_fs,
+                self.dst,
+                self.dst_fs,
+                self.state.name()
+            ),
+            format!(
+                "since {} ({})  pid {}  background {}",
+                humantime::format_rfc3339_seconds(since),
+                duration(age),
+                self.pid,
+                self.background
+            ),
+            format!(
+                "entries {} placed / {}{}  {}",
+                count(c.entries_placed),
+                count(c.entries_seen),
+                c.more(),
+                total(c.entries_placed, c.entries_seen),
+            ),
+            format!(
+                "files   {} pulled / {}{}  {}",
+                count(c.files_pulled),
+                count(c.files_seen),
+                c.more(),
+                total(c.files_pulled, c.files_seen),
+            ),
+            data,
+            format!(
+                "on access {} files, {}; waiting {}",
+                count(c.demand_files),
+                bytes(c.demand_bytes),
+                count(c.waiting)
+            ),
+        ];
+        if let Some(free) = self.dst_free {
+            page.push(format!(
+                "dst free {}, needed {}{}",
+                bytes(free),
+                bytes(c.bytes_left),
+                c.more()
+            ));
+        }
+        page.push(match c.errors {
+            0 => "errors  0".to_owned(),
+            n => format!(
+                "errors  {}   list: mirrorfs errors {}",
+                count(n),
+                self.mountpoint
+            ),
+        });
+        page.push(format!("action  {}", self.action));
+        page
+    }
+
+    /// The state as it is printed.
+    pub(crate) fn state_name(&self) -> &'static str {
+        self.state.name()
+    }
+
+    /// One line for a log or a pipe.
+    pub(crate) fn line(&self) -> String {
+        format!("{}  {}", self.state.name(), self.counts.line())
+    }
+}
+
+/// What only the main loop knows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Phase {
+    /// Not attached yet.
+    Preparing,
+    /// Attached.
+    Serving,
+    /// Finished: dst is a plain tree.
+    Finished,
+    /// Detached, still in use by somebody.
+    Stopping,
+}
+
+/// The daemon's side: everything a report is made of.
+pub(crate) struct Live {
+    config: MountConfig,
+    progress: Arc<Progress>,
+    since: SystemTime,
+    src_fs: String,
+    dst_fs: String,
+    home_names: Vec<String>,
+    src_names: Vec<String>,
+    /// dst from before the mount, for its free space.
+    dst: OwnedFd,
+    phase: Mutex<Phase>,
+    rate: Mutex<Rate>,
+}
+
+impl Live {
+    /// Before the mount is attached: later these paths lead into ourselves.
+    pub(crate) fn new(config: &MountConfig, progress: Arc<Progress>) -> Result<Live, Failure> {
+        let open = |path: &Path| {
+            local::open_dir_path(path)
+                .map_err(|e| Failure::new(exit::UNUSABLE, format!("{}: open: {e}", quoted(path))))
+        };
+        let (src, dst) = (open(&config.src)?, open(&config.dst)?);
+        let mut home_names = names(&config.mountpoint);
+        home_names.extend(names(&config.dst));
+        Ok(Live {
+            progress,
+            since: SystemTime::now(),
+            src_fs: fs_type(&src),
+            dst_fs: fs_type(&dst),
+            home_names,
+            src_names: names(&config.src),
+            dst,
+            phase: Mutex::new(Phase::Preparing),
+            rate: Mutex::new(Rate::default()),
+            config: config.clone(),
+        })
+    }
+
+    /// Tells where the main loop is.
+    pub(crate) fn set_phase(&self, phase: Phase) {
+        *self.phase.lock() = phase;
+    }
+
+    /// Takes a sample for the rate; called about once a second.
+    pub(crate) fn tick(&self) {
+        self.rate
+            .lock()
+            .sample(Instant::now(), self.progress.bytes_pulled.get());
+    }
+
+    /// The report of this moment.
+    pub(crate) fn report(&self) -> Report {
+        let counts = Counts::of(&self.progress, self.rate.lock().bytes_per_s());
+        let state = self.state(&counts);
+        let text = |path: &Path| path.to_string_lossy().into_owned();
+        let free = host::fs_stat(self.dst.as_fd()).ok();
+        Report {
+            state,
+            usable: !matches!(state, State::Preparing | State::Finished | State::Stopped),
+            mountpoint: text(&self.config.mountpoint),
+            src: text(&self.config.src),
+            dst: text(&self.config.dst),
+            src_fs: self.src_fs.clone(),
+            dst_fs: self.dst_fs.clone(),
+            home_names: self.home_names.clone(),
+            src_names: self.src_names.clone(),
+            pid: std::process::id(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            since_unix: self
+                .since
+                .duration_since(UNIX_EPOCH)
+                .unwrap_or_default()
+                .as_secs(),
+            background: self.background().to_owned(),
+            action: self.action(state, &counts),
+            counts,
+            dst_free: free.map(|s| s.bavail.saturating_mul(s.frsize)),
+        }
+    }
+
+    fn state(&self, counts: &Counts) -> State {
+        let is = |flag: &std::sync::atomic::AtomicBool| flag.load(Relaxed);
+        match *self.phase.lock() {
+            Phase::Preparing => State::Preparing,
+            Phase::Finished => State::Finished,
+            Phase::Stopping => State::Stopped,
+            Phase::Serving if is(&self.progress.complete) && counts.errors == 0 => State::Complete,
+            Phase::Serving if is(&self.progress.complete) => State::Degraded,
+            Phase::Serving if is(&self.progress.dst_full) => State::Degraded,
+            Phase::Serving if is(&self.progress.paused) => State::Paused,
+            Phase::Serving if counts.walk_done => State::Migrating,
+            Phase::Serving => State::Walking,
+        }
+    }
+
+    fn background(&self) -> &'static str {
+        if self.progress.complete.load(Relaxed) {
+            "done"
+        } else if !self.config.background {
+            "off"
+        } else if self.progress.dst_full.load(Relaxed) {
+            "waits for room in dst"
+        } else if self.progress.paused.load(Relaxed) {
+            "paused"
+        } else {
+            "running"
+        }
+    }
+
+    fn action(&self, state: State, counts: &Counts) -> String {
+        let mountpoint = Printable(self.config.mountpoint.as_os_str());
+        match state {
+            State::Complete if self.config.finish => "none; it finishes by itself".into(),
+            State::Complete => format!("mirrorfs finish {mountpoint}"),
+            State::Degraded if self.progress.dst_full.load(Relaxed) => {
+                "make room in dst; reading goes on, from src".into()
+            }
+            State::Degraded => format!(
+                "{} entries could not be pulled: mirrorfs errors {mountpoint}; mend and mount \
+                 again, or mirrorfs finish --accept-loss {mountpoint}",
+                count(counts.errors)
+            ),
+            State::Paused => "none; only what is opened is copied".into(),
+            State::Walking | State::Migrating => {
+                format!("none; when this says COMPLETE: mirrorfs finish {mountpoint}")
+            }
+            State::Finished => "none; waits for the last open file".into(),
+            State::Stopped => "none; waits for the last open file, then mount resumes".into(),
+            State::Preparing => "none".into(),
+        }
+    }
+}
+
+/// How a client may spell a path: as the user did, and as it resolved before the mount.
+fn names(path: &Path) -> Vec<String> {
+    let spelled = [lexical(path), std::fs::canonicalize(path).ok()];
+    let mut names: Vec<String> = spelled
+        .into_iter()
+        .flatten()
+        .map(|p| Printable(p.as_os_str()).to_string())
+        .collect();
+    names.dedup();
+    names
+}
+
+fn fs_type(dir: &OwnedFd) -> String {
+    let id = stat::stat_fd(dir.as_fd()).map(|s| s.mnt_id).ok();
+    let mounts = host::mounts().unwrap_or_default();
+    let line = mounts.into_iter().find(|m| Some(m.id) == id);
+    line.map_or_else(|| "?".to_owned(), |m| m.fs_type)
+}
+
+/// Bytes per second over the last half minute.
+#[derive(Debug, Default)]
+pub(crate) struct Rate(VecDeque<(Instant, u64)>);
+
+impl Rate {
+    /// Adds a sample.
+    pub(crate) fn sample(&mut self, now: Instant, bytes: u64) {
+        self.0.push_back((now, bytes));
+        while self.0.len() > 2
+            && self
+                .0
+                .front()
+                .is_some_and(|(t, _)| now.duration_since(*t).as_secs() > 30)
+        {
+            self.0.pop_front();
+        }
+    }
+
+    /// The rate; 0 until there are two samples.
+    pub(crate) fn bytes_per_s(&self) -> u64 {
+        let (Some((t0, b0)), Some((t1, b1))) = (self.0.front(), self.0.back()) else {
+            return 0;
+        };
+        let s = t1.duration_since(*t0).as_secs_f64();
+        if s < 0.1 {
+            0
+        } else {
+            (b1.saturating_sub(*b0) as f64 / s) as u64
+        }
+    }
+}
+
+/// `mirrorfs status`.
+pub(crate) fn run(path: Option<&Path>, json: bool) -> Outcome {
+    let Some(path) = path else {
+        let reports: Vec<Report> = control::daemons().into_iter().map(|d| d.report).collect();
+        if json {
+            print_json(&reports)?;
+        } else if reports.is_empty() {
+            out::say("no migration is running");
+        }
+        for (i, report) in reports.iter().enumerate().filter(|_| !json) {
+            if i > 0 {
+                out::say("");
+            }
+            report.page().iter().for_each(|line| out::say(line));
+        }
+        return Ok(exit::DONE);
+    };
+    match control::find(path)? {
+        Some(daemon) if json => print_json(&daemon.report)?,
+        Some(daemon) => daemon.report.page().iter().for_each(|line| out::say(line)),
+        None => stopped(path, json)?,
+    }
+    Ok(exit::DONE)
+}
+
+/// No daemon: the marks in dst tell what is left.
+fn stopped(dst: &Path, json: bool) -> Result<(), Failure> {
+    let survey = crate::mirror::survey(dst)?;
+    let dst: PathBuf = lexical(dst).unwrap_or_else(|| dst.to_path_buf());
+    let src = survey.identity_src.as_deref().map(Path::to_string_lossy);
+    let done = survey.pending_files == 0 && survey.pending_dirs == 0 && survey.ledger == 0;
+    let action = match (&src, done) {
+        (_, true) => format!("mirrorfs finish {}", Printable(dst.as_os_str())),
+        (Some(src), _) => format!("mirrorfs mount {src} {}", Printable(dst.as_os_str())),
+        (None, _) => "mirrorfs mount SRC DST, as before".to_owned(),
+    };
+    if json {
+        return print_json(&serde_json::json!({
+            "state": State::Stopped,
+            "usable": false,
+            "src": src,
+            "dst": dst.to_string_lossy(),
+            "pending_files": survey.pending_files,
+            "pending_dirs": survey.pending_dirs,
+            "bytes_left": survey.bytes_left,
+            "errors": survey.ledger,
+            "action": action,
+        }));
+    }
+    let src = src.unwrap_or("?".into());
+    out::say(&format!(
+        "{}  from {src}   {}",
+        dst.display(),
+        State::Stopped.name()
+    ));
+    out::say(&format!(
+        "pending {} files, {} directories, {} known to be left",
+        count(survey.pending_files),
+        count(survey.pending_dirs),
+        bytes(survey.bytes_left)
+    ));
+    out::say(&format!("errors  {}", count(survey.ledger)));
+    out::say(&format!("action  {action}"));
+    Ok(())
+}
+
+fn print_json(value: &impl Serialize) -> Result<(), Failure> {
+    let text = serde_json::to_string_pretty(value)
+        .map_err(|e| Failure::new(exit::FAILURE, format!("json: {e}")))?;
+    out::say(&text);
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn live() -> Live {
+        let config = MountConfig::new("/usr", "/tmp");
+        Live::new(&config, Arc::new(Progress::default())).expect("opens")
+    }
+
+    #[test]
+    fn the_state_says_what_the_user_should_do() {
+        let live = live();
+        let state = |live: &Live| live.report().state;
+        assert_eq!(state(&live), State::Preparing);
+        live.set_phase(Phase::Serving);
+        assert_eq!(state(&live), State::Walking);
+        live.progress.walk_done.store(true, Relaxed);
+        assert_eq!(state(&live), State::Migrating);
+        live.progress.dst_full.store(true, Relaxed);
+        assert_eq!(state(&live), State::Degraded);
+        live.progress.complete.store(true, Relaxed);
+        assert_eq!(state(&live), State::Complete);
+        assert_eq!(live.report().action, "mirrorfs finish /tmp");
+        live.progress.errors.set(1);
+        assert_eq!(state(&live), State::Degraded);
+    }
+
+    #[test]
+    fn a_report_survives_json() {
+        let report = live().report();
+        let text = serde_json::to_string(&report).expect("serializes");
+        assert!(text.contains("\"state\":\"PREPARING\""), "{text}");
+        let back: Report = serde_json::from_str(&text).expect("parses");
+        assert_eq!(back, report);
+    }
+
+    #[test]
+    fn a_total_that_can_grow_is_marked() {
+        let mut counts = Counts {
+            bytes_left: 1 << 30,
+            bytes_per_s: 1 << 20,
+            ..Counts::default()
+        };
+        assert!(counts.line().contains("/ 0+"), "{}", counts.line());
+        counts.walk_done = true;
+        assert!(counts.line().contains("ETA 17 m 4 s"), "{}", counts.line());
+    }
+}
