@@ -1,0 +1,76 @@
+# `make` lists the targets. `make demo` and `make test` are what README starts with.
+
+CARGO ?= cargo
+PREFIX ?= /usr/local
+DESTDIR ?=
+# The binary that cargo was told to build (CARGO_TARGET_DIR moves it).
+TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
+BIN := $(TARGET_DIR)/release/mirrorfs
+SHELLS := bash zsh fish
+COMMANDS := mount sync status verify finish errors completions
+
+.DEFAULT_GOAL := help
+.PHONY: help setup build demo check test test-all bench doc install clean \
+        pjdfstest fsx crash powercut
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## install the Debian packages that build and tests need, if they are missing
+	scripts/setup.sh
+
+build: ## build the release binary
+	$(CARGO) build --release --locked
+
+demo: ## migrate a real tree of 20,000 files through the mount, and verify it
+	scripts/setup.sh --only-build
+	scripts/demo.sh
+
+check: ## format, lints, dependencies
+	$(CARGO) fmt --check
+	$(CARGO) clippy --locked --all-targets --all-features -- -D warnings
+	@if $(CARGO) deny --version >/dev/null 2>&1; then $(CARGO) deny check; \
+	else echo "skipped: cargo deny check (cargo install cargo-deny)"; fi
+
+test: setup check ## check, then every test that this machine can run (as root: on real mounts)
+	$(CARGO) test --locked --features fault --lib
+	$(CARGO) test --locked --features fault --test it
+
+test-all: ## as test, and a test that cannot run here is a failure
+	MIRRORFS_TEST_ALL=1 $(MAKE) test
+
+bench: ## measure the engine, populate and first access
+	$(CARGO) bench --locked
+	@for script in scripts/bench/*.sh; do [ -e "$$script" ] && echo "also: $$script"; done; true
+
+doc: ## build the API documentation
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --document-private-items
+
+install: build ## install the binary, man pages and completions below PREFIX
+	install -D -m 755 $(BIN) $(DESTDIR)$(PREFIX)/bin/mirrorfs
+	install -d $(DESTDIR)$(PREFIX)/share/man/man1
+	$(BIN) man >$(DESTDIR)$(PREFIX)/share/man/man1/mirrorfs.1
+	for c in $(COMMANDS); do \
+	  $(BIN) man $$c >$(DESTDIR)$(PREFIX)/share/man/man1/mirrorfs-$$c.1 || exit 1; done
+	install -d $(DESTDIR)$(PREFIX)/share/bash-completion/completions \
+	  $(DESTDIR)$(PREFIX)/share/zsh/site-functions $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d
+	$(BIN) completions bash >$(DESTDIR)$(PREFIX)/share/bash-completion/completions/mirrorfs
+	$(BIN) completions zsh >$(DESTDIR)$(PREFIX)/share/zsh/site-functions/_mirrorfs
+	$(BIN) completions fish >$(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/mirrorfs.fish
+
+clean: ## remove what was built
+	$(CARGO) clean
+
+pjdfstest: build ## POSIX conformance of the mount (as root)
+	scripts/setup.sh --pjdfstest
+	MIRRORFS=$(abspath $(BIN)) scripts/pjdfstest.sh
+
+fsx: build ## 100,000 random operations on a file that starts pending, on each file system
+	scripts/setup.sh --fsx
+	MIRRORFS=$(abspath $(BIN)) scripts/fsx.sh
+
+crash: build ## 100 kill -9 at random moments under a random workload (as root)
+	MIRRORFS=$(abspath $(BIN)) python3 scripts/crash/kill9.py --rounds 100
+
+powercut: build ## 200 power cuts on each of ext4, xfs, btrfs (as root)
+	MIRRORFS=$(abspath $(BIN)) scripts/crash/powercut.sh
