@@ -1,3 +1,287 @@
 //! Engine: how bytes get from one file to another. It has never heard of marks.
+//!
+//!   submit()   a CopyJob enters one of two lanes; background waits while its lane is full
+//!   worker     one thread per CPU takes jobs, demand first, and runs several at once on its ring
+//!   done()     the job's Completion hears the end, exactly once
+//!   stop()     what waits in the background ends as Stopped, what is in flight ends, threads go
+//!
+//! Floor 3. Upholds I8 (no lock is held while a Completion runs) and I9 (jobs, open files, buffers
+//! and ring entries have limits fixed at start).
 
+mod buffers;
+mod copy;
 pub mod job;
+mod latency;
+mod perform;
+pub mod pool;
+mod queue;
+#[allow(unsafe_code)]
+mod ring;
+#[cfg(test)]
+mod tests;
+mod worker;
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering::SeqCst, fence};
+use std::thread::JoinHandle;
+
+use parking_lot::Mutex;
+
+use self::copy::Event;
+use self::job::{CopyJob, Priority};
+pub use self::pool::Pool;
+use self::queue::Queue;
+use self::worker::Worker;
+use crate::error::{Context, Errno, Error, Result, Side};
+use crate::sys;
+
+/// The engine's limits, fixed at start.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EngineConfig {
+    /// Copy threads; 0: one per CPU that this process may run on.
+    pub workers: usize,
+    /// Background jobs that wait before `submit` does.
+    pub queue_len_max: usize,
+    /// Buffers per worker for large files (small files have their own, one per file in flight).
+    pub buffers_per_worker: usize,
+    /// Size of such a buffer: the most that is read at once.
+    pub buffer_bytes: usize,
+    /// Files that one worker works on at the same time; a quarter is left to demand.
+    pub files_in_flight_max: usize,
+    /// Threads of the [`Pool`].
+    pub pool_threads: usize,
+    /// False: plain system calls only, as on a kernel without io_uring.
+    pub io_uring: bool,
+}
+
+impl Default for EngineConfig {
+    fn default() -> EngineConfig {
+        EngineConfig {
+            workers: 0,
+            queue_len_max: 1024,
+            buffers_per_worker: 8,
+            buffer_bytes: 512 * 1024,
+            files_in_flight_max: 64,
+            pool_threads: 32,
+            io_uring: true,
+        }
+    }
+}
+
+/// The copy threads, their queue, and the [`Pool`]. Dropping it stops it.
+pub struct Engine {
+    shared: Arc<Shared>,
+    pool: Arc<Pool>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+impl Engine {
+    /// Starts the threads. Where io_uring is missing or forbidden, plain system calls do the same.
+    pub fn start(config: &EngineConfig) -> Result<Engine> {
+        Engine::launch(config, io_max())
+    }
+
+    /// `io_max`: the most that one read or write may transfer.
+    fn launch(config: &EngineConfig, io_max: usize) -> Result<Engine> {
+        let cpus = sys::host::cpus();
+        let workers = if config.workers == 0 {
+            cpus.len().max(1)
+        } else {
+            config.workers
+        };
+        let bells = (0..workers)
+            .map(|_| Bell::new())
+            .collect::<Result<Vec<_>>>()?;
+        let shared = Arc::new(Shared {
+            queue: Queue::new(config.queue_len_max),
+            bells,
+        });
+        let pool = Arc::new(Pool::start(config.pool_threads, config.queue_len_max)?);
+        let engine = Engine {
+            shared,
+            pool,
+            threads: Mutex::new(Vec::with_capacity(workers)),
+        };
+        let (up, ups) = std::sync::mpsc::channel();
+        for index in 0..workers {
+            let (shared, pool) = (Arc::clone(&engine.shared), Arc::clone(&engine.pool));
+            let (config, up) = (config.clone(), up.clone());
+            let cpu = cpus.get(index % cpus.len().max(1)).copied();
+            let work = move || {
+                pool::enter_own_thread();
+                if let Some(cpu) = cpu {
+                    sys::host::pin_to_cpu(cpu);
+                }
+                let (worker, no_ring) = Worker::new(index, &config, io_max, shared, pool);
+                let _ = up.send(no_ring); // `start` waits for it.
+                drop(up);
+                worker.run();
+            };
+            let thread = std::thread::Builder::new().name(format!("mirrorfs-w{index}"));
+            match thread.spawn(work) {
+                Ok(thread) => engine.threads.lock().push(thread),
+                Err(e) => {
+                    // Dropping `engine` stops the threads that are there.
+                    let errno = Errno::from_io_error(&e).unwrap_or(Errno::AGAIN);
+                    return Err(errno).on("clone", Side::Host, "thread");
+                }
+            }
+        }
+        drop(up);
+        if let Some(errno) = ups.iter().flatten().next() {
+            tracing::warn!(error = %errno, "no io_uring: copying with plain system calls");
+        }
+        Ok(engine)
+    }
+
+    /// Hands a job over. Background waits while its lane is full; demand never waits. After the
+    /// stop began the job's `done` hears `Stopped`, and so does the caller.
+    pub fn submit(&self, job: CopyJob) -> Result<()> {
+        let priority = job.priority;
+        match self
+            .shared
+            .queue
+            .push(job, priority, !pool::on_own_thread())
+        {
+            Ok(()) => {
+                self.shared.wake_one(priority);
+                Ok(())
+            }
+            Err(job) => {
+                worker::finish_unstarted(job);
+                Err(Error::Stopped)
+            }
+        }
+    }
+
+    /// Threads for calls that may wait on src.
+    pub fn pool(&self) -> &Pool {
+        &self.pool
+    }
+
+    /// Ends the engine: background jobs that wait hear `Stopped`, and so do background jobs with
+    /// most of a large file before them; everything else in flight, and all demand, is finished.
+    /// Never called on one of the engine's own threads.
+    pub fn stop(&self) {
+        for job in self.shared.queue.close() {
+            worker::finish_unstarted(job);
+        }
+        for bell in &self.shared.bells {
+            bell.ring();
+        }
+        let threads = std::mem::take(&mut *self.threads.lock());
+        for thread in threads {
+            if thread.join().is_err() {
+                tracing::error!("a copy thread panicked");
+            }
+        }
+        for job in self.shared.queue.drain() {
+            worker::finish_unstarted(job); // Only if every worker panicked.
+        }
+        self.pool.stop();
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+/// MIRRORFS_SHORT_IO=4097 makes every read and write short, as a signal or a full disk could.
+#[cfg(feature = "fault")]
+fn io_max() -> usize {
+    let text = std::env::var("MIRRORFS_SHORT_IO").ok();
+    text.and_then(|t| t.parse().ok())
+        .filter(|n| *n > 0)
+        .unwrap_or(usize::MAX)
+}
+
+#[cfg(not(feature = "fault"))]
+fn io_max() -> usize {
+    usize::MAX
+}
+
+/// What the workers share.
+struct Shared {
+    queue: Queue<CopyJob>,
+    bells: Vec<Bell>,
+}
+
+impl Shared {
+    /// Wakes one sleeping worker that has room for a job of this priority, if there is one. Who is
+    /// awake looks at the queue before it sleeps.
+    fn wake_one(&self, priority: Priority) -> bool {
+        fence(SeqCst); // The push before this, and `Worker::sleep`'s store before its second look.
+        let needed = if priority == Priority::Demand {
+            ROOM_FOR_DEMAND
+        } else {
+            ROOM_FOR_ALL
+        };
+        self.bells
+            .iter()
+            .any(|b| b.state.load(SeqCst) >= needed && b.ring())
+    }
+
+    /// True when somebody sleeps who could take a background job.
+    fn anyone_idle(&self) -> bool {
+        self.bells
+            .iter()
+            .any(|b| b.state.load(SeqCst) == ROOM_FOR_ALL)
+    }
+}
+
+const AWAKE: u8 = 0;
+const NO_ROOM: u8 = 1;
+const ROOM_FOR_DEMAND: u8 = 2;
+const ROOM_FOR_ALL: u8 = 3;
+
+/// How others reach a worker: its eventfd, and results of calls that the pool made for it.
+struct Bell {
+    /// AWAKE, or asleep and with room for what.
+    state: AtomicU8,
+    eventfd: Arc<OwnedFd>,
+    results: Mutex<Vec<(usize, Event)>>,
+    results_len: AtomicUsize,
+}
+
+impl Bell {
+    fn new() -> Result<Bell> {
+        Ok(Bell {
+            state: AtomicU8::new(AWAKE),
+            eventfd: Arc::new(sys::fd::eventfd().on("eventfd", Side::Host, "worker")?),
+            results: Mutex::new(Vec::new()),
+            results_len: AtomicUsize::new(0),
+        })
+    }
+
+    /// Wakes the worker; true when it slept.
+    fn ring(&self) -> bool {
+        if self.state.swap(AWAKE, SeqCst) == AWAKE {
+            return false;
+        }
+        if let Err(e) = sys::fd::eventfd_signal(self.eventfd.as_fd()) {
+            tracing::error!(error = %e, "eventfd"); // Only a closed or full eventfd fails.
+        }
+        true
+    }
+
+    /// A call that the pool made for this worker came back.
+    fn deliver(&self, slot: usize, event: Event) {
+        let mut results = self.results.lock();
+        results.push((slot, event));
+        self.results_len.store(results.len(), SeqCst);
+        drop(results);
+        self.ring();
+    }
+
+    fn take_results(&self) -> Vec<(usize, Event)> {
+        if self.results_len.load(SeqCst) == 0 {
+            return Vec::new();
+        }
+        let mut results = self.results.lock();
+        self.results_len.store(0, SeqCst);
+        std::mem::take(&mut *results)
+    }
+}

@@ -68,6 +68,12 @@ pub struct Copied {
 
 /// How the engine reports on a job.
 pub trait Completion: Send {
+    /// Called right before the first byte of src is read. `false`: somebody else does this file
+    /// already, so the job ends here, without another word (no `done`).
+    fn begin(&mut self) -> bool {
+        true
+    }
+
     /// Source bytes as soon as they were read, before they are written to dst: only for
     /// `Span::Range` jobs, in pieces, any order, that together cover the clipped range.
     fn data(&mut self, offset: u64, bytes: &[u8]) {

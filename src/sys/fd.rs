@@ -142,3 +142,41 @@ pub fn fsync(fd: BorrowedFd<'_>) -> Result<()> {
 pub fn syncfs(fd: BorrowedFd<'_>) -> Result<()> {
     rustix::fs::syncfs(fd)
 }
+
+/// One pread(2); a short count is the caller's business.
+pub fn pread_some(fd: BorrowedFd<'_>, buf: &mut [u8], offset: u64) -> Result<usize> {
+    rustix::io::pread(fd, buf, offset)
+}
+
+/// One pwrite(2); a short count is the caller's business.
+pub fn pwrite_some(fd: BorrowedFd<'_>, buf: &[u8], offset: u64) -> Result<usize> {
+    rustix::io::pwrite(fd, buf, offset)
+}
+
+/// The device that an open file is on; asks no server, whatever the file system.
+pub fn device_of(fd: BorrowedFd<'_>) -> Result<(u32, u32)> {
+    let flags = AtFlags::EMPTY_PATH | AtFlags::from_bits_retain(libc::AT_STATX_DONT_SYNC as u32);
+    let x = rustix::fs::statx(fd, c"", flags, rustix::fs::StatxFlags::empty())?;
+    Ok((x.stx_dev_major, x.stx_dev_minor))
+}
+
+/// A counter that one thread waits for and others raise (eventfd).
+pub fn eventfd() -> Result<OwnedFd> {
+    rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC)
+}
+
+/// Raises an eventfd: whoever waits for it goes on.
+pub fn eventfd_signal(fd: BorrowedFd<'_>) -> Result<()> {
+    rustix::io::write(fd, &1u64.to_ne_bytes()).map(|_| ())
+}
+
+/// Waits until an eventfd was raised, and takes it back to zero.
+pub fn eventfd_wait(fd: BorrowedFd<'_>) -> Result<()> {
+    let mut value = [0u8; 8];
+    loop {
+        match rustix::io::read(fd, &mut value) {
+            Err(Errno::INTR) => {}
+            other => return other.map(|_| ()),
+        }
+    }
+}
