@@ -10,6 +10,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 exec python3 - "$here" "${1:-7}" <<'PY'
 import json, os, shutil, statistics, subprocess, sys, time
 here, runs = sys.argv[1], int(sys.argv[2])
+sys.dont_write_bytecode = True
 sys.path.insert(0, os.path.join(here, '../crash'))
 import lab
 

@@ -8,6 +8,7 @@ use std::fmt;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, SeekFrom, Stat};
 use rustix::io::Errno;
@@ -58,14 +59,6 @@ impl Manifest {
     pub(crate) fn entries(&self) -> impl Iterator<Item = (&[u8], &Entry)> {
         self.0.iter().map(|(path, entry)| (path.as_slice(), entry))
     }
-
-    pub(crate) fn get(&self, path: &str) -> Option<&Entry> {
-        self.0.get(path.as_bytes())
-    }
-
-    pub(crate) fn len(&self) -> usize {
-        self.0.len()
-    }
 }
 
 /// What is not compared. The default leaves out access times only.
@@ -77,8 +70,8 @@ pub(crate) struct Ignore {
     /// Link counts and which names share an inode.
     pub(crate) links: bool,
     pub(crate) mtime: bool,
-    /// The times of directories only.
-    pub(crate) dir_mtime: bool,
+    /// Two times that are both from the last hour: the same thing was done here and there.
+    pub(crate) recent_mtime: bool,
 }
 
 impl Default for Ignore {
@@ -89,7 +82,7 @@ impl Default for Ignore {
             content: false,
             links: false,
             mtime: false,
-            dir_mtime: false,
+            recent_mtime: false,
         }
     }
 }
@@ -343,8 +336,12 @@ fn compare_entries(path: &str, a: &Entry, b: &Entry, ignore: Ignore, found: &mut
     if a.target != b.target {
         check("target", &show(&a.target), &show(&b.target), false);
     }
-    let is_dir = a.kind == FileType::Directory;
-    if !ignore.mtime && !(ignore.dir_mtime && is_dir) {
+    let now = SystemTime::now()
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .map_or(0, |d| d.as_secs());
+    let recent = |sec: i64| sec.abs_diff(now as i64) < 3600;
+    let both_recent = recent(a.mtime.0) && recent(b.mtime.0);
+    if !ignore.mtime && !(ignore.recent_mtime && both_recent) {
         same!(mtime);
     }
     // readlink changes a symlink's access time and nothing can be done about it.

@@ -45,8 +45,14 @@ fn the_comparer_sees_what_cp_a_keeps(kind: &str) {
     let Some(w) = nasty_world(kind) else { return };
     // cp cannot name what is deeper than PATH_MAX.
     std::fs::remove_dir_all(w.src.join("deep-long")).unwrap();
-    run_for(Command::new("cp").arg("-a").arg(w.src.join(".")).arg(&w.dst), fixture::LIMIT)
-        .expect_code(0);
+    run_for(
+        Command::new("cp")
+            .arg("-a")
+            .arg(w.src.join("."))
+            .arg(&w.dst),
+        fixture::LIMIT,
+    )
+    .expect_code(0);
     w.expect_finished_copy();
     let names = compare::manifest(&w.dst);
     nasty::At::open(&w.dst.join("links")).file("one more", b"");

@@ -5,7 +5,6 @@
 //! A mount that hangs is killed by its watchdog, so that the suite fails instead of hanging.
 
 use std::cell::Cell;
-use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::Read;
 use std::os::unix::fs::PermissionsExt;
@@ -23,10 +22,10 @@ use rustix::process::{Resource, Rlimit};
 use crate::compare::{self, Manifest};
 use crate::raw;
 
-/// The file systems that every promise is checked on.
-pub(crate) const KINDS: [&str; 3] = ["ext4", "xfs", "btrfs"];
 /// The longest that one command or one step of waiting may take.
 pub(crate) const LIMIT: Duration = Duration::from_secs(120);
+/// The files above which a pending file is opened before it is whole.
+pub(crate) const LARGE: usize = 8 << 20;
 /// The longest that one mount may live, after which its watchdog kills it.
 const WATCHDOG: Duration = Duration::from_secs(300);
 /// The mark, as a dst inode carries it.
@@ -158,12 +157,6 @@ pub(crate) fn run(command: &mut Command) -> Output {
     run_for(command, LIMIT)
 }
 
-/// Runs a program with arguments and expects it to succeed.
-#[track_caller]
-pub(crate) fn ok<S: AsRef<OsStr>>(program: impl AsRef<OsStr>, args: &[S]) -> Output {
-    run(Command::new(program).args(args)).expect_code(0)
-}
-
 /// Runs a shell command as another user in `dir`.
 #[track_caller]
 pub(crate) fn shell_as(uid: u32, gid: u32, dir: &Path, script: &str) -> Output {
@@ -172,6 +165,26 @@ pub(crate) fn shell_as(uid: u32, gid: u32, dir: &Path, script: &str) -> Output {
         .args(ids)
         .args(["--clear-groups", "sh", "-c", script])
         .current_dir(dir))
+}
+
+/// Runs `act` in a thread of its own as another user.
+pub(crate) fn as_user<T: Send>(
+    uid: u32,
+    gid: u32,
+    umask: u32,
+    act: impl FnOnce() -> T + Send,
+) -> T {
+    thread::scope(|scope| {
+        let user = scope.spawn(|| {
+            raw::own_umask(umask);
+            raw::become_user(uid, gid).unwrap();
+            act()
+        });
+        match user.join() {
+            Ok(value) => value,
+            Err(panic) => std::panic::resume_unwind(panic),
+        }
+    })
 }
 
 /// A command of the program under test.

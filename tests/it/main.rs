@@ -6,8 +6,13 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod cli;
 mod compare;
+mod crash;
+mod differential;
 mod fidelity;
 mod fixture;
 mod nasty;
 mod raw;
+mod semantics;
+mod tidy;

@@ -10,7 +10,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{
-    AtFlags, CWD, Dev, FileType, Gid, Mode, OFlags, Timespec, Timestamps, Uid, XattrFlags,
+    AtFlags, Dev, FileType, Gid, Mode, OFlags, Timespec, Timestamps, Uid, XattrFlags,
 };
 use rustix::io::Errno;
 
@@ -460,15 +460,4 @@ pub(crate) fn ordinary(root: &Path, dirs: usize, files: usize) {
         d.stamp(".", 1_400_000_000, 2);
     }
     root.stamp(".", 1_400_000_000, 3);
-}
-
-/// Opens a path without following or waiting, for looking at it.
-pub(crate) fn open_path(path: &Path) -> OwnedFd {
-    rustix::fs::openat(
-        CWD,
-        path,
-        OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC,
-        Mode::empty(),
-    )
-    .unwrap()
 }

@@ -137,3 +137,9 @@ pub(crate) fn set_flags(fd: BorrowedFd<'_>, flags: u32) -> io::Result<()> {
     // SAFETY: the ioctl reads one int of ours.
     check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::FS_IOC_SETFLAGS, &flags) }.into()).map(drop)
 }
+
+/// truncate(2): by path, which is another request of a mount than ftruncate.
+pub(crate) fn truncate(path: &std::ffi::CStr, len: u64) -> io::Result<()> {
+    // SAFETY: a NUL-terminated path that lives through the call.
+    check(unsafe { libc::truncate(path.as_ptr(), len as libc::off_t) }.into()).map(drop)
+}

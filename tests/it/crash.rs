@@ -1,0 +1,353 @@
+//! Crashes of the daemon: it exits at every fault point, and is killed at a random moment. After
+//! the next mount nothing that was done is undone, nothing deleted comes back, and the finished
+//! tree is what the operations left.
+//!
+//! Power cuts and long random runs are scripts/crash.
+
+use std::collections::BTreeMap;
+use std::fs::{self, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use mirrorfs::sys::fault::POINTS;
+
+use crate::compare::{self, Ignore};
+use crate::fixture::{
+    CONTROL, LARGE, LIMIT, LoopFs, MARK, Mounted, World, bytes, can_mount_on, mirrorfs, need, run,
+};
+use crate::nasty::{self, At};
+use crate::raw;
+
+/// What a process that met its fault point exits with.
+const FAULT_EXIT: i32 = 99;
+
+/// One step of the workload: on the mount and on the plain copy.
+type Step = fn(&Path) -> io::Result<()>;
+
+/// Steps that meet pending entries of every kind. Each can be done again when a crash cut it off.
+const STEPS: &[Step] = &[
+    |at| fs::read(at.join("d0/f0")).map(drop),
+    |at| once_renamed(&at.join("d1"), &at.join("moved")),
+    |at| fs::read(at.join("moved/e/f1")).map(drop),
+    |at| once_removed(&at.join("d0/f2")),
+    |at| once_renamed(&at.join("d2/f0"), &at.join("d0/from elsewhere")),
+    |at| once_renamed(&at.join("d2/f2"), &at.join("d0/f4")),
+    |at| fs::write(at.join("d3/new"), b"new"),
+    |at| write_at(&at.join("d3/f0"), b"written", 10),
+    |at| write_at(&at.join("large"), b"written", 5 << 20),
+    |at| {
+        OpenOptions::new()
+            .write(true)
+            .open(at.join("d3/f2"))?
+            .set_len(0)
+    },
+    |at| {
+        OpenOptions::new()
+            .write(true)
+            .open(at.join("d3/f4"))?
+            .set_len(100)
+    },
+    |at| set_mode(&at.join("d4/f0"), 0o600),
+    |at| once_renamed(&at.join("d4"), &at.join("moved/d4")),
+    |at| once_renamed(&at.join("moved"), &at.join("moved again")),
+    |at| write_at(&at.join("links/a"), b"through one name", 0),
+    |at| once_removed(&at.join("links/b")),
+    |at| once_renamed(&at.join("d5/e"), &at.join("e")),
+    |at| synced(&at.join("d3/f0")),
+];
+
+fn synced(path: &Path) -> io::Result<()> {
+    fs::File::open(path)?.sync_all()
+}
+
+fn once_renamed(old: &Path, new: &Path) -> io::Result<()> {
+    match fs::rename(old, new) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => new.symlink_metadata().map(drop),
+        other => other,
+    }
+}
+
+fn once_removed(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}
+
+fn write_at(path: &Path, data: &[u8], offset: u64) -> io::Result<()> {
+    let file = OpenOptions::new().write(true).open(path)?;
+    file.write_all_at(data, offset)?;
+    file.sync_all()
+}
+
+fn set_mode(path: &Path, mode: u32) -> io::Result<()> {
+    fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(mode))
+}
+
+fn fill(src: &Path) {
+    nasty::ordinary(src, 8, 8);
+    let at = At::open(src);
+    at.file("large", &bytes(77, LARGE + 100_000));
+    let links = at.dir("links");
+    links.file("a", &bytes(78, 30_000));
+    links.link("a", &links, "b");
+    links.link("a", &at, "linked");
+    links.symlink("nowhere", "symlink");
+    for name in ["links/a", "large", "links"] {
+        at.stamp(name, 1_300_000_000, 5);
+    }
+}
+
+fn is_dead(e: &io::Error) -> bool {
+    let dead = [
+        libc::ENOTCONN,
+        libc::ECONNABORTED,
+        libc::EIO,
+        libc::ESHUTDOWN,
+    ];
+    e.raw_os_error().is_some_and(|code| dead.contains(&code))
+}
+
+/// Exits at the n-th passage of a point, goes on after the next mount, finishes and compares.
+/// False when the point was never met so often.
+fn exit_at(w: &World, plain: &Path, point: &str, n: u32) -> bool {
+    let fault = format!("{point}:{n}");
+    let env = [("MIRRORFS_FAULT", fault.as_str())];
+    let crashed;
+    let mut left = STEPS;
+    match w.try_mount(&[], &env) {
+        Err((code, log)) => {
+            assert_eq!(code, FAULT_EXIT, "{fault}: {log}");
+            crashed = true;
+        }
+        Ok(mut m) => {
+            left = work(&m, plain, left, &fault);
+            if left.is_empty() {
+                crashed = run_into(&mut m, &fault);
+            } else {
+                crashed = true;
+                assert_eq!(m.wait_exit(LIMIT), Some(FAULT_EXIT), "{fault}: {}", m.log());
+            }
+        }
+    }
+    if left.is_empty() && !w.dst.join(CONTROL).exists() {
+        // It had finished, or was past the point where a finish can be seen to have been cut off.
+        w.expect_no_trace_once_settled();
+    } else {
+        let m = w.mount();
+        let left = work(&m, plain, left, &fault);
+        assert!(
+            left.is_empty(),
+            "{fault}: the second mount died too: {}",
+            m.log()
+        );
+        m.finish();
+        w.expect_no_trace();
+    }
+    let ignore = Ignore {
+        recent_mtime: true,
+        ..Ignore::default()
+    };
+    let found = compare::differences(
+        &compare::manifest(plain),
+        &compare::manifest(&w.dst),
+        ignore,
+    );
+    assert!(found.is_empty(), "{fault}: {}", found.join("\n"));
+    crashed
+}
+
+/// Does the steps until the mount dies; what was done is done on the plain copy too.
+fn work<'a>(m: &Mounted, plain: &Path, steps: &'a [Step], fault: &str) -> &'a [Step] {
+    for (i, step) in steps.iter().enumerate() {
+        match step(&m.at) {
+            Ok(()) => step(plain).unwrap(),
+            Err(e) => {
+                assert!(
+                    is_dead(&e),
+                    "{fault}: step {} of the last {}: {e}",
+                    i,
+                    steps.len()
+                );
+                return &steps[i..];
+            }
+        }
+    }
+    &[]
+}
+
+/// Waits until it has met its point or is COMPLETE; then lets `finish` meet it.
+fn run_into(m: &mut Mounted, fault: &str) -> bool {
+    let end = Instant::now() + LIMIT;
+    while m.runs() {
+        let status = run(mirrorfs().arg("status").arg(&m.at).arg("--json"));
+        if status.out.contains("\"COMPLETE\"") {
+            break;
+        }
+        assert!(
+            Instant::now() < end,
+            "{fault}: neither met nor COMPLETE: {}",
+            m.log()
+        );
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    if !m.runs() {
+        assert_eq!(m.wait_exit(LIMIT), Some(FAULT_EXIT), "{fault}: {}", m.log());
+        return true;
+    }
+    // Whichever process does the finishing.
+    let finish = run(mirrorfs()
+        .arg("finish")
+        .arg(&m.at)
+        .env("MIRRORFS_FAULT", fault));
+    let code = m.wait_exit(Duration::from_secs(30));
+    assert!(
+        finish.code() != 0 || code == Some(0),
+        "{fault}: {code:?}: {}",
+        m.log()
+    );
+    finish.code() == FAULT_EXIT || code == Some(FAULT_EXIT)
+}
+
+impl World {
+    /// Like `expect_no_trace`, after a crash that may have left a dead mount behind.
+    fn expect_no_trace_once_settled(&self) {
+        while crate::fixture::fuse_mount_at(&self.at).is_some() {
+            run(Command::new("umount").arg("-l").arg(&self.at)).expect_code(0);
+        }
+        self.expect_no_trace();
+    }
+}
+
+fn exit_at_each(kind: &str, points: &[&str], passages: &[u32]) {
+    let fault = need(
+        cfg!(feature = "fault"),
+        "the fault points (cargo test --features fault)",
+    );
+    if !fault || !can_mount_on(kind) {
+        return;
+    }
+    let fs = LoopFs::new(kind);
+    let src = fs.dir("src");
+    fill(&src);
+    let mut never = Vec::new();
+    for point in points {
+        let mut met = false;
+        for n in passages {
+            let (dst, plain) = (fs.dir("dst"), fs.path().join("plain"));
+            run(Command::new("cp").arg("-a").arg(&src).arg(&plain)).expect_code(0);
+            let w = World::from(src.clone(), dst.clone(), vec![]);
+            met |= exit_at(&w, &plain, point, *n);
+            fs::remove_dir_all(&dst).unwrap();
+            fs::remove_dir_all(&plain).unwrap();
+        }
+        if !met {
+            never.push(*point);
+        }
+    }
+    assert!(never.is_empty(), "these points were never met: {never:?}");
+}
+
+fn points(of: &str) -> Vec<&'static str> {
+    POINTS
+        .iter()
+        .copied()
+        .filter(|p| p.starts_with(of))
+        .collect()
+}
+
+#[test]
+fn an_exit_at_each_point_of_populating_loses_nothing() {
+    exit_at_each("ext4", &points("populate"), &[1, 2, 7]);
+    exit_at_each("btrfs", &points("populate"), &[2]);
+}
+
+#[test]
+fn an_exit_at_each_point_of_hydrating_loses_nothing() {
+    exit_at_each("ext4", &points("hydrate"), &[1, 3, 20]);
+    exit_at_each("xfs", &points("hydrate"), &[5]);
+}
+
+#[test]
+fn an_exit_at_each_point_of_a_rename_loses_nothing() {
+    exit_at_each("ext4", &points("rename"), &[1, 2, 3, 4]);
+    exit_at_each("btrfs", &points("rename"), &[2]);
+}
+
+#[test]
+fn an_exit_at_each_point_of_the_end_loses_nothing() {
+    exit_at_each("ext4", &points("dir"), &[1, 4]);
+    exit_at_each("ext4", &points("finish"), &[1]);
+}
+
+#[test]
+fn every_fault_point_is_exited_at() {
+    let tested = ["populate", "hydrate", "rename", "dir", "finish"];
+    for point in POINTS {
+        assert!(
+            tested.iter().any(|t| point.starts_with(t)),
+            "{point} is in no test"
+        );
+    }
+}
+
+#[test]
+fn after_a_kill_nothing_that_was_durable_is_copied_again() {
+    if !can_mount_on("ext4") {
+        return;
+    }
+    let w = World::on("ext4");
+    nasty::ordinary(&w.src, 150, 20);
+    let whole = |dst: &Path| -> BTreeMap<Vec<u8>, (u64, i64, i64)> {
+        let all = compare::manifest_without_content(dst);
+        let marked = all.entries().filter(|(p, e)| {
+            !e.has_xattr(MARK)
+                && e.kind == rustix::fs::FileType::RegularFile
+                && !p.starts_with(CONTROL.as_bytes())
+        });
+        marked
+            .map(|(p, _)| {
+                let path: &std::ffi::OsStr = std::os::unix::ffi::OsStrExt::from_bytes(p);
+                let m = dst.join(path).symlink_metadata().unwrap();
+                (p.to_vec(), (m.ino(), m.ctime(), m.ctime_nsec()))
+            })
+            .collect()
+    };
+    let mut total = 0;
+    for round in 0..4 {
+        let m = w.mount();
+        let end = Instant::now() + LIMIT;
+        let goal = (round + 1) * 500;
+        while Instant::now() < end
+            && m.status()["files_pulled"].as_u64().unwrap_or(0) + total < goal
+        {
+            if m.status()["state"] == "COMPLETE" {
+                break;
+            }
+        }
+        raw::kill(m.pid, libc::SIGKILL);
+        m.kill();
+        total = whole(&w.dst).len() as u64;
+    }
+    let before = whole(&w.dst);
+    assert!(!before.is_empty(), "nothing was durable after four kills");
+    let m = w.mount();
+    m.wait_complete();
+    let pulled = m.status()["files_pulled"].as_u64().unwrap();
+    let left = 3000 - before.len() as u64;
+    assert!(pulled <= left, "{pulled} files pulled, {left} were left");
+    m.finish();
+    w.expect_finished_copy();
+    let after = whole(&w.dst);
+    for (path, was) in &before {
+        assert_eq!(
+            Some(was),
+            after.get(path),
+            "{} was touched again",
+            compare::show(path)
+        );
+    }
+}

@@ -1,0 +1,1378 @@
+//! Semantics: one test for each promise of docs/SEMANTICS.md, named as the promise is.
+//!
+//! Its headings: Before anything was copied / Reading / Writing / Names / Metadata / Links /
+//! Owners and permissions / Locks, mappings and direct I/O / Space / The mark and the control
+//! directory / Mounting over dst, and going away.
+//!
+//! Most promises are "as on a plain file system". `same_as_plain` checks that: it makes the same
+//! change on a mount where everything is pending, on one where everything is here, and on a plain
+//! copy, wants the same answers, and compares the trees after `finish`.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::os::fd::AsFd;
+use std::os::unix::fs::{
+    FileExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt, chown, lchown, symlink,
+};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, SystemTime};
+
+use rustix::fs::{
+    AtFlags, CWD, FallocateFlags, FlockOperation, RenameFlags, SeekFrom as Seek2, Timespec,
+    Timestamps, XattrFlags,
+};
+
+use crate::compare::{self, Ignore};
+use crate::fixture::{
+    self, CONTROL, LARGE, LIMIT, LoopFs, MARK, Mounted, World, as_user, bytes, can_mount_on,
+    find_program, fuse_mount_at, mirrorfs, need, run, shell_as, wait_until,
+};
+use crate::nasty::{At, acl, named_acl};
+use crate::raw::{self, Map, Page};
+
+/// A world on a small ext4, src filled by the test.
+fn world(fill: impl FnOnce(&At)) -> Option<World> {
+    if !can_mount_on("ext4") {
+        return None;
+    }
+    let fs = LoopFs::sized("ext4", 3 << 30);
+    let w = World::from(fs.dir("src"), fs.dir("dst"), vec![fs]);
+    fill(&At::open(&w.src));
+    Some(w)
+}
+
+/// "ok", a value, or the errno's name.
+fn told<T: ToString>(result: io::Result<T>) -> String {
+    match result {
+        Ok(value) => value.to_string(),
+        Err(e) => rustix::io::Errno::from_io_error(&e).map_or(e.to_string(), |e| e.to_string()),
+    }
+}
+
+/// Like `told`, for what has no value.
+fn done(result: io::Result<()>) -> String {
+    told(result.map(|()| "ok"))
+}
+
+fn same_as_plain(fill: impl FnOnce(&At), change: impl Fn(&Path) -> String) {
+    let Some(w) = world(fill) else { return };
+    let plain = w.src.with_file_name("plain");
+    run(Command::new("cp").arg("-a").arg(&w.src).arg(&plain)).expect_code(0);
+    let want = change(&plain);
+    let before = w.src_state();
+    let here = World::from(w.src.clone(), w.dst.with_file_name("here"), vec![]);
+    fs::create_dir(&here.dst).unwrap();
+    for (world, m, state) in [
+        (&w, w.mount_lazy(), "pending"),
+        (&here, here.mount(), "here"),
+    ] {
+        if state == "here" {
+            m.wait_complete();
+        }
+        assert_eq!(want, change(&m.at), "answers while everything is {state}");
+        // The mount shows the tree as the plain directory does, before and after its end.
+        let ignore = Ignore {
+            recent_mtime: true,
+            ..Ignore::default()
+        };
+        let plain = compare::manifest(&plain);
+        let seen = compare::manifest_without_content(&m.at);
+        let no_links = Ignore {
+            links: true,
+            allocated: true,
+            ..ignore
+        };
+        compare::expect_equal_with(&plain, &seen, no_links);
+        m.finish_rest();
+        world.expect_no_trace();
+        compare::expect_equal_with(&plain, &compare::manifest(&world.dst), ignore);
+        w.expect_src_untouched(&before);
+    }
+}
+
+impl Mounted {
+    /// Reads what is still pending, as nobody else may, and finishes.
+    #[track_caller]
+    fn finish_rest(self) {
+        let pending = self.status()["state"] != "COMPLETE";
+        if pending {
+            compare::manifest(&self.at);
+        }
+        self.finish();
+    }
+}
+
+fn is_marked(path: &Path) -> bool {
+    rustix::fs::lgetxattr(path, MARK, &mut [0; 4096]).is_ok()
+}
+
+fn set_times(path: &Path, sec: i64, nsec: i64) -> io::Result<()> {
+    let t = Timespec {
+        tv_sec: sec,
+        tv_nsec: nsec,
+    };
+    let times = Timestamps {
+        last_access: t,
+        last_modification: t,
+    };
+    Ok(rustix::fs::utimensat(
+        CWD,
+        path,
+        &times,
+        AtFlags::SYMLINK_NOFOLLOW,
+    )?)
+}
+
+fn set_xattr(path: &Path, key: &str, value: &[u8]) -> io::Result<()> {
+    Ok(rustix::fs::lsetxattr(
+        path,
+        key,
+        value,
+        XattrFlags::empty(),
+    )?)
+}
+
+fn get_xattr(path: &Path, key: &str) -> io::Result<String> {
+    let mut value = [0; 256];
+    let n = rustix::fs::lgetxattr(path, key, &mut value)?;
+    Ok(value[..n].escape_ascii().to_string())
+}
+
+/// A file, a directory of files, and a larger file.
+fn some_files(d: &At) {
+    d.file("f", &bytes(1, 30_000));
+    d.file("g", &bytes(2, 5_000));
+    d.file("large", &bytes(3, LARGE + 70_000));
+    let sub = d.dir("dir");
+    sub.file("a", b"a");
+    sub.file("b", &bytes(4, 70_000));
+    sub.dir("deeper").file("c", b"c");
+    for name in [
+        "f",
+        "g",
+        "large",
+        "dir/a",
+        "dir/b",
+        "dir/deeper/c",
+        "dir/deeper",
+        "dir",
+        ".",
+    ] {
+        d.stamp(name, 1_000_000_000, 123_456_789);
+    }
+}
+
+// Before anything was copied.
+
+#[test]
+fn looking_at_a_pending_file_shows_srcs_size_blocks_and_holes_and_copies_nothing() {
+    let Some(w) = world(|d| {
+        d.sparse(
+            "holes",
+            9 << 20,
+            &[(1 << 20, &bytes(1, 1 << 20)), (8 << 20, b"end")],
+        );
+        d.file("f", &bytes(2, 50_000));
+    }) else {
+        return;
+    };
+    let m = w.mount_lazy();
+    for name in ["holes", "f"] {
+        let (a, b) = (
+            w.src.join(name).metadata().unwrap(),
+            m.path(name).metadata().unwrap(),
+        );
+        assert_eq!(
+            (a.len(), a.blocks(), a.mtime_nsec()),
+            (b.len(), b.blocks(), b.mtime_nsec())
+        );
+        assert!(is_marked(&w.dst.join(name)), "{name} should be pending");
+        assert_eq!(
+            w.dst.join(name).metadata().unwrap().blocks(),
+            0,
+            "{name} was copied"
+        );
+    }
+    let (a, b) = (
+        File::open(w.src.join("holes")).unwrap(),
+        File::open(m.path("holes")).unwrap(),
+    );
+    for at in [0, 1 << 20, 3 << 20, 8 << 20] {
+        for seek in [Seek2::Data(at), Seek2::Hole(at)] {
+            assert_eq!(
+                rustix::fs::seek(&a, seek),
+                rustix::fs::seek(&b, seek),
+                "{seek:?}"
+            );
+        }
+    }
+    let past = Seek2::Data(9 << 20);
+    assert_eq!(rustix::fs::seek(&a, past), rustix::fs::seek(&b, past));
+}
+
+#[test]
+fn inode_numbers_stay_the_same_through_hydration_restart_and_finish() {
+    let Some(w) = world(some_files) else { return };
+    let w = w.over();
+    let names = ["f", "large", "dir", "dir/a", "dir/deeper/c"];
+    let inos = |root: &Path| names.map(|n| root.join(n).symlink_metadata().unwrap().ino());
+    let m = w.mount_lazy();
+    let first = inos(&m.at);
+    fs::read(m.path("f")).unwrap();
+    assert_eq!(first, inos(&m.at), "after hydration");
+    m.unmount();
+    let m = w.mount();
+    assert_eq!(first, inos(&m.at), "after restart");
+    m.finish();
+    assert_eq!(first, inos(&w.dst), "after finish");
+}
+
+// Reading.
+
+#[test]
+fn reading_a_pending_file_gives_srcs_bytes_and_leaves_them_in_dst() {
+    let Some(w) = world(some_files) else { return };
+    let m = w.mount_lazy();
+    for name in ["f", "dir/b", "dir/deeper/c"] {
+        assert_eq!(
+            fs::read(m.path(name)).unwrap(),
+            fs::read(w.src.join(name)).unwrap(),
+            "{name}"
+        );
+        wait_until("the mark goes", LIMIT, || !is_marked(&w.dst.join(name)));
+        assert_eq!(
+            fs::read(w.dst.join(name)).unwrap(),
+            fs::read(w.src.join(name)).unwrap()
+        );
+    }
+    assert!(is_marked(&w.dst.join("g")), "nobody asked for g");
+}
+
+#[test]
+fn the_first_bytes_of_a_large_file_come_before_the_whole_and_the_rest_follows() {
+    let size = 600 << 20;
+    let chunk = bytes(5, 1 << 20);
+    let Some(w) = world(|d| {
+        let pieces: Vec<_> = (0..600).map(|i| (i << 20, &chunk[..])).collect();
+        d.sparse("large", size, &pieces);
+    }) else {
+        return;
+    };
+    let m = w.mount_lazy();
+    let file = File::open(m.path("large")).unwrap();
+    let mut buf = [0; 4096];
+    file.read_exact_at(&mut buf, 0).unwrap();
+    assert!(is_marked(&w.dst.join("large")), "the whole file came first");
+    assert_eq!(buf, chunk[..4096]);
+    let mut random = fixture::Random::seeded(2);
+    for _ in 0..200 {
+        let at = random.below(size - 4096);
+        file.read_exact_at(&mut buf, at).unwrap();
+        let want: Vec<u8> = (at..at + 4096)
+            .map(|i| chunk[(i % (1 << 20)) as usize])
+            .collect();
+        assert!(buf[..] == want[..], "wrong bytes at {at}");
+    }
+    wait_until("the rest follows", LIMIT, || {
+        !is_marked(&w.dst.join("large"))
+    });
+    drop(file);
+    m.finish();
+    w.expect_finished_copy();
+}
+
+#[test]
+fn a_reader_of_a_file_that_was_deleted_while_it_was_pending_still_reads_srcs_bytes() {
+    same_as_plain(some_files, |at| {
+        let file = File::open(at.join("large")).unwrap();
+        fs::remove_file(at.join("large")).unwrap();
+        let mut all = Vec::new();
+        (&file).read_to_end(&mut all).unwrap();
+        assert!(all == bytes(3, LARGE + 70_000), "wrong bytes");
+        format!("{}", file.metadata().unwrap().nlink())
+    });
+}
+
+#[test]
+fn a_file_that_grows_whole_while_cached_handles_are_open_can_be_opened_again() {
+    let Some(w) = world(some_files) else { return };
+    let m = w.mount_lazy();
+    let want = bytes(3, LARGE + 70_000);
+    let early = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(m.path("large"))
+        .unwrap();
+    let mut buf = [0; 100];
+    early.read_exact_at(&mut buf, 0).unwrap();
+    let map = Map::shared(early.as_fd(), want.len(), false).unwrap();
+    assert_eq!(map.read(LARGE, 1000), want[LARGE..LARGE + 1000]);
+    wait_until("the rest follows", LIMIT, || {
+        !is_marked(&w.dst.join("large"))
+    });
+    // One io mode for each inode: the kernel answers EIO to the wrong one.
+    for _ in 0..3 {
+        assert!(fs::read(m.path("large")).unwrap() == want);
+        let late = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(m.path("large"))
+            .unwrap();
+        late.write_all_at(b"late", 5).unwrap();
+        early.read_exact_at(&mut buf, 0).unwrap();
+        assert_eq!(&buf[5..9], b"late");
+        early.write_all_at(&want[5..9], 5).unwrap();
+        late.read_exact_at(&mut buf, 0).unwrap();
+        assert_eq!(buf, want[..100]);
+    }
+    drop((map, early));
+    assert!(fs::read(m.path("large")).unwrap() == want);
+}
+
+#[test]
+fn a_program_in_the_mount_can_be_executed() {
+    let Some(program) = find_program("true").filter(|_| can_mount_on("ext4")) else {
+        return;
+    };
+    let program = fs::read(program).unwrap();
+    same_as_plain(
+        |d| {
+            d.file("program", &program);
+            d.chmod("program", 0o755);
+            d.file("script", b"#!/bin/sh\necho \"$0 ran\" | sed 's|.*/||'\n");
+            d.chmod("script", 0o755);
+            d.file("not", &program);
+        },
+        |at| {
+            let code = run(&mut Command::new(at.join("program"))).code();
+            let said = run(&mut Command::new(at.join("script"))).out;
+            let not = Command::new(at.join("not")).status().map(|_| "ran");
+            format!("{code} {said} {}", told(not))
+        },
+    );
+}
+
+// Writing.
+
+#[test]
+fn writing_into_a_pending_file_keeps_the_rest_of_it() {
+    same_as_plain(some_files, |at| {
+        for name in ["f", "large", "dir/b"] {
+            let file = OpenOptions::new().write(true).open(at.join(name)).unwrap();
+            file.write_all_at(b"new bytes", 10_000).unwrap();
+            file.write_all_at(b"past the end", 9 << 20).unwrap();
+        }
+        let mut append = OpenOptions::new().append(true).open(at.join("g")).unwrap();
+        append.write_all(b"appended").unwrap();
+        let read = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(at.join("dir/a"))
+            .unwrap();
+        read.write_all_at(b"A", 0).unwrap();
+        let mut buf = [0; 1];
+        read.read_exact_at(&mut buf, 0).unwrap();
+        format!("{buf:?} {}", at.join("large").metadata().unwrap().len())
+    });
+}
+
+#[test]
+fn truncating_a_pending_file_keeps_what_is_before_the_cut() {
+    same_as_plain(
+        |d| {
+            for name in ["a", "b", "c", "d", "e", "f"] {
+                d.file(name, &bytes(6, 100_000));
+            }
+            d.file("large", &bytes(7, LARGE + 5));
+            d.file("large 0", &bytes(8, LARGE + 5));
+        },
+        |at| {
+            let set_len = |name: &str, len| {
+                let file = OpenOptions::new().write(true).open(at.join(name)).unwrap();
+                file.set_len(len).unwrap();
+            };
+            set_len("a", 0);
+            set_len("b", 1);
+            set_len("c", 50_001);
+            set_len("d", 100_000);
+            set_len("e", 300_000);
+            set_len("large", 70_001);
+            set_len("large 0", 0);
+            OpenOptions::new()
+                .write(true)
+                .truncate(true)
+                .open(at.join("f"))
+                .unwrap();
+            let lens = ["a", "b", "c", "d", "e", "f"].map(|n| at.join(n).metadata().unwrap().len());
+            let c = fs::read(at.join("c")).unwrap();
+            format!("{lens:?} {}", c == bytes(6, 100_000)[..50_001])
+        },
+    );
+}
+
+#[test]
+fn opening_with_o_trunc_needs_no_data_from_src() {
+    let size = 400 << 20;
+    let Some(w) = world(|d| d.sparse("large", size, &[(0, &bytes(1, 1 << 20))])) else {
+        return;
+    };
+    let m = w.mount_lazy();
+    fs::write(m.path("large"), b"short").unwrap();
+    assert_eq!(fs::read(m.path("large")).unwrap(), b"short");
+    assert_eq!(
+        m.status()["bytes_pulled"].as_u64(),
+        Some(0),
+        "{:#}",
+        m.status()
+    );
+    m.finish_rest();
+    assert_eq!(fs::read(w.dst.join("large")).unwrap(), b"short");
+}
+
+#[test]
+fn fallocate_and_punching_holes_work_on_pending_files() {
+    same_as_plain(some_files, |at| {
+        let mut said = String::new();
+        for name in ["f", "large"] {
+            let file = OpenOptions::new()
+                .read(true)
+                .write(true)
+                .open(at.join(name))
+                .unwrap();
+            let keep = FallocateFlags::KEEP_SIZE;
+            let call = |flags, at, len| {
+                rustix::fs::fallocate(&file, flags, at, len).map_err(io::Error::from)
+            };
+            said += &done(call(FallocateFlags::empty(), 20_000, 200_000));
+            said += &done(call(FallocateFlags::PUNCH_HOLE | keep, 4096, 8192));
+            said += &done(call(FallocateFlags::ZERO_RANGE, 16_384, 4096));
+            said += &done(call(keep, 1 << 20, 4096));
+            let mut buf = vec![0; 30_000];
+            file.read_exact_at(&mut buf, 0).unwrap();
+            said += &format!("{} {:?}", file.metadata().unwrap().len(), &buf[4090..4100]);
+        }
+        said
+    });
+}
+
+#[test]
+fn copy_file_range_from_and_into_pending_files_copies_the_bytes() {
+    same_as_plain(some_files, |at| {
+        let copy = |from: &str, to: &str, len| {
+            let from = File::open(at.join(from)).unwrap();
+            let to = OpenOptions::new()
+                .write(true)
+                .create(true)
+                .open(at.join(to))
+                .unwrap();
+            let (mut a, mut b, mut left) = (100, 50, len);
+            while left > 0 {
+                match rustix::fs::copy_file_range(&from, Some(&mut a), &to, Some(&mut b), left) {
+                    Ok(0) => break,
+                    Ok(n) => left -= n,
+                    Err(e) => return e.to_string(),
+                }
+            }
+            format!("{left} left")
+        };
+        [
+            copy("f", "new", 20_000),
+            copy("large", "g", 100_000),
+            copy("dir/b", "large", 1 << 20),
+        ]
+        .join(" ")
+    });
+}
+
+#[test]
+fn fsync_of_files_and_directories_works_in_every_state() {
+    same_as_plain(some_files, |at| {
+        let mut file = OpenOptions::new().append(true).open(at.join("f")).unwrap();
+        file.write_all(b"x").unwrap();
+        file.sync_all().unwrap();
+        file.sync_data().unwrap();
+        File::open(at.join("large")).unwrap().sync_all().unwrap();
+        File::open(at.join("dir")).unwrap().sync_all().unwrap();
+        let sync = OpenOptions::new()
+            .write(true)
+            .custom_flags(libc::O_DSYNC)
+            .open(at.join("g"));
+        sync.unwrap().write_all(b"synced").unwrap();
+        String::new()
+    });
+}
+
+// Names.
+
+#[test]
+fn every_kind_of_entry_can_be_made_in_a_pending_directory() {
+    same_as_plain(some_files, |at| {
+        let dir = at.join("dir");
+        fs::write(dir.join("file"), b"new").unwrap();
+        fs::create_dir(dir.join("directory")).unwrap();
+        fs::write(dir.join("directory/in"), b"side").unwrap();
+        symlink("nowhere", dir.join("symlink")).unwrap();
+        let again = [
+            done(symlink("x", dir.join("a"))),
+            done(fs::create_dir(dir.join("b"))),
+            told(File::create_new(dir.join("deeper")).map(|_| "made")),
+            told(File::create_new(dir.join("a")).map(|_| "made")),
+        ];
+        use rustix::fs::{FileType, Mode};
+        let mode = Mode::from_raw_mode(0o640);
+        let null = rustix::fs::makedev(1, 3);
+        rustix::fs::mknodat(CWD, dir.join("fifo"), FileType::Fifo, mode, 0).unwrap();
+        rustix::fs::mknodat(CWD, dir.join("null"), FileType::CharacterDevice, mode, null).unwrap();
+        rustix::fs::mknodat(CWD, dir.join("plain"), FileType::RegularFile, mode, 0).unwrap();
+        let listener = UnixListener::bind(dir.join("socket")).unwrap();
+        let mut client = UnixStream::connect(dir.join("socket")).unwrap();
+        client.write_all(b"hello").unwrap();
+        let mut said = [0; 5];
+        listener.accept().unwrap().0.read_exact(&mut said).unwrap();
+        format!("{again:?} {:?}", said)
+    });
+}
+
+#[test]
+fn deleting_pending_entries_never_brings_them_back() {
+    same_as_plain(some_files, |at| {
+        fs::remove_file(at.join("f")).unwrap();
+        fs::remove_file(at.join("large")).unwrap();
+        let full = done(fs::remove_dir(at.join("dir")));
+        fs::remove_dir_all(at.join("dir")).unwrap();
+        fs::create_dir(at.join("dir")).unwrap();
+        fs::write(at.join("f"), b"another").unwrap();
+        fs::remove_file(at.join("f")).unwrap();
+        let list = fs::read_dir(at).unwrap().count();
+        format!("{full} {list} {}", done(fs::remove_file(at.join("f"))))
+    });
+}
+
+#[test]
+fn nothing_deleted_comes_back_after_a_restart() {
+    let Some(w) = world(some_files) else { return };
+    let m = w.mount_lazy();
+    fs::remove_file(m.path("f")).unwrap();
+    fs::remove_file(m.path("dir/a")).unwrap();
+    fs::rename(m.path("dir/deeper"), m.path("moved")).unwrap();
+    fs::rename(m.path("g"), m.path("moved/g")).unwrap();
+    let gone = ["f", "dir/a", "dir/deeper", "g"];
+    m.unmount();
+    for last in [false, true] {
+        let m = if last { w.mount() } else { w.mount_lazy() };
+        for name in gone {
+            assert!(!m.path(name).exists(), "{name} came back");
+        }
+        assert_eq!(fs::read(m.path("moved/c")).unwrap(), b"c");
+        if last {
+            m.finish();
+        } else {
+            m.unmount();
+        }
+    }
+    for name in gone {
+        assert!(!w.dst.join(name).exists(), "{name} came back");
+    }
+    assert_eq!(fs::read(w.dst.join("moved/g")).unwrap(), bytes(2, 5_000));
+}
+
+#[test]
+fn the_directory_that_was_never_looked_into_is_not_empty() {
+    same_as_plain(
+        |d| {
+            d.dir("full").file("f", b"x");
+            d.dir("empty");
+            d.dir("other");
+        },
+        |at| {
+            let full = done(fs::remove_dir(at.join("full")));
+            let over = done(fs::rename(at.join("other"), at.join("full")));
+            let onto_empty = done(fs::rename(at.join("other"), at.join("empty")));
+            format!(
+                "{full} {over} {onto_empty} {}",
+                done(fs::remove_dir(at.join("empty")))
+            )
+        },
+    );
+}
+
+#[test]
+fn the_files_of_a_renamed_pending_directory_still_come() {
+    same_as_plain(some_files, |at| {
+        fs::rename(at.join("dir"), at.join("renamed")).unwrap();
+        fs::create_dir(at.join("dir")).unwrap();
+        fs::rename(at.join("renamed/deeper"), at.join("dir/deep")).unwrap();
+        fs::create_dir(at.join("renamed/deeper")).unwrap();
+        fs::rename(at.join("f"), at.join("dir/f")).unwrap();
+        fs::rename(at.join("g"), at.join("f")).unwrap();
+        let list = |d: &str| fs::read_dir(at.join(d)).unwrap().count();
+        format!(
+            "{} {} {}",
+            list("dir"),
+            list("renamed"),
+            list("renamed/deeper")
+        )
+    });
+}
+
+#[test]
+fn renaming_over_replaces_and_exchanges_and_refuses_as_told() {
+    same_as_plain(
+        |d| {
+            some_files(d);
+            d.dir("dir 2").file("z", b"z");
+            d.dir("empty");
+        },
+        |at| {
+            let with = |a: &str, b: &str, flags| {
+                let call = rustix::fs::renameat_with(CWD, at.join(a), CWD, at.join(b), flags);
+                done(call.map_err(io::Error::from))
+            };
+            [
+                with("f", "g", RenameFlags::NOREPLACE),
+                with("f", "g", RenameFlags::empty()),
+                with("g", "large", RenameFlags::EXCHANGE),
+                with("dir", "dir 2", RenameFlags::EXCHANGE),
+                with("dir", "dir 2/deeper", RenameFlags::EXCHANGE),
+                with("dir 2", "dir 2/deeper/inside", RenameFlags::empty()),
+                with("dir/a", "empty", RenameFlags::empty()),
+                with("empty", "large", RenameFlags::empty()),
+                with("nothing", "large", RenameFlags::empty()),
+                with("large", "nothing", RenameFlags::NOREPLACE),
+            ]
+            .join(", ")
+        },
+    );
+}
+
+#[test]
+fn a_large_pending_directory_can_be_listed_and_removed() {
+    same_as_plain(
+        |d| {
+            let big = d.dir("big");
+            for i in 0..3000 {
+                big.file(format!("entry {i:05}"), b"x");
+            }
+        },
+        |at| {
+            let count = fs::read_dir(at.join("big")).unwrap().count();
+            fs::remove_dir_all(at.join("big")).unwrap();
+            format!("{count}")
+        },
+    );
+}
+
+// Metadata.
+
+#[test]
+fn what_the_user_sets_on_a_pending_entry_survives_its_hydration() {
+    same_as_plain(
+        |d| {
+            some_files(d);
+            d.symlink("target", "symlink");
+            d.stamp("symlink", 1, 1);
+            d.xattr("f", "user.old", b"from src");
+            d.xattr("f", "user.gone", b"from src");
+        },
+        |at| {
+            for name in ["f", "large", "dir", "dir/b"] {
+                set_times(&at.join(name), 1_111_111_111, 222_222_222).unwrap();
+            }
+            set_times(&at.join("symlink"), 1_111_111_111, 222_222_222).unwrap();
+            fs::set_permissions(at.join("g"), fs::Permissions::from_mode(0o4711)).unwrap();
+            fs::set_permissions(at.join("dir"), fs::Permissions::from_mode(0o1770)).unwrap();
+            fs::set_permissions(at.join("large"), fs::Permissions::from_mode(0o400)).unwrap();
+            chown(at.join("dir/a"), Some(1000), Some(33)).unwrap();
+            lchown(at.join("symlink"), Some(1000), Some(33)).unwrap();
+            set_xattr(&at.join("f"), "user.new", b"new").unwrap();
+            set_xattr(&at.join("f"), "user.old", b"changed").unwrap();
+            rustix::fs::removexattr(at.join("f"), "user.gone").unwrap();
+            set_xattr(&at.join("dir"), "trusted.new", b"new").unwrap();
+            set_xattr(&at.join("g"), "system.posix_acl_access", &named_acl()).unwrap();
+            let f = at.join("f");
+            format!(
+                "{} {} {} {:o}",
+                told(get_xattr(&f, "user.old")),
+                told(get_xattr(&f, "user.gone")),
+                told(get_xattr(&at.join("dir/a"), "user.new")),
+                at.join("g").metadata().unwrap().mode(),
+            )
+        },
+    );
+}
+
+#[test]
+fn times_before_1970_and_after_2038_can_be_set_through_the_mount() {
+    same_as_plain(some_files, |at| {
+        let mut seen = Vec::new();
+        for (name, sec, nsec) in [
+            ("f", -315_619_200 + 4, 500_000_000),
+            ("g", -1, 999_999_999),
+            ("large", 1 - (1 << 31), 1),
+            ("dir", 1 << 32, 7),
+            ("dir/a", -1, 0),
+            ("dir/b", 0, 5),
+        ] {
+            set_times(&at.join(name), sec, nsec).unwrap();
+            let m = at.join(name).metadata().unwrap();
+            seen.push((m.mtime(), m.mtime_nsec(), m.atime(), m.atime_nsec()));
+            assert_eq!((m.mtime(), m.mtime_nsec()), (sec, nsec), "{name}");
+        }
+        format!("{seen:?}")
+    });
+}
+
+#[test]
+fn writing_a_pending_file_gives_it_a_new_time_and_reading_does_not() {
+    let Some(w) = world(some_files) else { return };
+    let m = w.mount_lazy();
+    let time = |name: &str| m.path(name).metadata().unwrap().modified().unwrap();
+    let old = time("f");
+    fs::read(m.path("f")).unwrap();
+    fs::read(m.path("large")).unwrap();
+    assert_eq!(old, time("f"));
+    assert_eq!(old, time("large"));
+    let before = SystemTime::now() - Duration::from_secs(2);
+    for name in ["f", "g", "large"] {
+        let mut file = OpenOptions::new().append(true).open(m.path(name)).unwrap();
+        file.write_all(b"x").unwrap();
+        assert!(
+            time(name) > before,
+            "{name} was written and shows {:?}",
+            time(name)
+        );
+    }
+    m.finish_rest();
+    for name in ["f", "g", "large"] {
+        assert!(
+            w.dst.join(name).metadata().unwrap().modified().unwrap() > before,
+            "{name}"
+        );
+    }
+    assert_eq!(
+        old,
+        w.dst.join("dir/b").metadata().unwrap().modified().unwrap()
+    );
+}
+
+// Links.
+
+fn linked_files(d: &At) {
+    d.file("one", &bytes(1, 20_000));
+    d.file("large", &bytes(2, LARGE + 3));
+    let (a, b) = (d.dir("a"), d.dir("b"));
+    d.link("one", &a, "two");
+    d.link("one", &b, "three");
+    d.link("large", &a, "large too");
+    d.symlink("x", "symlink");
+    d.link("symlink", &b, "symlink too");
+    for name in ["one", "large", "symlink", "a", "b"] {
+        d.stamp(name, 1_000_000_000, 3);
+    }
+}
+
+#[test]
+fn hard_links_are_counted_and_shared_while_they_are_pending() {
+    let Some(w) = world(linked_files) else { return };
+    let m = w.mount_lazy();
+    let nlink = |name: &str| m.path(name).symlink_metadata().unwrap().nlink();
+    assert_eq!([nlink("one"), nlink("large"), nlink("symlink")], [3, 2, 2]);
+    assert_eq!([nlink("a/two"), nlink("b/three"), nlink("one")], [3, 3, 3]);
+    let ino = |name: &str| m.path(name).symlink_metadata().unwrap().ino();
+    assert_eq!(ino("one"), ino("b/three"));
+    fs::write(m.path("a/two"), b"through another name").unwrap();
+    assert_eq!(
+        fs::read(m.path("b/three")).unwrap(),
+        b"through another name"
+    );
+    assert_eq!([nlink("a/two"), nlink("b/three"), nlink("one")], [3, 3, 3]);
+    m.finish_rest();
+    assert_eq!(w.dst.join("one").metadata().unwrap().nlink(), 3);
+    assert_eq!(
+        fs::read(w.dst.join("one")).unwrap(),
+        b"through another name"
+    );
+}
+
+#[test]
+fn hard_links_behave_as_on_a_plain_file_system() {
+    same_as_plain(linked_files, |at| {
+        fs::remove_file(at.join("one")).unwrap();
+        fs::hard_link(at.join("a/two"), at.join("again")).unwrap();
+        fs::rename(at.join("b/three"), at.join("a/3")).unwrap();
+        // Two names of one inode: rename does nothing.
+        fs::rename(at.join("a/3"), at.join("again")).unwrap();
+        fs::hard_link(at.join("b/symlink too"), at.join("another")).unwrap();
+        let file = OpenOptions::new()
+            .write(true)
+            .open(at.join("a/large too"))
+            .unwrap();
+        file.write_all_at(b"shared", 100).unwrap();
+        let mut buf = [0; 6];
+        File::open(at.join("large"))
+            .unwrap()
+            .read_exact_at(&mut buf, 100)
+            .unwrap();
+        let to_dir = done(fs::hard_link(at.join("a"), at.join("c")));
+        format!("{buf:?} {to_dir} {}", at.join("a/3").exists())
+    });
+}
+
+// Owners and permissions.
+
+#[test]
+fn what_is_made_belongs_to_its_maker_and_follows_umask_setgid_and_default_acls() {
+    let no = u32::MAX;
+    let default = acl(&[
+        (1, 7, no),
+        (2, 7, 1000),
+        (4, 5, no),
+        (16, 7, no),
+        (32, 0, no),
+    ]);
+    same_as_plain(
+        |d| {
+            for (name, mode) in [("open", 0o777), ("setgid", 0o2777), ("acl", 0o777)] {
+                d.dir(name).file("old", b"x");
+                d.chown(name, 0, 33);
+                d.chmod(name, mode);
+            }
+            d.xattr("acl", "system.posix_acl_default", &default);
+            d.dir("closed").file("f", b"x");
+            d.chmod("closed", 0o700);
+            d.chmod(".", 0o755);
+        },
+        |at| {
+            as_user(1000, 1000, 0o027, || {
+                let mut said = String::new();
+                for dir in ["open", "setgid", "acl"] {
+                    let at = at.join(dir);
+                    OpenOptions::new()
+                        .write(true)
+                        .create_new(true)
+                        .mode(0o666)
+                        .open(at.join("f"))
+                        .unwrap();
+                    fs::create_dir(at.join("d")).unwrap();
+                    symlink("x", at.join("s")).unwrap();
+                    rustix::fs::mknodat(
+                        CWD,
+                        at.join("p"),
+                        rustix::fs::FileType::Fifo,
+                        0o666.into(),
+                        0,
+                    )
+                    .unwrap();
+                    for name in ["f", "d", "s", "p"] {
+                        let m = at.join(name).symlink_metadata().unwrap();
+                        said += &format!("{dir}/{name} {}:{} {:o}, ", m.uid(), m.gid(), m.mode());
+                    }
+                }
+                said += &told(fs::read(at.join("closed/f")).map(|_| "read"));
+                said += &told(fs::read_dir(at.join("closed")).map(|_| "listed"));
+                said += &told(File::create(at.join("new")).map(|_| "made"));
+                said += &done(fs::remove_file(at.join("open/old")));
+                said += &done(chown(at.join("open/f"), Some(0), None));
+                said
+            })
+        },
+    );
+}
+
+#[test]
+fn permissions_are_checked_for_the_caller_in_every_state() {
+    same_as_plain(
+        |d| {
+            for (name, mode, uid) in [
+                ("mine", 0o600, 1000),
+                ("roots", 0o600, 0),
+                ("shared", 0o644, 0),
+                ("acl", 0o600, 0),
+            ] {
+                d.file(name, b"content");
+                d.chown(name, uid, uid);
+                d.chmod(name, mode);
+            }
+            d.xattr("acl", "system.posix_acl_access", &named_acl());
+            let sticky = d.dir("sticky");
+            sticky.file("roots", b"x");
+            d.chmod("sticky", 0o1777);
+            d.chmod(".", 0o755);
+        },
+        |at| {
+            as_user(1000, 1000, 0o022, || {
+                let read = |n: &str| told(fs::read(at.join(n)).map(|b| b.len()));
+                let write = |n: &str| {
+                    told(
+                        OpenOptions::new()
+                            .write(true)
+                            .open(at.join(n))
+                            .map(|_| "open"),
+                    )
+                };
+                let mode = |n: &str| {
+                    done(fs::set_permissions(
+                        at.join(n),
+                        fs::Permissions::from_mode(0o640),
+                    ))
+                };
+                let all = ["mine", "roots", "shared", "acl"];
+                format!(
+                    "{:?} {:?} {:?} {} {}",
+                    all.map(read),
+                    all.map(write),
+                    all.map(mode),
+                    done(fs::remove_file(at.join("sticky/roots"))),
+                    done(set_times(&at.join("shared"), 1, 1)),
+                )
+            })
+        },
+    );
+}
+
+#[test]
+fn an_unprivileged_write_clears_the_setuid_bit() {
+    same_as_plain(
+        |d| {
+            for (i, mode) in [0o4777, 0o6777, 0o2777, 0o2767].into_iter().enumerate() {
+                for how in ["write", "truncate", "append", "late"] {
+                    let name = format!("{how} {i}");
+                    d.file(&name, &bytes(i as u64, 5000));
+                    d.chown(&name, 1000, 1000);
+                    d.chmod(&name, mode);
+                }
+            }
+            d.chmod(".", 0o755);
+        },
+        |at| {
+            as_user(1001, 1001, 0o022, || {
+                let mut modes = String::new();
+                for i in 0..4 {
+                    let open = |how: &str| {
+                        OpenOptions::new()
+                            .write(true)
+                            .open(at.join(format!("{how} {i}")))
+                    };
+                    open("write").unwrap().write_all(b"x").unwrap();
+                    open("truncate").unwrap().set_len(10).unwrap();
+                    let append = at.join(format!("append {i}"));
+                    OpenOptions::new()
+                        .append(true)
+                        .open(append)
+                        .unwrap()
+                        .write_all(b"x")
+                        .unwrap();
+                    // A handle that was open before and is written after other things happened.
+                    let late = open("late").unwrap();
+                    fs::read(at.join(format!("late {i}"))).unwrap();
+                    late.write_all_at(b"x", 100).unwrap();
+                    for how in ["write", "truncate", "append", "late"] {
+                        let m = at.join(format!("{how} {i}")).metadata().unwrap();
+                        modes += &format!("{how} {i} {:o}, ", m.mode());
+                    }
+                }
+                modes
+            })
+        },
+    );
+}
+
+// Locks, mappings and direct I/O.
+
+#[test]
+fn a_shared_mapping_of_a_pending_file_shows_and_changes_its_bytes() {
+    same_as_plain(some_files, |at| {
+        let mut said = String::new();
+        for (name, len) in [("f", 30_000), ("large", LARGE + 70_000)] {
+            let file = OpenOptions::new()
+                .read(true)
+                .write(true)
+                .open(at.join(name))
+                .unwrap();
+            let map = Map::shared(file.as_fd(), len, true).unwrap();
+            let before = map.read(len - 10_000, 20);
+            map.write(len - 9_000, b"through the mapping");
+            map.sync().unwrap();
+            let mut buf = [0; 19];
+            file.read_exact_at(&mut buf, len as u64 - 9_000).unwrap();
+            file.write_all_at(b"written", 100).unwrap();
+            said += &format!("{before:?} {buf:?} {:?}", map.read(100, 7));
+        }
+        said
+    });
+}
+
+#[test]
+fn a_write_through_a_mapping_shows_in_the_files_time() {
+    let Some(w) = world(some_files) else { return };
+    let m = w.mount();
+    m.wait_complete();
+    let before = SystemTime::now() - Duration::from_secs(2);
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(m.path("f"))
+        .unwrap();
+    let map = Map::shared(file.as_fd(), 4096, true).unwrap();
+    map.write(0, b"x");
+    map.sync().unwrap();
+    assert!(
+        m.path("f").metadata().unwrap().modified().unwrap() > before,
+        "while it is open"
+    );
+    drop((map, file));
+    assert!(
+        m.path("f").metadata().unwrap().modified().unwrap() > before,
+        "after it was closed"
+    );
+}
+
+#[test]
+fn direct_io_reads_and_writes_pending_and_hydrated_files() {
+    same_as_plain(some_files, |at| {
+        let mut said = String::new();
+        for name in ["f", "large"] {
+            let mut open = OpenOptions::new();
+            open.read(true).write(true).custom_flags(libc::O_DIRECT);
+            let file = open.open(at.join(name)).unwrap();
+            let mut page = Box::new(Page([0; 4096]));
+            said += &told(file.read_at(&mut page.0, 4096));
+            said += &format!("{:?}", &page.0[..4]);
+            page.0.fill(b'D');
+            said += &told(file.write_at(&page.0, 8192));
+            let mut buf = [0; 8];
+            File::open(at.join(name))
+                .unwrap()
+                .read_exact_at(&mut buf, 8188)
+                .unwrap();
+            said += &format!("{buf:?}");
+        }
+        said
+    });
+}
+
+#[test]
+fn flock_and_fcntl_locks_hold_between_processes() {
+    if !need(find_program("python3").is_some(), "python3") {
+        return;
+    }
+    // Another process tries both kinds of lock on the whole file.
+    let script = "import fcntl, sys\n\
+        f = open(sys.argv[1], 'r+')\n\
+        for lock in fcntl.flock, fcntl.lockf:\n\
+        \x20   try:\n\
+        \x20       lock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)\n\
+        \x20       print('got', end=' ')\n\
+        \x20   except OSError as e:\n\
+        \x20       print('held', end=' ')\n";
+    same_as_plain(some_files, |at| {
+        let path = at.join("f");
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(&path)
+            .unwrap();
+        let other = || run(Command::new("python3").args(["-c", script]).arg(&path)).out;
+        let mut said = other();
+        rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).unwrap();
+        said += &other();
+        rustix::fs::fcntl_lock(&file, FlockOperation::NonBlockingLockExclusive).unwrap();
+        said += &other();
+        rustix::fs::flock(&file, FlockOperation::Unlock).unwrap();
+        said += &other();
+        rustix::fs::fcntl_lock(&file, FlockOperation::Unlock).unwrap();
+        said + &other()
+    });
+}
+
+#[test]
+fn a_blocked_lock_does_not_stop_anybody_else() {
+    let Some(w) = world(some_files) else { return };
+    let m = w.mount();
+    let held = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(m.path("f"))
+        .unwrap();
+    rustix::fs::flock(&held, FlockOperation::LockExclusive).unwrap();
+    thread::scope(|scope| {
+        let waiters: Vec<_> = (0..16)
+            .map(|_| {
+                scope.spawn(|| {
+                    let file = File::open(m.path("f")).unwrap();
+                    rustix::fs::flock(&file, FlockOperation::LockShared).unwrap();
+                })
+            })
+            .collect();
+        thread::sleep(Duration::from_millis(200));
+        assert_eq!(fs::read(m.path("dir/a")).unwrap(), b"a");
+        fs::write(m.path("new"), b"x").unwrap();
+        assert!(!waiters.iter().any(|w| w.is_finished()));
+        rustix::fs::flock(&held, FlockOperation::Unlock).unwrap();
+    });
+}
+
+#[test]
+fn many_readers_of_one_pending_file_all_get_its_bytes() {
+    let Some(w) = world(some_files) else { return };
+    let m = w.mount_lazy();
+    for (name, want) in [("f", bytes(1, 30_000)), ("large", bytes(3, LARGE + 70_000))] {
+        thread::scope(|scope| {
+            for _ in 0..12 {
+                scope.spawn(|| assert!(fs::read(m.path(name)).unwrap() == want, "{name}"));
+            }
+        });
+    }
+    let files = m.status()["files_pulled"].as_u64();
+    assert_eq!(files, Some(2), "each was pulled once: {:#}", m.status());
+}
+
+// Space.
+
+#[test]
+fn statfs_never_promises_space_that_pending_files_will_need() {
+    let Some(w) = world(|d| d.sparse("large", 100 << 20, &[(0, &bytes(1, 100 << 20))])) else {
+        return;
+    };
+    let m = w.mount_lazy();
+    let free = rustix::fs::statvfs(&w.dst).unwrap();
+    m.path("large").metadata().unwrap();
+    let seen = rustix::fs::statvfs(&m.at).unwrap();
+    assert_eq!(
+        (seen.f_blocks, seen.f_frsize),
+        (free.f_blocks, free.f_frsize)
+    );
+    let less = (free.f_bavail - seen.f_bavail.min(free.f_bavail)) * free.f_frsize;
+    assert!(less > 90 << 20, "only {less} bytes less than dst has");
+}
+
+#[test]
+fn with_dst_full_pending_files_can_still_be_read() {
+    if !can_mount_on("ext4") {
+        return;
+    }
+    let (a, b) = (LoopFs::new("ext4"), LoopFs::sized("ext4", 32 << 20));
+    let w = World::from(a.dir("src"), b.dir("dst"), vec![a, b]);
+    let at = At::open(&w.src);
+    for i in 0..30 {
+        at.file(format!("f{i}"), &bytes(i, 2 << 20));
+    }
+    at.file("large", &bytes(99, 40 << 20));
+    let m = w.mount_lazy();
+    for i in 0..30 {
+        let got = fs::read(m.path(format!("f{i}"))).unwrap();
+        assert!(got == bytes(i, 2 << 20), "f{i}: wrong bytes");
+    }
+    assert!(
+        fs::read(m.path("large")).unwrap() == bytes(99, 40 << 20),
+        "large: wrong bytes"
+    );
+    let full = fs::write(m.path("new"), bytes(1, 8 << 20)).unwrap_err();
+    assert_eq!(full.raw_os_error(), Some(libc::ENOSPC));
+    assert_ne!(m.status()["state"], "COMPLETE");
+}
+
+// The mark and the control directory.
+
+#[test]
+fn the_mark_and_the_control_directory_are_invisible_and_out_of_reach() {
+    let Some(w) = world(some_files) else { return };
+    let m = w.mount_lazy();
+    m.path("f").metadata().unwrap();
+    assert!(is_marked(&w.dst.join("f")) && w.dst.join(CONTROL).is_dir());
+    for (path, entry) in compare::manifest_without_content(&m.at).entries() {
+        assert!(
+            !entry.has_xattr(MARK),
+            "{} shows its mark",
+            compare::show(path)
+        );
+        assert_ne!(path, CONTROL.as_bytes());
+    }
+    let f = m.path("f");
+    assert_eq!(
+        told(get_xattr(&f, MARK)),
+        rustix::io::Errno::NODATA.to_string()
+    );
+    assert!(set_xattr(&f, MARK, b"x").is_err());
+    assert!(rustix::fs::removexattr(&f, MARK).is_err());
+    let control = m.path(CONTROL);
+    assert!(!control.exists());
+    assert!(fs::create_dir(&control).is_err());
+    assert!(fs::write(&control, b"x").is_err());
+    assert!(fs::rename(&f, &control).is_err());
+    assert!(fs::hard_link(&f, &control).is_err());
+    assert!(symlink("x", &control).is_err());
+    assert!(fs::read_dir(&control).is_err());
+    // The name is nobody's below the root.
+    fs::create_dir(m.path("dir").join(CONTROL)).unwrap();
+    assert!(is_marked(&w.dst.join("f")), "f is still pending");
+}
+
+// Mounting over dst, and going away.
+
+#[test]
+fn mounted_over_dst_the_path_stays_the_same_through_finish() {
+    let Some(w) = world(some_files) else { return };
+    let w = w.over();
+    let m = w.mount();
+    assert!(fuse_mount_at(&w.dst).is_some());
+    fs::write(w.dst.join("dir/new"), b"new").unwrap();
+    let open = File::open(w.dst.join("f")).unwrap();
+    m.wait_complete();
+    run(mirrorfs().arg("finish").arg(&w.dst)).expect_code(0);
+    assert!(
+        fuse_mount_at(&w.dst).is_none(),
+        "the native tree is there at once"
+    );
+    assert_eq!(fs::read(w.dst.join("dir/new")).unwrap(), b"new");
+    assert_eq!(fs::read(w.dst.join("g")).unwrap(), bytes(2, 5_000));
+    // What was open before still reads.
+    let mut buf = [0; 100];
+    open.read_exact_at(&mut buf, 0).unwrap();
+    assert_eq!(buf, bytes(1, 100)[..]);
+    drop(open);
+    let mut m = m;
+    assert_eq!(m.wait_exit(Duration::from_secs(30)), Some(0), "{}", m.log());
+    w.expect_no_trace();
+}
+
+#[test]
+fn open_files_live_on_in_a_mount_that_was_detached() {
+    let Some(w) = world(some_files) else { return };
+    let mut m = w.mount_lazy();
+    let large = File::open(m.path("large")).unwrap();
+    let write = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(m.path("g"))
+        .unwrap();
+    run(Command::new("umount").arg("-l").arg(&m.at)).expect_code(0);
+    write.write_all_at(b"later", 0).unwrap();
+    write.sync_all().unwrap();
+    let mut all = Vec::new();
+    (&large).read_to_end(&mut all).unwrap();
+    assert!(all == bytes(3, LARGE + 70_000), "wrong bytes");
+    assert!(
+        m.runs(),
+        "the daemon must live as long as somebody uses the mount"
+    );
+    drop((large, write));
+    assert_eq!(m.wait_exit(Duration::from_secs(30)), Some(0), "{}", m.log());
+    let m = w.mount();
+    assert_eq!(&fs::read(m.path("g")).unwrap()[..5], b"later");
+    m.finish();
+}
+
+#[test]
+fn a_daemon_that_was_killed_leaves_a_dead_mount_and_mounting_again_resumes() {
+    let Some(w) = world(some_files) else { return };
+    let w = w.over();
+    let m = w.mount_lazy();
+    fs::write(m.path("dir/new"), b"new").unwrap();
+    fs::remove_file(m.path("f")).unwrap();
+    m.kill();
+    let dead = fs::read_dir(&w.dst).unwrap_err();
+    assert_eq!(
+        dead.raw_os_error(),
+        Some(libc::ENOTCONN),
+        "dst must stay hidden"
+    );
+    let m = w.mount();
+    assert_eq!(fs::read(m.path("dir/new")).unwrap(), b"new");
+    assert!(!m.path("f").exists());
+    m.finish();
+    assert!(!w.dst.join("f").exists());
+    w.expect_no_trace();
+}
+
+#[test]
+fn the_daemonized_mount_is_usable_when_the_command_returns() {
+    let Some(w) = world(some_files) else { return };
+    run(mirrorfs().arg("mount").arg(&w.src).arg(&w.dst).arg(&w.at)).expect_code(0);
+    assert_eq!(fs::read(w.at.join("f")).unwrap(), bytes(1, 30_000));
+    let pid = fixture::status(&w.at)["pid"].as_u64().unwrap() as u32;
+    let running = || Path::new(&format!("/proc/{pid}")).exists();
+    assert!(running());
+    wait_until("COMPLETE", LIMIT, || {
+        fixture::status(&w.at)["state"] == "COMPLETE"
+    });
+    let finish = run(mirrorfs().arg("finish").arg(&w.at));
+    let end = std::time::Instant::now() + Duration::from_secs(20);
+    while running() && std::time::Instant::now() < end {
+        thread::sleep(Duration::from_millis(10));
+    }
+    if running() {
+        raw::kill(pid, libc::SIGKILL);
+        panic!("the daemon is still there");
+    }
+    finish.expect_code(0);
+    w.expect_finished_copy();
+}
+
+#[test]
+fn finish_refuses_while_something_is_pending() {
+    let Some(w) = world(some_files) else { return };
+    let m = w.mount_lazy();
+    fs::read(m.path("f")).unwrap();
+    let refused = run(mirrorfs().arg("finish").arg(&m.at));
+    assert_ne!(refused.code(), 0, "{refused:?}");
+    assert_eq!(
+        fs::read(m.path("g")).unwrap(),
+        bytes(2, 5_000),
+        "the mount goes on"
+    );
+    m.finish_rest();
+    w.expect_finished_copy();
+}
+
+#[test]
+fn other_users_may_use_a_mount_of_root() {
+    let Some(w) = world(some_files) else { return };
+    let m = w.mount();
+    let out = shell_as(1000, 1000, &m.at, "ls | wc -l; cat dir/a; touch new 2>&1").out;
+    assert!(out.starts_with("4\na"), "{out}");
+    assert!(out.contains("Permission denied"), "{out}");
+}
+
+#[test]
+fn the_kinds_of_entries_in_a_listing_are_right() {
+    let Some(w) = world(|d| {
+        d.file("f", b"x");
+        d.dir("d");
+        d.symlink("x", "l");
+        d.node("p", rustix::fs::FileType::Fifo, 0);
+    }) else {
+        return;
+    };
+    let m = w.mount_lazy();
+    let mut kinds: Vec<_> = fs::read_dir(&m.at)
+        .unwrap()
+        .map(|e| e.unwrap())
+        .map(|e| {
+            let t = e.file_type().unwrap();
+            let kind = (t.is_dir(), t.is_file(), t.is_symlink(), t.is_fifo());
+            (e.file_name().into_string().unwrap(), kind)
+        })
+        .collect();
+    kinds.sort();
+    let kind = |n: &str, at: usize| (n.to_owned(), (at == 0, at == 1, at == 2, at == 3));
+    assert_eq!(
+        kinds,
+        [kind("d", 0), kind("f", 1), kind("l", 2), kind("p", 3)]
+    );
+}
+
+#[test]
+fn reading_at_the_end_and_seeking_work_as_everywhere() {
+    same_as_plain(some_files, |at| {
+        let mut file = File::open(at.join("large")).unwrap();
+        let end = file.seek(SeekFrom::End(-3)).unwrap();
+        let mut rest = Vec::new();
+        file.read_to_end(&mut rest).unwrap();
+        let past = told(file.read_at(&mut [0; 10], 1 << 40));
+        format!("{end} {rest:?} {past}")
+    });
+}
