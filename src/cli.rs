@@ -24,6 +24,47 @@ Exit codes:
   25  --max-delete stopped the deletions
   30  a time limit was reached, or SRC stopped answering";
 
+const MOUNT_ABOUT: &str = "\
+Makes the whole tree of SRC usable at MOUNTPOINT, before anything was copied.
+
+Without MOUNTPOINT the mount goes on top of DST itself: nobody sees the half-filled tree below, and \
+paths do not change when the mount goes away. The command returns as soon as the mount is usable; a \
+daemon stays behind. The same command resumes a migration that was stopped or killed.
+
+SRC is only read. It must not change any more: whoever writes to it now writes to the old home.";
+
+const SYNC_ABOUT: &str = "\
+Copies the tree of SRC to DST: data, holes, owner, mode, times, xattrs, ACLs, capabilities, hard \
+links, symlinks, devices. All of that is always on, so rsync's letters for it are accepted and say \
+what is done anyway: `mirrorfs sync -aHAX SRC DST` works.
+
+SRC and DST are the roots of the two trees; a slash at the end never matters. A file that is equal \
+in size and mtime is not copied again. Files appear in DST complete or not at all.";
+
+const STATUS_ABOUT: &str = "\
+Shows how far a migration is. PATH is the mount point, DST or SRC; without PATH every running \
+migration is shown. Without a daemon `status DST` answers from the marks in DST.
+
+States: PREPARING (not usable yet), WALKING (usable; totals are estimates until every directory was \
+seen), MIGRATING (usable; totals are known), PAUSED (usable; only what is opened is copied), \
+DEGRADED (usable; something needs you, see `action`), COMPLETE (nothing is pending: finish), \
+FINISHED (waits for the last open file), STOPPED (no daemon; the mount command resumes).";
+
+const VERIFY_ABOUT: &str = "\
+Compares two trees: every byte of every file, and type, owner, mode, mtime, xattrs, ACLs, hard \
+links, symlink targets, device numbers. Prints one line for each difference and exits with 9 when \
+there is any, with 23 when something could not be read. Neither tree is changed.";
+
+const FINISH_ABOUT: &str = "\
+Ends a migration: makes DST durable, removes every trace of mirrorfs from it and takes the mount \
+away. PATH is the mount point, DST or SRC. Files that are open stay open.
+
+Refuses while something is pending (exit code 1) or in the ledger of failures (23).";
+
+const ERRORS_ABOUT: &str = "\
+Lists the ledger: what could not be pulled, or not with all its metadata, and why. PATH is the \
+mount point, DST or SRC; without a daemon the ledger is read from DST.";
+
 /// The whole command line.
 #[derive(Debug, Parser)]
 #[command(
@@ -57,16 +98,22 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Make the tree of SRC usable at DST now, and copy it there
+    #[command(long_about = MOUNT_ABOUT)]
     Mount(Mount),
     /// Copy the tree of SRC to DST, without a mount
+    #[command(long_about = SYNC_ABOUT)]
     Sync(Box<Sync>),
     /// Show how far a migration is
+    #[command(long_about = STATUS_ABOUT)]
     Status(Status),
     /// Compare two trees: every byte, all metadata
+    #[command(long_about = VERIFY_ABOUT)]
     Verify(Verify),
     /// End a complete migration: DST becomes a plain tree
+    #[command(long_about = FINISH_ABOUT)]
     Finish(Finish),
     /// List what could not be pulled, and why
+    #[command(long_about = ERRORS_ABOUT)]
     Errors(Errors),
     /// Print completions for a shell
     Completions(Completions),
@@ -77,14 +124,6 @@ pub enum Command {
 /// `mirrorfs mount`.
 #[derive(Debug, Args)]
 #[command(
-    long_about = "\
-Makes the whole tree of SRC usable at MOUNTPOINT, before anything was copied.
-
-Without MOUNTPOINT the mount goes on top of DST itself: nobody sees the half-filled tree below, and \
-paths do not change when the mount goes away. The command returns as soon as the mount is usable; a \
-daemon stays behind. The same command resumes a migration that was stopped or killed.
-
-SRC is only read. It must not change any more: whoever writes to it now writes to the old home.",
     after_help = EXIT_CODES,
     args_override_self = true
 )]
@@ -127,13 +166,19 @@ pub struct Mount {
     ///
     /// Default: standard error with -f, else a file in /run/mirrorfs, or in
     /// $XDG_RUNTIME_DIR/mirrorfs without root.
-    #[arg(long, value_name = "FILE", env = "MIRRORFS_LOG_FILE")]
+    #[arg(
+        long,
+        value_name = "FILE",
+        env = "MIRRORFS_LOG_FILE",
+        hide_env_values = true
+    )]
     pub log_file: Option<PathBuf>,
     /// How much to log
     #[arg(
         long,
         value_name = "LEVEL",
         env = "MIRRORFS_LOG_LEVEL",
+        hide_env_values = true,
         default_value = "info"
     )]
     pub log_level: Level,
@@ -169,13 +214,6 @@ impl From<Level> for LogLevel {
 /// `mirrorfs sync`.
 #[derive(Debug, Args)]
 #[command(
-    long_about = "\
-Copies the tree of SRC to DST: data, holes, owner, mode, times, xattrs, ACLs, capabilities, hard \
-links, symlinks, devices. All of that is always on, so rsync's letters for it are accepted and say \
-what is done anyway: `mirrorfs sync -aHAX SRC DST` works.
-
-SRC and DST are the roots of the two trees; a slash at the end never matters. A file that is equal \
-in size and mtime is not copied again. Files appear in DST complete or not at all.",
     after_help = EXIT_CODES,
     args_override_self = true
 )]
@@ -236,8 +274,6 @@ pub struct Sync {
     #[arg(short = 'j', long, value_name = "N", help_heading = "How it is copied")]
     pub jobs: Option<usize>,
     /// Share extents between SRC and DST
-    ///
-    /// auto: where the file system can; always: or fail; never: DST gets blocks of its own.
     #[arg(
         long,
         value_name = "WHEN",
@@ -246,9 +282,6 @@ pub struct Sync {
     )]
     pub reflink: ReflinkArg,
     /// When to make durable what was written
-    ///
-    /// file: each file before it gets its name; end: everything, once; never: leave it to the
-    /// kernel.
     #[arg(
         long,
         value_name = "WHEN",
@@ -361,14 +394,6 @@ pub enum FsyncArg {
 /// `mirrorfs status`.
 #[derive(Debug, Args)]
 #[command(
-    long_about = "\
-Shows how far a migration is. PATH is the mount point, DST or SRC; without PATH every running \
-migration is shown. Without a daemon `status DST` answers from the marks in DST.
-
-States: PREPARING (not usable yet), WALKING (usable; totals are estimates until every directory was \
-seen), MIGRATING (usable; totals are known), PAUSED (usable; only what is opened is copied), \
-DEGRADED (usable; something needs you, see `action`), COMPLETE (nothing is pending: finish), \
-FINISHED (waits for the last open file), STOPPED (no daemon; the mount command resumes).",
     after_help = EXIT_CODES
 )]
 pub struct Status {
@@ -382,10 +407,6 @@ pub struct Status {
 /// `mirrorfs verify`.
 #[derive(Debug, Args)]
 #[command(
-    long_about = "\
-Compares two trees: every byte of every file, and type, owner, mode, mtime, xattrs, ACLs, hard \
-links, symlink targets, device numbers. Prints one line for each difference and exits with 9 when \
-there is any, with 23 when something could not be read. Neither tree is changed.",
     after_help = EXIT_CODES
 )]
 pub struct Verify {
@@ -398,11 +419,6 @@ pub struct Verify {
 /// `mirrorfs finish`.
 #[derive(Debug, Args)]
 #[command(
-    long_about = "\
-Ends a migration: makes DST durable, removes every trace of mirrorfs from it and takes the mount \
-away. PATH is the mount point, DST or SRC. Files that are open stay open.
-
-Refuses while something is pending (exit code 1) or in the ledger of failures (23).",
     after_help = EXIT_CODES
 )]
 pub struct Finish {
@@ -418,9 +434,6 @@ pub struct Finish {
 /// `mirrorfs errors`.
 #[derive(Debug, Args)]
 #[command(
-    long_about = "\
-Lists the ledger: what could not be pulled, or not with all its metadata, and why. PATH is the \
-mount point, DST or SRC; without a daemon the ledger is read from DST.",
     after_help = EXIT_CODES
 )]
 pub struct Errors {
@@ -518,11 +531,16 @@ fn mount_option(config: &mut MountConfig, option: &str) -> Result<(), String> {
         ("adopt", None) => config.adopt = true,
         ("nobackground", None) => config.background = false,
         ("finish", None) => config.finish = true,
-        ("large", Some(text)) => config.large_file_bytes = size(text)?,
+        ("large", Some(text)) => {
+            config.large_file_bytes = size(text).map_err(|e| format!("-o large={e}"))?;
+        }
         ("threads", Some(text)) => config.threads = number(key, text)?,
         ("workers", Some(text)) => config.workers = number(key, text)?,
         ("log", Some(text)) => config.log_file = Some(PathBuf::from(text)),
-        ("loglevel", Some(text)) => config.log_level = Level::from_str(text, true)?.into(),
+        ("loglevel", Some(text)) => {
+            let level = Level::from_str(text, true).map_err(|e| format!("-o loglevel={text}: {e}"));
+            config.log_level = level?.into();
+        }
         ("large" | "threads" | "workers" | "log" | "loglevel", None) => {
             return Err(format!("-o {key} needs a value: -o {key}=..."));
         }

@@ -5,7 +5,7 @@ use std::path::Path;
 use serde_json::Value;
 
 use super::control::{self, Request};
-use super::{Failure, Outcome, exit, out};
+use super::{Failure, Outcome, exit, out, preflight};
 use crate::cli;
 
 /// How the entries are written.
@@ -35,7 +35,10 @@ pub(super) fn run(path: &Path, format: Format) -> Outcome {
     let bad = |e: &dyn std::fmt::Display| Failure::new(exit::FAILURE, format!("ledger: {e}"));
     let value = match control::find(path)? {
         Some(daemon) => daemon.call(&Request::Errors)?,
-        None => serde_json::to_value(crate::mirror::read_ledger(path)?).map_err(|e| bad(&e))?,
+        None => {
+            preflight::migration(path)?;
+            serde_json::to_value(crate::mirror::read_ledger(path)?).map_err(|e| bad(&e))?
+        }
     };
     let Value::Array(entries) = value else {
         return Err(bad(&"not a list"));

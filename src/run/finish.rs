@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::control::{self, Request};
 use super::mount::refused;
-use super::{Outcome, exit, out};
+use super::{Outcome, exit, out, preflight};
 
 /// `mirrorfs finish`.
 pub(super) fn run(path: &Path, accept_loss: bool) -> Outcome {
@@ -14,6 +14,7 @@ pub(super) fn run(path: &Path, accept_loss: bool) -> Outcome {
             daemon.report.counts.errors
         }
         None => {
+            preflight::migration(path)?;
             let survey = crate::mirror::survey(path)?;
             crate::mirror::finish_offline(path, accept_loss)
                 .map_err(|e| refused(e, survey.ledger))?;

@@ -124,9 +124,10 @@ fn serve(
     let (events_in, events) = bounded(64);
     watch_signals(events_in.clone())?;
     let session = Session::start(mirror.clone(), &config)?;
+    // Before the mount is seen: who sees it finds its daemon.
+    let socket = listener.serve(handler(live.clone(), mirror.clone(), events_in))?;
     session.attach()?;
     live.set_phase(Phase::Serving);
-    let socket = listener.serve(handler(live.clone(), mirror.clone(), events_in))?;
     let walker = config.background.then(|| Walker::start(mirror.clone()));
     tracing::info!(
         "usable: {} on {}",

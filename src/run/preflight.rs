@@ -4,13 +4,16 @@
 //! their file system, so that neither a symlink nor a bind mount hides that one tree is inside the
 //! other. What only the trees' content tells (marks, identity, locks) is `Mirror::open`'s.
 
+use std::ffi::OsStr;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use super::out::quoted;
 use super::{Failure, exit};
 use crate::config::{MountConfig, SyncConfig};
 use crate::error::Errno;
+use crate::mark::CONTROL_DIR;
 use crate::sys::stat::{Stat, stat_fd};
 use crate::sys::{caps, host, local};
 
@@ -33,8 +36,8 @@ impl Root {
         let fd = match local::open_dir_path(path) {
             Err(e) if host::is_mount_gone(e) => {
                 let line = format!(
-                    "{role} {}: open: {e}; a mount on it has died: umount -l {}",
-                    quoted(path),
+                    "{role} {}: open: {e}; the daemon of the mount on it has died: the same \
+                     `mirrorfs mount` resumes",
                     quoted(path)
                 );
                 return Err(Failure::new(exit::UNUSABLE, line));
@@ -156,6 +159,25 @@ pub(super) fn sync(config: &SyncConfig) -> Result<(), Failure> {
             }
             _ => Err(failure),
         },
+    }
+}
+
+/// `path` is the DST of a migration that no daemon serves.
+pub(super) fn migration(path: &Path) -> Result<(), Failure> {
+    Root::open("PATH", path)?;
+    match std::fs::symlink_metadata(path.join(OsStr::from_bytes(CONTROL_DIR))) {
+        Ok(_) => Ok(()),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            let line = format!(
+                "PATH {}: no daemon serves it, and it is not the DST of a migration",
+                quoted(path)
+            );
+            Err(Failure::new(exit::UNUSABLE, line))
+        }
+        Err(e) => {
+            let line = format!("PATH {}: lstat .mirrorfs: {e}", quoted(path));
+            Err(Failure::new(exit::UNUSABLE, line))
+        }
     }
 }
 

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use super::control::{self, lexical};
 use super::out::{self, bytes, count, duration, percent, quoted};
-use super::{Failure, Outcome, exit};
+use super::{Failure, Outcome, exit, preflight};
 use crate::config::MountConfig;
 use crate::error::Printable;
 use crate::progress::Progress;
@@ -497,6 +497,7 @@ pub(crate) fn run(path: Option<&Path>, json: bool) -> Outcome {
 
 /// No daemon: the marks in dst tell what is left.
 fn stopped(dst: &Path, json: bool) -> Result<(), Failure> {
+    preflight::migration(dst)?;
     let survey = crate::mirror::survey(dst)?;
     let dst: PathBuf = lexical(dst).unwrap_or_else(|| dst.to_path_buf());
     let src = survey.identity_src.as_deref().map(Path::to_string_lossy);
