@@ -1,0 +1,329 @@
+#!/usr/bin/env python3
+"""power.py: what the power-cut harness runs (powercut.sh starts it). As root.
+
+  power.py prepare LAB        makes LAB/src
+  power.py write LAB          $DST is the disk that will lose its power, $ACK takes what is promised
+  power.py check LAB          $DST is the disk afterwards, $ACKED what had been promised before the cut
+
+The writer does one migration after the other into $DST/dst0, dst1, ...: while the walker runs it reads at random,
+writes, creates, deletes, renames and truncates, each made durable (fsync of the file and of its directories) and
+acknowledged before the next; then it finishes. LAB/ops tells all that it ever began. The checker replays those, and
+for every name knows the states that it may be in: the one that was acknowledged last, and any that came later.
+A migration that was cut is resumed and finished first. What no operation touched must be as src has it.
+"""
+import glob
+import json
+import os
+import random
+import signal
+import stat
+import sys
+import threading
+import time
+
+sys.dont_write_bytecode = True
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+import lab
+
+OPS = 40                    # in one migration
+REG, DIR = stat.S_IFREG, stat.S_IFDIR
+
+
+class Node:
+    def __init__(self, kind, data=None, mode=None, same_as=None):
+        self.kind, self.data, self.mode, self.same_as = kind, data, mode, same_as
+
+    def state(self):
+        return (self.kind, self.data, self.mode, self.same_as)
+
+
+class Model:
+    """Names -> Node; and for every name the states it was in: [(number of the operation, state or None)]."""
+
+    def __init__(self, src):
+        self.names, self.history = {}, {}
+        inodes = {}
+        for rel in lab.tree(src):
+            l = lab.look(src + '/' + rel)
+            n = inodes.get(l['ino']) if l['kind'] != DIR else None
+            if n is None:
+                n = inodes[l['ino']] = Node(l['kind'], lab.read(src + '/' + rel) if l['kind'] == REG else None, l['mode'], rel)
+            self.names[rel] = n
+            self.history[rel] = [(-1, n.state())]
+
+    def apply(self, k, op):
+        """One operation, as a list of its name and arguments."""
+        before = {p: n.state() for p, n in self.names.items()}
+        what, p = op[0], op[1]
+        if what == 'write':
+            n, off, b = self.names[p], op[2], lab.data(op[3], op[4])
+            n.data = n.data[:off].ljust(off, b'\0') + b + n.data[off + len(b):]
+            n.same_as = None
+        elif what == 'truncate':
+            n = self.names[p]
+            n.data, n.same_as = n.data[:op[2]].ljust(op[2], b'\0'), None
+        elif what == 'chmod':
+            self.names[p].mode, self.names[p].same_as = op[2], None
+        elif what == 'create':
+            self.names[p] = Node(REG, lab.data(op[2], op[3]), 0o644)
+        elif what == 'mkdir':
+            self.names[p] = Node(DIR, None, 0o755)
+        elif what == 'unlink':
+            del self.names[p]
+        elif what == 'rename':
+            for q in [q for q in self.names if q == p or q.startswith(p + '/')]:
+                self.names[op[2] + q[len(p):]] = self.names.pop(q)
+        for q in set(before) | set(self.names):
+            now = self.names[q].state() if q in self.names else None
+            if before.get(q) != now:
+                self.history.setdefault(q, [(-1, None)]).append((k, now))
+
+    def allowed(self, path, acked):
+        """The states that a name may be in when operation `acked` was the last that was acknowledged."""
+        h = self.history[path]
+        past = [s for k, s in h if k <= acked]
+        return past[-1:] + [s for k, s in h if k > acked]
+
+
+def fsync(path):
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def choose(model, rng):
+    """A random operation that will work."""
+    files = sorted(p for p, n in model.names.items() if n.kind == REG)
+    dirs = sorted(p for p, n in model.names.items() if n.kind == DIR)
+    new = '%s/n%d' % (rng.choice(dirs), rng.randrange(10**9))
+    f = rng.choice(files)
+    what = rng.choices(['write', 'truncate', 'chmod', 'create', 'mkdir', 'unlink', 'rename', 'rename_over', 'rename_dir'],
+                       [10, 4, 2, 5, 1, 5, 4, 2, 2])[0]
+    if what == 'write':
+        return [what, f, rng.randrange(len(model.names[f].data) + 1), '%d' % rng.randrange(10**9), rng.choice([1, 4096, 30_000])]
+    if what == 'truncate':
+        return [what, f, rng.choice([0, 0, rng.randrange(len(model.names[f].data) + 1)])]
+    if what == 'chmod':
+        return [what, f, rng.choice([0o600, 0o640, 0o755])]
+    if what == 'create':
+        return [what, new, '%d' % rng.randrange(10**9), rng.choice([0, 100, 50_000])]
+    if what == 'mkdir':
+        return [what, new]
+    if what == 'unlink':
+        return [what, f]
+    if what == 'rename_over':
+        g = rng.choice(files)
+        return ['rename', f, g if model.names[g] is not model.names[f] else new]
+    d = rng.choice(dirs) if what == 'rename_dir' else f
+    return ['rename', d, new] if not new.startswith(d + '/') else ['mkdir', new]
+
+
+def do(at, op):
+    """Does it and makes it durable."""
+    what, p = op[0], at + '/' + op[1]
+    if what == 'write':
+        fd = os.open(p, os.O_WRONLY)
+        b = lab.data(op[3], op[4])
+        if os.pwrite(fd, b, op[2]) != len(b):
+            raise OSError('short write')
+        (os.fsync if op[2] % 2 else os.fdatasync)(fd)
+        os.close(fd)
+    elif what == 'truncate':
+        os.truncate(p, op[2])
+        fsync(p)
+    elif what == 'chmod':
+        os.chmod(p, op[2])
+        fsync(p)
+    elif what == 'create':
+        fd = os.open(p, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        b = lab.data(op[2], op[3])
+        if os.write(fd, b) != len(b):
+            raise OSError('short write')
+        os.fsync(fd)
+        os.close(fd)
+        fsync(os.path.dirname(p))
+    elif what == 'mkdir':
+        os.mkdir(p, 0o755)
+        fsync(os.path.dirname(p))
+    elif what == 'unlink':
+        os.unlink(p)
+        fsync(os.path.dirname(p))
+    elif what == 'rename':
+        q = at + '/' + op[2]
+        os.rename(p, q)
+        fsync(os.path.dirname(q))
+        fsync(os.path.dirname(p))
+
+
+def write(where):
+    os.umask(0o022)
+    src, dst, at = where + '/src', os.environ['DST'], where + '/mnt'
+    os.makedirs(at, exist_ok=True)
+    log, ack = open(where + '/ops', 'w'), open(os.environ['ACK'], 'w')
+    rng = random.Random(int(os.environ.get('SEED', '1')))
+    now = {'mount': None}
+    stop = threading.Event()
+
+    def end(*_):
+        stop.set()
+        if now['mount']:
+            now['mount'].kill()
+            now['mount'].stop()
+        os._exit(0)
+    signal.signal(signal.SIGTERM, end)
+
+    def promise(*words):
+        ack.write(' '.join(str(w) for w in words) + '\n')
+        ack.flush()
+
+    def reads(names):
+        """Somebody who reads at random, so that some files are pulled because they are asked for."""
+        r = random.Random(1)
+        while not done.is_set():
+            try:
+                lab.read(at + '/' + r.choice(names))
+            except OSError:
+                time.sleep(0.01)        # deleted or renamed meanwhile
+
+    for mig in range(10_000):
+        root = '%s/dst%d' % (dst, mig)
+        os.mkdir(root)
+        fsync(dst)
+        model = Model(src)
+        names = [p for p, n in model.names.items() if n.kind == REG]
+        # Some without the walker: then the last part is what the walker of a second mount does.
+        lazy = mig % 3 == 1
+        m = now['mount'] = lab.Mount(src, root, at, where + '/log', ['--no-background'] if lazy else [])
+        done = threading.Event()
+        reader = threading.Thread(target=reads, args=(names,), daemon=True)
+        reader.start()
+        for k in range(OPS):
+            op = choose(model, rng)
+            log.write(json.dumps([mig, k, op]) + '\n')
+            log.flush()
+            do(at, op)
+            model.apply(k, op)
+            promise('done', mig, k)
+            time.sleep(rng.choice([0, 0.002, 0.02]))
+        done.set()
+        reader.join()
+        if lazy:
+            m.stop()
+            m = now['mount'] = lab.Mount(src, root, at, where + '/log')
+        m.finish()
+        now['mount'] = None
+        promise('finished', mig)
+
+
+def check(where):
+    src, dst, at = where + '/src', os.environ['DST'], where + '/check'
+    os.makedirs(at, exist_ok=True)
+    acked, finished = {}, set()
+    for line in open(os.environ['ACKED']):
+        w = line.split()
+        if w and w[0] == 'done':
+            acked[int(w[1])] = max(acked.get(int(w[1]), -1), int(w[2]))
+        elif w and w[0] == 'finished':
+            finished.add(int(w[1]))
+    ops = {}
+    for line in open(where + '/ops'):
+        if line.endswith('\n'):
+            mig, k, op = json.loads(line)
+            ops.setdefault(mig, []).append((k, op))
+    there = sorted(int(os.path.basename(p)[3:]) for p in glob.glob(dst + '/dst*'))
+    bad = ['dst%d is gone' % mig for mig in sorted(finished | set(acked)) if mig not in there]
+    # The one that was cut, the one before it, and one of the older ones.
+    some = there[-2:] + ([random.choice(there[:-2])] if len(there) > 2 else [])
+    for mig in some:
+        bad += ['dst%d: %s' % (mig, b) for b in check_one(src, '%s/dst%d' % (dst, mig), at, where, ops.get(mig, []), acked.get(mig, -1), mig in finished)]
+    if bad:
+        print('%d violations' % len(bad))
+        print('\n'.join(bad[:15]))
+    return 1 if bad else 0
+
+
+def check_one(src, root, at, where, ops, acked, finished):
+    model, bad = Model(src), []
+    for k, op in ops:
+        model.apply(k, op)
+    # After the control directory is gone the migration is over, acknowledged or not.
+    plain = finished or (acked == OPS - 1 and not os.path.lexists(root + '/' + lab.CONTROL))
+    if not plain:
+        m = lab.Mount(src, root, at, where + '/check-log')
+        try:
+            bad += compare(model, src, at, acked, [p for p, h in model.history.items() if len(h) > 1], 'after the cut')
+            m.finish()
+        except RuntimeError as e:
+            return bad + [str(e)]
+        finally:
+            m.stop()
+    bad += ['trace: ' + t for t in lab.traces(root)]
+    bad += ['%s should not be there' % p for p in set(lab.tree(root)) - set(model.history)]
+    return bad + compare(model, src, root, acked, model.history, 'after finish')
+
+
+def compare(model, src, root, acked, paths, when):
+    bad, inodes = [], {}
+    for p in paths:
+        allowed = model.allowed(p, acked)
+        touched = len(model.history[p]) > 1
+        what = '%s: %s (last acknowledged %d, changed by %s)' % (when, p, acked, [k for k, _ in model.history[p][1:]])
+        try:
+            l = lab.look(root + '/' + p)
+        except FileNotFoundError:
+            if None not in allowed:
+                bad.append(what + ': is missing')
+            continue
+        except NotADirectoryError:
+            continue
+        states = [s for s in allowed if s and s[0] == l['kind']]
+        if not states:
+            bad.append(what + (': came back' if allowed == [None] else ': has another type'))
+            continue
+        # While a rename is in flight a name may show an older state of its new inode.
+        if l['kind'] == REG:
+            got = lab.read(root + '/' + p)
+            wrong = unlike(got, [s[1] for s in states])
+            if wrong:
+                bad.append('%s: %s' % (what, wrong))
+        if l['mode'] not in [s[2] for s in states]:
+            bad.append('%s: mode %o' % (what, l['mode']))
+        if not touched and root != src and when == 'after finish':
+            want = lab.look(src + '/' + p)
+            keys = ['uid', 'gid', 'size', 'target', 'xattrs'] + ([] if l['kind'] == DIR else ['mtime'])
+            bad += ['%s: %s: %r, should be %r' % (what, k, l[k], want[k]) for k in keys if l[k] != want[k]]
+            if l['kind'] != DIR and inodes.setdefault(want['ino'], l['ino']) != l['ino']:
+                bad.append(what + ': is not linked with its other names')
+    return bad
+
+
+def unlike(got, versions):
+    """Why `got` is not made of blocks of the versions; None when it is."""
+    if len(got) not in [len(v) for v in versions] and not min(map(len, versions)) < len(got) < max(map(len, versions)):
+        return '%d bytes, should be %s' % (len(got), sorted({len(v) for v in versions}))
+    for i in range(0, len(got), 512):
+        b = got[i:i + 512]
+        if not any(b == v[i:i + 512].ljust(len(b), b'\0')[:len(b)] for v in versions):
+            # A write that was cut may end inside a block.
+            if len(versions) > 1 and all(any(c == (v[i + j] if i + j < len(v) else 0) for v in versions) for j, c in enumerate(b)):
+                continue
+            return 'wrong bytes at %d of %d%s' % (i, len(got), ' (zeros)' if not any(b) else '')
+    return None
+
+
+def main():
+    if len(sys.argv) != 3 or sys.argv[1] not in ('prepare', 'write', 'check'):
+        lab.die(__doc__)
+    where = sys.argv[2]
+    if sys.argv[1] == 'prepare':
+        os.makedirs(where + '/src', exist_ok=True)
+        if not os.listdir(where + '/src'):
+            lab.fill_src(where + '/src', 'power', 2, 90, big=1)
+        return 0
+    return write(where) if sys.argv[1] == 'write' else check(where)
+
+
+if __name__ == '__main__':
+    sys.exit(main())
