@@ -14,6 +14,9 @@
 //! A retry never makes dst shorter than it was: readers may already use what landed. Holes are
 //! punched where the first round may have left data, and the size is set at the end.
 
+#[cfg(test)]
+mod tests;
+
 use std::ops::Range;
 
 use rustix::io::Errno;

@@ -1,5 +1,7 @@
 //! The engine on real files: what a job promises, with and without a ring, with short transfers.
 
+mod slow;
+
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::ops::Range;
