@@ -12,6 +12,7 @@ mod log;
 mod mount;
 mod out;
 mod preflight;
+mod report;
 mod status;
 mod sync;
 mod verify;
@@ -25,7 +26,7 @@ use clap::{CommandFactory, Parser};
 use crate::cli::{Cli, Command};
 use crate::error::{Errno, Error, Side};
 
-pub use status::Report;
+pub use report::{Counts, Report, State};
 
 /// Exit codes: a promise (docs/OPERATIONS.md). `cli::EXIT_CODES` is their text.
 pub(crate) mod exit {
@@ -144,8 +145,8 @@ fn usage(error: &clap::Error) -> Outcome {
             Ok(exit::DONE)
         }
         DisplayHelpOnMissingArgumentOrSubcommand => {
-            // Nobody reads what we cannot write; the exit code says it too.
-            let _ = std::io::stderr().write_all(error.render().to_string().as_bytes());
+            let text = error.render().to_string();
+            let _ = std::io::stderr().write_all(text.as_bytes()); // The exit code says it too.
             Err(Failure::new(exit::USAGE, ""))
         }
         _ => {

@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::out::quoted;
-use super::status::Report;
+use super::report::Report;
 use super::{Failure, exit};
 use crate::error::Printable;
 use crate::sys::local;
@@ -150,8 +150,7 @@ impl Listener {
             if let Err(e) = UnixStream::connect(&path)
                 && e.kind() == ErrorKind::ConnectionRefused
             {
-                // Another daemon that starts now may be quicker: gone is what we want.
-                let _ = std::fs::remove_file(&path);
+                let _ = std::fs::remove_file(&path); // Another daemon may have been quicker.
             }
         }
         let path = dir.join(format!("{}.sock", std::process::id()));
@@ -214,8 +213,7 @@ pub(crate) struct Socket {
 impl Socket {
     /// Takes the name away: no client finds us any more.
     pub(crate) fn close(self) {
-        // Left behind it is swept away by the next daemon.
-        let _ = std::fs::remove_file(&self.path);
+        let _ = std::fs::remove_file(&self.path); // Left behind, the next daemon sweeps it.
     }
 }
 
@@ -404,8 +402,7 @@ fn resolved(path: &Path) -> Option<PathBuf> {
     let (tx, rx) = std::sync::mpsc::channel();
     std::thread::Builder::new()
         .spawn(move || {
-            // A client that gave up is not interested any more.
-            let _ = tx.send(std::fs::canonicalize(path));
+            let _ = tx.send(std::fs::canonicalize(path)); // Nobody waits any more: too late.
         })
         .ok()?;
     rx.recv_timeout(Duration::from_secs(2)).ok()?.ok()

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
-use super::status::Counts;
+use super::report::Counts;
 
 /// How often a line is written where no bar can be drawn.
 const LINE_EVERY: Duration = Duration::from_secs(10);
@@ -65,10 +65,9 @@ impl Screen {
     /// One line now.
     pub(super) fn line(&mut self, state: &str, counts: &Counts) {
         self.last_line = Some(Instant::now());
-        // Progress that nobody can see is no failure.
-        let _ = self
-            .bars
-            .suspend(|| writeln!(std::io::stderr(), "{state}  {}", counts.line()));
+        let text = format!("{state}  {}", counts.line());
+        let written = self.bars.suspend(|| writeln!(std::io::stderr(), "{text}"));
+        let _ = written; // Progress that nobody can see is no failure.
     }
 
     /// Takes the bars away and leaves one line.

@@ -58,8 +58,7 @@ impl Log {
             .with_target(false)
             .with_writer(self.clone())
             .finish();
-        // A second one in the same process (tests) keeps the first.
-        let _ = tracing::subscriber::set_global_default(subscriber);
+        let _ = tracing::subscriber::set_global_default(subscriber); // The first one stays.
     }
 
     /// Opens the file again by its name: somebody has moved it away.

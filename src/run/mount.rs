@@ -280,8 +280,7 @@ pub(super) fn refused(error: Error, ledger: u64) -> Failure {
 }
 
 fn answer(reply: &Sender<Result<Value, Failure>>, result: Result<Value, Failure>) {
-    // A client that went away does not need it.
-    let _ = reply.send(result);
+    let _ = reply.send(result); // A client that went away does not need it.
 }
 
 fn handler(live: Arc<Live>, mirror: Arc<Mirror>, events: Sender<Event>) -> Arc<Handler> {
@@ -315,7 +314,7 @@ fn watch_signals(events: Sender<Event>) -> Result<(), Failure> {
             }
             // Full: the main loop is busy; a line of progress more or less is nothing, and INT
             // comes again.
-            let _ = events.try_send(Event::Signal(signal));
+            let _ = events.try_send(Event::Signal(signal)); // See above.
         }
     };
     let thread = std::thread::Builder::new().name("signals".into());

@@ -15,13 +15,12 @@ pub(crate) fn say(line: &str) {
 pub(crate) fn raw(bytes: &[u8]) {
     let mut stdout = std::io::stdout().lock();
     // Who closed our output (`| head`) has read enough; the work and its exit code go on.
-    let _ = stdout.write_all(bytes).and_then(|()| stdout.flush());
+    let _ = stdout.write_all(bytes).and_then(|()| stdout.flush()); // As said.
 }
 
 /// One line on standard error: what went wrong.
 pub(crate) fn complain(line: &str) {
-    // Without a standard error there is only the exit code.
-    let _ = writeln!(std::io::stderr(), "mirrorfs: {line}");
+    let _ = writeln!(std::io::stderr(), "mirrorfs: {line}"); // The exit code remains.
 }
 
 /// A path in quotes, as every message writes it.

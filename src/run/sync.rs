@@ -7,7 +7,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
 
 use super::live::Screen;
 use super::log::Log;
-use super::status::{Counts, Rate};
+use super::report::{Counts, Rate};
 use super::{Failure, Outcome, exit, out, preflight};
 use crate::config::{LogLevel, SyncConfig};
 use crate::progress::Progress;
@@ -35,8 +35,7 @@ pub(super) fn run(config: SyncConfig) -> Outcome {
     let (done_in, done) = crossbeam_channel::bounded(1);
     let (job, counters) = (config.clone(), progress.clone());
     let copy = move || {
-        // The receiver is gone only after a signal ended the run.
-        let _ = done_in.send(crate::sync::run(&job, counters));
+        let _ = done_in.send(crate::sync::run(&job, counters)); // Gone only after a signal.
     };
     let thread = std::thread::Builder::new().name("sync".into());
     thread.spawn(copy).map_err(fail)?;

@@ -1,0 +1,312 @@
+//! `mirrorfs sync`: rsync's grammar.
+
+use std::path::PathBuf;
+
+use clap::{ArgAction, Args, ValueEnum};
+
+use super::EXIT_CODES;
+use crate::config::{Fsync, Reflink, SyncConfig};
+
+pub(super) const ABOUT: &str = "\
+Copies the tree of SRC to DST: data, holes, owner, mode, times, xattrs, ACLs, capabilities, hard \
+links, symlinks, devices. All of that is always on, so rsync's letters for it are accepted and say \
+what is done anyway: `mirrorfs sync -aHAX SRC DST` works.
+
+SRC and DST are the roots of the two trees; a slash at the end never matters. A file that is equal \
+in size and mtime is not copied again. Files appear in DST complete or not at all.";
+
+/// `mirrorfs sync`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = EXIT_CODES,
+    args_override_self = true
+)]
+pub struct Sync {
+    /// The tree to copy from; it is never written
+    pub src: PathBuf,
+    /// The tree to copy into; made when its parent exists
+    pub dst: PathBuf,
+
+    /// Change nothing; with -i say what would be done
+    #[arg(short = 'n', long)]
+    pub dry_run: bool,
+    /// Print one line for each change, as rsync -i does
+    #[arg(short = 'i', long)]
+    pub itemize_changes: bool,
+    /// Print the names of what is copied
+    #[arg(short = 'v', long, action = ArgAction::Count)]
+    pub verbose: u8,
+    /// Print nothing but errors
+    #[arg(short = 'q', long)]
+    pub quiet: bool,
+    /// Show live progress
+    #[arg(short = 'P', long)]
+    pub progress: bool,
+    /// Print totals at the end
+    #[arg(long)]
+    pub stats: bool,
+    /// Print the totals as JSON
+    #[arg(long)]
+    pub json: bool,
+
+    /// Stay on SRC's own file system
+    #[arg(short = 'x', long, help_heading = "What is copied")]
+    pub one_file_system: bool,
+    /// Compare by content instead of size and mtime
+    #[arg(short = 'c', long, help_heading = "What is copied")]
+    pub checksum: bool,
+    /// Copy also what is equal in size and mtime
+    #[arg(short = 'I', long, help_heading = "What is copied")]
+    pub ignore_times: bool,
+    /// Leave alone what is newer in DST
+    #[arg(short = 'u', long, help_heading = "What is copied")]
+    pub update: bool,
+    /// Equal size is equal, whatever mtime says
+    #[arg(long, help_heading = "What is copied")]
+    pub size_only: bool,
+    /// Leave alone whatever exists in DST
+    #[arg(long, help_heading = "What is copied")]
+    pub ignore_existing: bool,
+    /// Remove from DST what SRC does not have
+    #[arg(long, help_heading = "What is copied")]
+    pub delete: bool,
+    /// Remove at most N entries; more is exit code 25
+    #[arg(long, value_name = "N", help_heading = "What is copied")]
+    pub max_delete: Option<u64>,
+
+    /// Copy workers; one for each CPU unless given
+    #[arg(short = 'j', long, value_name = "N", help_heading = "How it is copied")]
+    pub jobs: Option<usize>,
+    /// Share extents between SRC and DST
+    #[arg(
+        long,
+        value_name = "WHEN",
+        default_value = "auto",
+        help_heading = "How it is copied"
+    )]
+    pub reflink: ReflinkArg,
+    /// When to make durable what was written
+    #[arg(
+        long,
+        value_name = "WHEN",
+        default_value = "end",
+        help_heading = "How it is copied"
+    )]
+    pub fsync: FsyncArg,
+    /// Compare both trees afterwards, every byte
+    #[arg(long, help_heading = "How it is copied")]
+    pub verify: bool,
+
+    /// What is done anyway.
+    #[command(flatten)]
+    pub always: AlwaysOn,
+    /// What is refused with a hint.
+    #[command(flatten)]
+    pub refused: Refused,
+}
+
+/// rsync's letters for what `sync` always does.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Always on, accepted as rsync writes it")]
+pub struct AlwaysOn {
+    /// Everything below
+    #[arg(short = 'a', long)]
+    pub archive: bool,
+    /// Directories with all that is in them
+    #[arg(short = 'r', long)]
+    pub recursive: bool,
+    /// Symlinks as symlinks
+    #[arg(short = 'l', long)]
+    pub links: bool,
+    /// Mode
+    #[arg(short = 'p', long)]
+    pub perms: bool,
+    /// Times
+    #[arg(short = 't', long)]
+    pub times: bool,
+    /// Group
+    #[arg(short = 'g', long)]
+    pub group: bool,
+    /// Owner
+    #[arg(short = 'o', long)]
+    pub owner: bool,
+    /// Devices, fifos and sockets
+    #[arg(short = 'D')]
+    pub devices_specials: bool,
+    /// Hard links
+    #[arg(short = 'H', long)]
+    pub hard_links: bool,
+    /// POSIX ACLs
+    #[arg(short = 'A', long)]
+    pub acls: bool,
+    /// Extended attributes
+    #[arg(short = 'X', long)]
+    pub xattrs: bool,
+    /// Holes
+    #[arg(short = 'S', long)]
+    pub sparse: bool,
+    /// Whole files, no delta
+    #[arg(short = 'W', long)]
+    pub whole_file: bool,
+    /// Owners by number
+    #[arg(long)]
+    pub numeric_ids: bool,
+}
+
+/// rsync's options that `sync` cannot honour.
+#[derive(Debug, Args)]
+pub struct Refused {
+    /// No network, no compression.
+    #[arg(short = 'z', long, hide = true)]
+    pub compress: bool,
+    /// No remote shell.
+    #[arg(short = 'e', long, value_name = "COMMAND", hide = true)]
+    pub rsh: Option<String>,
+    /// No second tree.
+    #[arg(long, value_name = "DIR", hide = true)]
+    pub link_dest: Option<PathBuf>,
+    /// Files appear complete or not at all.
+    #[arg(long, hide = true)]
+    pub inplace: bool,
+    /// Likewise.
+    #[arg(long, hide = true)]
+    pub partial: bool,
+}
+
+/// `--reflink`.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum ReflinkArg {
+    /// Where the file system can
+    Auto,
+    /// Or fail
+    Always,
+    /// Blocks of its own
+    Never,
+}
+
+/// `--fsync`.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum FsyncArg {
+    /// Everything, once
+    End,
+    /// Each file before it gets its name
+    File,
+    /// Leave it to the kernel
+    Never,
+}
+
+impl Sync {
+    /// The configuration, or one line that says what is wrong with the words.
+    pub fn config(self) -> Result<SyncConfig, String> {
+        self.refused.check()?;
+        for path in [&self.src, &self.dst] {
+            not_remote(path)?;
+        }
+        let mut config = SyncConfig::new(self.src, self.dst);
+        config.dry_run = self.dry_run;
+        config.itemize = self.itemize_changes;
+        config.delete = self.delete;
+        config.max_delete = self.max_delete;
+        config.checksum = self.checksum;
+        config.ignore_times = self.ignore_times;
+        config.update = self.update;
+        config.size_only = self.size_only;
+        config.ignore_existing = self.ignore_existing;
+        config.one_file_system = self.one_file_system;
+        config.fsync = match self.fsync {
+            FsyncArg::File => Fsync::File,
+            FsyncArg::End => Fsync::End,
+            FsyncArg::Never => Fsync::Never,
+        };
+        config.jobs = self.jobs.unwrap_or(config.jobs);
+        config.reflink = match self.reflink {
+            ReflinkArg::Auto => Reflink::Auto,
+            ReflinkArg::Always => Reflink::Always,
+            ReflinkArg::Never => Reflink::Never,
+        };
+        config.verify = self.verify;
+        config.stats = self.stats;
+        config.json = self.json;
+        config.verbose = self.verbose;
+        config.quiet = self.quiet;
+        config.progress = self.progress;
+        config.validated()
+    }
+}
+
+impl Refused {
+    fn check(&self) -> Result<(), String> {
+        let hint = if self.compress {
+            "-z: nothing goes over a network here; leave it out"
+        } else if self.rsh.is_some() {
+            "-e: there is no remote side; mount it (NFS, sshfs) and give the path"
+        } else if self.link_dest.is_some() {
+            "--link-dest: not available; on btrfs or xfs --reflink shares extents instead"
+        } else if self.inplace {
+            "--inplace: files appear in DST complete or not at all; leave it out"
+        } else if self.partial {
+            "--partial: a file that was not complete is copied again; leave it out (-P shows \
+             progress)"
+        } else {
+            return Ok(());
+        };
+        Err(hint.to_owned())
+    }
+}
+
+/// rsync's rule: a colon before the first slash means another machine.
+fn not_remote(path: &std::path::Path) -> Result<(), String> {
+    let text = path.to_string_lossy();
+    match (text.find(':'), text.find('/')) {
+        (Some(colon), slash) if slash.is_none_or(|slash| colon < slash) => Err(format!(
+            "{text}: SRC and DST are directories of this machine; mount the other one (NFS, \
+             sshfs), or write ./{text} for a name with a colon"
+        )),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::{Cli, Command};
+    use clap::Parser;
+
+    fn sync(args: &str) -> Result<SyncConfig, String> {
+        let words = ["mirrorfs", "sync"].into_iter().chain(args.split(' '));
+        match Cli::try_parse_from(words)
+            .map_err(|e| e.to_string())?
+            .command
+        {
+            Command::Sync(sync) => sync.config(),
+            other => Err(format!("{other:?}")),
+        }
+    }
+
+    #[test]
+    fn rsync_letters_parse_in_clusters() {
+        let config = sync("-aHAXxSWnvvi --numeric-ids -rlptgoD --delete a/ b").expect("parses");
+        assert!(config.one_file_system && config.dry_run && config.itemize && config.delete);
+        assert_eq!(config.verbose, 2);
+        assert!(!config.checksum);
+        assert_eq!(sync("-aj3 a b").expect("parses").jobs, 3);
+    }
+
+    #[test]
+    fn what_sync_cannot_do_is_refused_with_a_hint() {
+        for words in [
+            "-az a b",
+            "-e ssh a b",
+            "--link-dest=/c a b",
+            "--inplace a b",
+            "--partial a b",
+            "host:a b",
+            "a user@host:/b",
+            "--jobs 0 a b",
+        ] {
+            let line = sync(words).expect_err(words);
+            assert!(!line.contains('\n'), "{line}");
+        }
+        assert!(sync("./host:a /x:y").is_ok());
+    }
+}
