@@ -18,4 +18,7 @@ pub mod sys;
 pub mod engine;
 pub mod mark;
 pub mod meta;
+pub mod mirror;
+
+pub mod fuse;
 pub mod verify;

@@ -54,8 +54,8 @@ pub fn without_fsetid<T>(f: impl FnOnce() -> T) -> T {
 }
 
 /// Gives the calling thread its own umask and working directory (unshare CLONE_FS), and keeps its
-/// capabilities over setfsuid (SECBIT_NO_SETUID_FIXUP). Once per session thread.
-pub fn own_fs_identity() -> Result<()> {
+/// capabilities over setfsuid (SECBIT_NO_SETUID_FIXUP). Once per thread.
+fn own_fs_identity() -> Result<()> {
     // SAFETY: unshare(CLONE_FS) only separates umask, cwd and root of this thread.
     check(libc::c_long::from(unsafe { libc::unshare(libc::CLONE_FS) }))?;
     const SECBIT_NO_SETUID_FIXUP: libc::c_ulong = 1 << 2;
@@ -65,16 +65,18 @@ pub fn own_fs_identity() -> Result<()> {
 }
 
 /// Runs `f` as somebody else for the file system: owner, group and umask of what it creates.
-/// The thread must have called [`own_fs_identity`]; its capabilities stay.
-pub fn as_creator<T>(uid: u32, gid: u32, umask: u32, f: impl FnOnce() -> T) -> T {
+/// The thread's capabilities stay in effect. EPERM when the thread cannot get an identity of its own.
+pub fn as_creator<T>(uid: u32, gid: u32, umask: u32, f: impl FnOnce() -> T) -> Result<T> {
+    thread_local! {
+        static READY: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
+    }
+    if !READY.get() {
+        own_fs_identity()?;
+        READY.set(true);
+    }
     // SAFETY: setfsgid, setfsuid and umask take integers and concern this thread alone.
-    let (old_gid, old_uid, old_mask) = unsafe {
-        (
-            libc::setfsgid(gid),
-            libc::setfsuid(uid),
-            libc::umask(umask as libc::mode_t),
-        )
-    };
+    let (old_gid, old_uid, old_mask) =
+        unsafe { (libc::setfsgid(gid), libc::setfsuid(uid), libc::umask(umask as libc::mode_t)) };
     let value = f();
     // SAFETY: as above; restores what was in effect.
     unsafe {
@@ -82,5 +84,5 @@ pub fn as_creator<T>(uid: u32, gid: u32, umask: u32, f: impl FnOnce() -> T) -> T
         libc::setfsuid(old_uid as libc::uid_t);
         libc::setfsgid(old_gid as libc::gid_t);
     }
-    value
+    Ok(value)
 }

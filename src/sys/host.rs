@@ -196,6 +196,17 @@ pub fn attach(mnt: BorrowedFd<'_>, on: BorrowedFd<'_>) -> Result<()> {
     rustix::mount::move_mount(mnt, c"", on, c"", flags)
 }
 
+/// FUSE_NOTIFY_INC_EPOCH: every name that the kernel has cached is looked up again from now on.
+/// EINVAL from kernels before 6.16.
+pub fn fuse_inc_epoch(dev: BorrowedFd<'_>) -> Result<()> {
+    const FUSE_NOTIFY_INC_EPOCH: i32 = 8;
+    // struct fuse_out_header: len, error (the notification's code), unique (0: a notification).
+    let mut message = [0u8; 16];
+    message[..4].copy_from_slice(&16u32.to_ne_bytes());
+    message[4..8].copy_from_slice(&FUSE_NOTIFY_INC_EPOCH.to_ne_bytes());
+    rustix::io::write(dev, &message).map(|_| ())
+}
+
 /// `umount -l`: the topmost mount on `path` leaves the tree at once; open files live on.
 pub fn detach(path: &Path) -> Result<()> {
     rustix::mount::unmount(path, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW)

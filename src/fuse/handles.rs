@@ -1,0 +1,67 @@
+//! Open files and listings, by the number that the kernel holds.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use dashmap::DashMap;
+use fuser::FileHandle;
+use parking_lot::Mutex;
+
+use super::passthrough::IoMode;
+use crate::mirror::Node;
+use crate::sys::dir::Entry;
+
+/// A file that a user has open.
+pub(super) struct OpenFile {
+    pub(super) node: Arc<Node>,
+    /// dst's file, as the user opened it.
+    pub(super) file: Arc<OwnedFd>,
+    pub(super) mode: IoMode,
+    pub(super) write: bool,
+}
+
+/// A directory that a user lists.
+pub(super) struct Listing {
+    pub(super) node: Arc<Node>,
+    pub(super) dir: OwnedFd,
+    /// What the last getdents64 gave and no reply had room for yet: the kernel asks on from there.
+    pub(super) ahead: Mutex<Ahead>,
+}
+
+/// Entries that were read but not sent.
+#[derive(Default)]
+pub(super) struct Ahead {
+    /// The offset of the first of them, as the kernel will ask for it.
+    pub(super) from: u64,
+    pub(super) entries: Vec<Entry>,
+    pub(super) at_end: bool,
+}
+
+/// A table by handle number.
+pub(super) struct Handles<T> {
+    next: AtomicU64,
+    table: DashMap<u64, Arc<T>>,
+}
+
+impl<T> Default for Handles<T> {
+    fn default() -> Handles<T> {
+        Handles { next: AtomicU64::new(1), table: DashMap::new() }
+    }
+}
+
+impl<T> Handles<T> {
+    pub(super) fn insert(&self, value: T) -> FileHandle {
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        self.table.insert(number, Arc::new(value));
+        FileHandle(number)
+    }
+
+    pub(super) fn get(&self, handle: FileHandle) -> Option<Arc<T>> {
+        self.table.get(&handle.0).map(|v| Arc::clone(&v))
+    }
+
+    pub(super) fn remove(&self, handle: FileHandle) -> Option<Arc<T>> {
+        self.table.remove(&handle.0).map(|(_, v)| v)
+    }
+}

@@ -1,0 +1,280 @@
+//! Mirror: the two roots and the rules between them.
+//!
+//! dst's own names, sizes and marks are the truth (docs/ARCHITECTURE.md); what is here in memory is
+//! derived from them, or waits to be written to them. Nothing here knows FUSE.
+//!
+//! Lock order, outermost first: `moves`, a mark lock, a hydration's state, everything else is a
+//! leaf. No lock is held across a copy, an fsync or a waiter (I8).
+
+mod attr;
+mod commit;
+mod control;
+mod file;
+mod finish;
+mod hydrate;
+mod ledger;
+mod links;
+mod namespace;
+mod node;
+mod place;
+mod populate;
+mod source;
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use parking_lot::{Mutex, MutexGuard};
+use rustix::fs::{FileType, OFlags};
+
+pub use attr::{Attr, Change, Stamp};
+pub use commit::DoneDir;
+pub use control::CONTROL;
+pub use file::{Locate, user_errno};
+pub use finish::{Survey, finish_offline, read_ledger, survey};
+pub use hydrate::{FileRef, Need, ReadDone};
+pub use ledger::LedgerEntry;
+pub use namespace::{Creator, Entry, Make};
+pub use node::{Anchor, Ino, Node, NodeTable, Origin, Phase, ROOT};
+pub use populate::{Access, DirRef, Waiter};
+pub use source::SrcInfo;
+
+use crate::config::MountConfig;
+use crate::engine::{Engine, EngineConfig};
+use crate::error::{Context, Error, Result, Side};
+use crate::mark::MarkName;
+use crate::meta::Refused;
+use crate::progress::Progress;
+use crate::sys::name::RelPath;
+use crate::sys::xattr::Target;
+use crate::sys::{caps, fd, host, stat};
+use commit::Commit;
+use control::{Control, Request};
+use hydrate::Hydrations;
+use ledger::Ledger;
+use links::Anchors;
+use populate::Populates;
+use source::Source;
+
+/// What the mirror tells whoever caches its answers.
+pub trait Invalidate: Send + Sync {
+    /// The attributes of an inode changed without a request for it.
+    fn attributes(&self, ino: Ino);
+}
+
+/// Both trees and the rules.
+pub struct Mirror {
+    dst: Arc<OwnedFd>,
+    control: Control,
+    mark: MarkName,
+    /// dst has file handles and we may use them.
+    handles: bool,
+    /// dst is btrfs: publishing needs a barrier (D6).
+    btrfs: bool,
+    source: Source,
+    nodes: NodeTable,
+    anchors: Anchors,
+    ledger: Ledger,
+    populates: Populates,
+    hydrations: Hydrations,
+    commit: Commit,
+    engine: Engine,
+    progress: Arc<Progress>,
+    large_file_bytes: u64,
+    /// Held while something marked is moved, and while a directory's mark is removed.
+    moves: Mutex<()>,
+    /// How often something marked was moved: a walker's finding is void when it changed.
+    epoch: AtomicU64,
+    mark_locks: [Mutex<()>; 64],
+    stopping: AtomicBool,
+    invalidate: OnceLock<Box<dyn Invalidate>>,
+    committer: Mutex<Option<std::thread::JoinHandle<()>>>,
+}
+
+impl Mirror {
+    /// Opens both trees, takes the lock, starts or resumes the migration, starts the engine.
+    /// `Error::Unusable` (one line) when SRC or DST cannot be used; nothing was changed then.
+    pub fn open(config: &MountConfig, progress: Arc<Progress>) -> Result<Arc<Mirror>> {
+        host::raise_nofile();
+        let mark = if caps::have_sys_admin() { MarkName::Trusted } else { MarkName::User };
+        let src_path = absolute(&config.src)?;
+        let dst_path = absolute(&config.dst)?;
+        let src = open_root(&src_path, "SRC")?;
+        let dst = open_root(&dst_path, "DST")?;
+        let control = Control::open(&Request {
+            src: &src_path,
+            src_root: src.as_fd(),
+            dst: &dst_path,
+            dst_root: dst.as_fd(),
+            adopt: config.adopt,
+            mark,
+        })?;
+        let btrfs = host::fs_stat(dst.as_fd()).on("statfs", Side::Dst, &dst_path)?.magic
+            == host::BTRFS_MAGIC;
+        let handles = caps::have_read_search()
+            && Anchor::of(true, dst.as_fd(), None)
+                .is_ok_and(|a| a.open(dst.as_fd(), OFlags::PATH).is_ok());
+        let dst = Arc::new(dst);
+        let root = root_node(&dst, mark, handles)?;
+        let anchors = Anchors::load(&control.links).on("getdents64", Side::Dst, ".mirrorfs/links")?;
+        let ledger = Ledger::open(control.dir.as_fd())?;
+        progress.errors.set(ledger.len() as u64);
+        let engine = Engine::start(&EngineConfig { workers: config.workers, ..Default::default() })?;
+        let mirror = Arc::new(Mirror {
+            source: Source::new(Arc::new(src), mark),
+            nodes: NodeTable::new(Arc::clone(&dst), root),
+            dst,
+            control,
+            mark,
+            handles,
+            btrfs,
+            anchors,
+            ledger,
+            populates: Populates::default(),
+            hydrations: Hydrations::default(),
+            commit: Commit::default(),
+            engine,
+            progress,
+            large_file_bytes: config.large_file_bytes,
+            moves: Mutex::new(()),
+            epoch: AtomicU64::new(0),
+            mark_locks: [const { Mutex::new(()) }; 64],
+            stopping: AtomicBool::new(false),
+            invalidate: OnceLock::new(),
+            committer: Mutex::new(None),
+        });
+        let committing = Arc::clone(&mirror);
+        let thread = std::thread::Builder::new()
+            .name("commit".into())
+            .spawn(move || committing.commit_loop())
+            .map_err(|e| Error::Unusable(format!("cannot start a thread: {e}")))?;
+        *mirror.committer.lock() = Some(thread);
+        Ok(mirror)
+    }
+
+    /// Counters for status.
+    pub fn progress(&self) -> &Arc<Progress> {
+        &self.progress
+    }
+
+    /// What could not be pulled.
+    pub fn ledger_entries(&self) -> Vec<LedgerEntry> {
+        self.ledger.entries()
+    }
+
+    /// True when this start found a migration to resume.
+    pub fn is_resumed(&self) -> bool {
+        self.control.identity.version > 0 && self.control.resumed
+    }
+
+    /// dst's root, opened before anything was mounted over it.
+    pub fn dst_root(&self) -> &Arc<OwnedFd> {
+        &self.dst
+    }
+
+    /// The inodes that the kernel holds.
+    pub fn nodes(&self) -> &NodeTable {
+        &self.nodes
+    }
+
+    /// How often something marked was moved (see `DoneDir::epoch`).
+    pub fn epoch(&self) -> u64 {
+        self.epoch.load(Ordering::Acquire)
+    }
+
+    /// Nothing below the directory is pending: its mark may go.
+    pub fn dir_done(&self, dir: DoneDir) {
+        self.commit.dir_done(dir);
+    }
+
+    /// The root as the walker knows it, and whether it still carries a mark.
+    pub fn root_dir(&self) -> Result<Option<DirRef>> {
+        let mark = self.mark.get(Target::Fd(self.dst.as_fd())).on("getxattr", Side::Dst, ".")?;
+        let node = self.nodes.get(ROOT).on("lookup", Side::Dst, ".")?;
+        Ok(mark.map(|_| DirRef {
+            ino: ROOT,
+            anchor: node.anchor.clone(),
+            origin: Some(Arc::new(RelPath::root())),
+        }))
+    }
+
+    /// Who is told when cached answers become wrong. Once.
+    pub fn set_invalidate(&self, to: Box<dyn Invalidate>) {
+        // A second session on one mirror does not exist.
+        let _ = self.invalidate.set(to); // The first one stays.
+    }
+
+    /// True once `stop` has begun: long work ends early.
+    pub fn stopping(&self) -> bool {
+        self.stopping.load(Ordering::Relaxed)
+    }
+
+    /// Ends all work: what has landed is committed, what was queued stays pending.
+    pub fn stop(&self) {
+        self.stopping.store(true, Ordering::Relaxed);
+        self.engine.stop();
+        self.commit.stop();
+        if let Some(thread) = self.committer.lock().take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the commit thread panicked; its files are still pending");
+        }
+        if let Err(e) = self.ledger.sync(self.control.dir.as_fd()) {
+            tracing::warn!("{e}");
+        }
+    }
+
+    fn invalidate(&self, ino: Ino) {
+        if let Some(to) = self.invalidate.get() {
+            to.attributes(ino);
+        }
+    }
+
+    /// Records a failure: the ledger, the log, the count.
+    fn fail(&self, path: &RelPath, error: &Error) {
+        self.ledger.record(path, error);
+        self.progress.errors.set(self.ledger.len() as u64);
+    }
+
+    /// Records metadata that dst would not take. A rootless daemon's chown is no news.
+    fn refused(&self, path: &RelPath, refused: &Refused) {
+        if self.mark == MarkName::User && refused.errno == rustix::io::Errno::PERM {
+            return;
+        }
+        self.ledger.record_refused(path, refused);
+        self.progress.errors.set(self.ledger.len() as u64);
+    }
+
+    /// Serialises reading, changing and writing back a mark.
+    fn lock_mark(&self, ino: Ino) -> MutexGuard<'_, ()> {
+        self.mark_locks[(ino % 64) as usize].lock()
+    }
+}
+
+fn absolute(path: &Path) -> Result<std::path::PathBuf> {
+    std::fs::canonicalize(path).map_err(|e| {
+        Error::Unusable(format!("\"{}\": {e}", path.display()))
+    })
+}
+
+fn open_root(path: &Path, what: &str) -> Result<OwnedFd> {
+    host::open_dir(path)
+        .map_err(|errno| Error::Unusable(format!("{what} \"{}\": open: {errno}", path.display())))
+}
+
+fn root_node(dst: &Arc<OwnedFd>, mark: MarkName, handles: bool) -> Result<Node> {
+    let anchor = match handles {
+        true => Anchor::of(true, dst.as_fd(), None).on("name_to_handle_at", Side::Dst, ".")?,
+        false => Anchor::Fd(Arc::clone(dst)),
+    };
+    let phase = match mark.get(Target::Fd(dst.as_fd())).on("getxattr", Side::Dst, ".")? {
+        None => Phase::Unmarked,
+        Some(m) if m.populated => Phase::Populated,
+        Some(_) => Phase::Pending,
+    };
+    let origin = Some(Origin { dir: Arc::new(RelPath::root()), name: None });
+    stat::stat_fd(dst.as_fd()).on("statx", Side::Dst, ".")?;
+    fd::open_beneath(dst.as_fd(), &RelPath::root(), OFlags::PATH).on("open", Side::Dst, ".")?;
+    Ok(Node::new(ROOT, anchor, FileType::Directory, phase, origin, None))
+}

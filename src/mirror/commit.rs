@@ -1,0 +1,343 @@
+//! Commit: what becomes durable in batches, on a thread of its own.
+//!
+//! A round takes what has come in, calls syncfs(dst) once, and then removes the marks of the files
+//! that had landed before (D1), publishes directories (btrfs, D6), and removes the marks of
+//! directories with nothing pending below (I2). What a round removed is durable with the next
+//! round's syncfs: only then a file leaves the table of hydrations and may be written (D2).
+//!
+//! A round starts half a second after the first arrival (D10: seconds at the most), at once when
+//! somebody waits for it. Lock order: `queue` is a leaf.
+
+use std::collections::HashMap;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex};
+use rustix::fs::OFlags;
+use rustix::io::Errno;
+
+use super::Mirror;
+use super::hydrate::{Hydration, Stage};
+use super::node::{Anchor, Ino, Phase};
+use super::populate::Waiter;
+use crate::error::{Context, Error, Result, Side};
+use crate::mark::Mark;
+use crate::sys::xattr::Target;
+use crate::sys::{fault, fd};
+
+/// How long a round waits for more.
+const GATHER: Duration = Duration::from_millis(500);
+/// A round starts at once with this many files.
+const BATCH_MAX: usize = 4096;
+
+/// A directory below which nothing is pending, as the walker found it.
+pub struct DoneDir {
+    /// dst's inode number.
+    pub ino: Ino,
+    /// How to open it.
+    pub anchor: Anchor,
+    /// `Mirror::epoch` when the walker began to look: anything moved since may be in it.
+    pub epoch: u64,
+    /// Told whether the mark is gone.
+    pub then: Box<dyn FnOnce(bool) + Send>,
+}
+
+struct Publish {
+    ino: Ino,
+    anchor: Anchor,
+    mark: Mark,
+}
+
+#[derive(Default)]
+struct Queue {
+    files: Vec<Arc<Hydration>>,
+    publishes: Vec<Publish>,
+    dirs: Vec<DoneDir>,
+    /// Directories whose publication is not durable yet: the round that makes it so.
+    gates: HashMap<Ino, u64>,
+    /// Changes that wait for a gate.
+    waiters: Vec<(Ino, Waiter)>,
+    /// Files that the round with this number unmarked.
+    unmarked: Vec<(u64, Arc<Hydration>)>,
+    first: Option<Instant>,
+    urgent: bool,
+    /// Rounds begun.
+    round: u64,
+    stopped: bool,
+}
+
+/// What waits for the next syncfs.
+#[derive(Default)]
+pub struct Commit {
+    queue: Mutex<Queue>,
+    wake: Condvar,
+}
+
+/// A publication that no round has taken yet.
+const NOT_YET: u64 = u64::MAX;
+
+impl Commit {
+    /// The file's bytes are in dst's page cache, its times are restored.
+    pub(super) fn file_landed(&self, hydration: Arc<Hydration>) {
+        let mut queue = self.queue.lock();
+        queue.files.push(hydration);
+        let full = queue.files.len() >= BATCH_MAX;
+        queue.urgent |= full;
+        self.arrived(&mut queue);
+    }
+
+    /// Every name of the directory is in dst; its mark becomes `mark` behind a barrier.
+    pub(super) fn publish_later(&self, ino: Ino, anchor: Anchor, mark: Mark) {
+        let mut queue = self.queue.lock();
+        queue.gates.insert(ino, NOT_YET);
+        queue.publishes.push(Publish { ino, anchor, mark });
+        self.arrived(&mut queue);
+    }
+
+    /// Nothing below the directory is pending.
+    pub fn dir_done(&self, dir: DoneDir) {
+        let mut queue = self.queue.lock();
+        queue.dirs.push(dir);
+        self.arrived(&mut queue);
+    }
+
+    /// Calls `then` when a change in the directory cannot be undone by a crash any more (D6).
+    pub(super) fn when_published(&self, ino: Ino, then: Waiter) {
+        let mut queue = self.queue.lock();
+        if !queue.gates.contains_key(&ino) {
+            drop(queue);
+            return then(Ok(()));
+        }
+        queue.waiters.push((ino, then));
+        queue.urgent = true;
+        self.arrived(&mut queue);
+    }
+
+    /// Somebody waits: the next round starts at once.
+    pub fn hurry(&self) {
+        let mut queue = self.queue.lock();
+        queue.urgent = true;
+        self.arrived(&mut queue);
+    }
+
+    /// True while anything waits for a round.
+    pub fn is_idle(&self) -> bool {
+        let q = self.queue.lock();
+        q.files.is_empty()
+            && q.publishes.is_empty()
+            && q.dirs.is_empty()
+            && q.gates.is_empty()
+            && q.unmarked.is_empty()
+    }
+
+    /// One last round, then the thread ends.
+    pub(super) fn stop(&self) {
+        let mut queue = self.queue.lock();
+        queue.stopped = true;
+        self.wake.notify_all();
+    }
+
+    fn arrived(&self, queue: &mut Queue) {
+        queue.first.get_or_insert_with(Instant::now);
+        self.wake.notify_all();
+    }
+
+    /// Waits until a round is due; `None` when the mirror stops and nothing is left to do.
+    fn next(&self) -> Option<Round> {
+        let mut queue = self.queue.lock();
+        loop {
+            let idle = queue.files.is_empty() && queue.publishes.is_empty() && queue.dirs.is_empty();
+            let tail = !queue.unmarked.is_empty() || !queue.gates.is_empty();
+            if queue.stopped && idle && !tail {
+                return None;
+            }
+            let due = match queue.first {
+                Some(first) if queue.urgent || queue.stopped => Some(first),
+                Some(first) => Some(first + GATHER),
+                None => tail.then(|| Instant::now() + GATHER),
+            };
+            match due {
+                Some(due) if due <= Instant::now() || queue.stopped => break,
+                Some(due) => {
+                    queue.first.get_or_insert(due);
+                    self.wake.wait_until(&mut queue, due);
+                }
+                None => self.wake.wait(&mut queue),
+            }
+        }
+        queue.first = None;
+        queue.urgent = false;
+        queue.round += 1;
+        Some(Round {
+            number: queue.round,
+            files: std::mem::take(&mut queue.files),
+            publishes: std::mem::take(&mut queue.publishes),
+            dirs: std::mem::take(&mut queue.dirs),
+        })
+    }
+
+    /// The syncfs of round `number` has returned: what earlier rounds did is durable.
+    fn earlier_is_durable(&self, number: u64) -> (Vec<Arc<Hydration>>, Vec<Waiter>) {
+        let mut queue = self.queue.lock();
+        let (done, open): (Vec<_>, Vec<_>) =
+            std::mem::take(&mut queue.unmarked).into_iter().partition(|(n, _)| *n < number);
+        queue.unmarked = open;
+        queue.gates.retain(|_, gate| *gate == NOT_YET || *gate > number);
+        let waiters = std::mem::take(&mut queue.waiters);
+        let (ready, wait): (Vec<_>, Vec<_>) =
+            waiters.into_iter().partition(|(ino, _)| !queue.gates.contains_key(ino));
+        queue.waiters = wait;
+        if !queue.waiters.is_empty() {
+            queue.urgent = true;
+            queue.first.get_or_insert_with(Instant::now);
+        }
+        (
+            done.into_iter().map(|(_, h)| h).collect(),
+            ready.into_iter().map(|(_, w)| w).collect(),
+        )
+    }
+}
+
+struct Round {
+    number: u64,
+    files: Vec<Arc<Hydration>>,
+    publishes: Vec<Publish>,
+    dirs: Vec<DoneDir>,
+}
+
+impl Mirror {
+    /// The commit thread: rounds until the mirror stops.
+    pub(super) fn commit_loop(self: &Arc<Self>) {
+        while let Some(round) = self.commit.next() {
+            match fd::syncfs(self.dst.as_fd()).on("syncfs", Side::Dst, ".") {
+                Ok(()) => self.commit_round(round),
+                Err(e) => self.commit_failed(round, &e),
+            }
+            if let Err(e) = self.ledger.sync(self.control.dir.as_fd()) {
+                tracing::warn!("{e}");
+            }
+        }
+    }
+
+    fn commit_round(self: &Arc<Self>, round: Round) {
+        let (durable, waiters) = self.commit.earlier_is_durable(round.number);
+        for hydration in durable {
+            self.finish_unmarked(&hydration);
+        }
+        waiters.into_iter().for_each(|w| w(Ok(())));
+        for publish in round.publishes {
+            let result = self.mark_by_anchor(&publish.anchor, &publish.mark);
+            if let Err(errno) = result
+                && errno != Errno::STALE
+            {
+                tracing::warn!("publish a directory: setxattr dst: {errno}");
+            }
+            self.commit.queue.lock().gates.insert(publish.ino, round.number + 1);
+        }
+        for hydration in round.files {
+            self.unmark_file(hydration, round.number);
+        }
+        for dir in round.dirs {
+            let gone = self.unmark_dir(&dir);
+            (dir.then)(gone);
+        }
+    }
+
+    /// The removal of the mark is durable. A writer that has joined settles it by itself.
+    fn finish_unmarked(&self, hydration: &Arc<Hydration>) {
+        self.hydrations.remove(hydration);
+        let mut state = hydration.state.lock();
+        if matches!(state.stage, Stage::Unmarked(_)) && !state.has_writers() {
+            state.stage = Stage::Over;
+        }
+    }
+
+    fn unmark_file(self: &Arc<Self>, hydration: Arc<Hydration>, round: u64) {
+        fault::point("hydrate-durable");
+        let (bytes, told) = {
+            let mut state = hydration.state.lock();
+            if state.stage != Stage::Landed {
+                return;
+            }
+            // In this order under one lock: whoever sees Unmarked may rely on it.
+            let removed = match hydration.file.anchor.open(self.dst.as_fd(), OFlags::PATH) {
+                Ok(file) => self.mark.remove(Target::Fd(file.as_fd())),
+                // Deleted meanwhile.
+                Err(Errno::STALE | Errno::NOENT) => Ok(()),
+                Err(e) => Err(e),
+            };
+            if let Err(errno) = removed {
+                drop(state);
+                let error: Result<()> = Err(errno).on("removexattr", Side::Dst, "");
+                let error = error.err().unwrap_or(Error::Stopped);
+                return self.fail_hydration(&hydration, error);
+            }
+            state.stage = Stage::Unmarked(round);
+            (state.bytes, state.take_settled())
+        };
+        fault::point("hydrate-unmarked");
+        self.count_pulled(bytes);
+        self.commit.queue.lock().unmarked.push((round, hydration));
+        told.into_iter().for_each(|w| w(Ok(())));
+    }
+
+    /// I2 and the rule for renames: the mark goes only when nothing was moved since the walker
+    /// began to look.
+    fn unmark_dir(&self, dir: &DoneDir) -> bool {
+        let _guard = self.moves.lock();
+        if self.epoch.load(Ordering::Acquire) != dir.epoch {
+            return false;
+        }
+        fault::point("dir-unmark");
+        let root = dir.ino == super::node::ROOT;
+        let removed = match root {
+            true => self.mark.remove(Target::Fd(self.dst.as_fd())),
+            false => match dir.anchor.open(self.dst.as_fd(), OFlags::PATH) {
+                Ok(opened) => self.mark.remove(Target::Fd(opened.as_fd())),
+                Err(e) => Err(e),
+            },
+        };
+        match removed {
+            Ok(()) => {
+                if let Some(node) = self.nodes.find_same(dir.ino, &dir.anchor) {
+                    node.set_phase(Phase::Unmarked);
+                }
+                true
+            }
+            Err(Errno::STALE | Errno::NOENT) => true,
+            Err(errno) => {
+                tracing::warn!("removexattr dst directory: {errno}");
+                false
+            }
+        }
+    }
+
+    fn mark_by_anchor(&self, anchor: &Anchor, mark: &Mark) -> Result<(), Errno> {
+        let opened = anchor.open(self.dst.as_fd(), OFlags::PATH)?;
+        self.mark.set(Target::Fd(opened.as_fd()), mark)
+    }
+
+    /// syncfs failed: some page of some file did not reach the device, and the kernel will not say
+    /// it twice. Every file of the round is pending again; what it read stays in the ledger.
+    fn commit_failed(self: &Arc<Self>, round: Round, error: &Error) {
+        tracing::error!("{error}: {} files are pulled again", round.files.len());
+        for hydration in round.files {
+            if hydration.state.lock().stage == Stage::Landed {
+                if let Some(node) = self.nodes.find_same(hydration.file.ino, &hydration.file.anchor) {
+                    node.set_phase(Phase::Pending);
+                }
+                self.fail_hydration(&hydration, error.clone());
+            }
+        }
+        for dir in round.dirs {
+            (dir.then)(false);
+        }
+        let mut queue = self.commit.queue.lock();
+        queue.publishes.extend(round.publishes);
+        if !queue.publishes.is_empty() {
+            queue.first = Some(Instant::now() + Duration::from_secs(1));
+        }
+    }
+}

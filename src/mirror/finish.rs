@@ -1,0 +1,263 @@
+//! Finish: dst becomes a plain tree that owes mirrorfs nothing.
+//!
+//!   scan     every inode of dst is looked at: nothing is pending (I2 is not taken on trust here)
+//!   sync     syncfs
+//!   flags    +i and +a, which would have forbidden everything before
+//!   control  links, ledger, identity, then the directory itself
+//!
+//! A crash between any two steps leaves either a migration that finish can end, or a plain tree.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use rustix::fs::{AtFlags, FileType, OFlags};
+use rustix::io::Errno;
+use serde::Serialize;
+
+use super::Mirror;
+use super::control::{self, CONTROL, Control, Identity};
+use super::ledger::{self, Ledger, LedgerEntry};
+use crate::error::{Context, Error, Result, Side};
+use crate::mark::{Mark, MarkName};
+use crate::sys::handle::Handle;
+use crate::sys::name::{Name, RelPath};
+use crate::sys::xattr::Target;
+use crate::sys::{copy, dir, fault, fd, host, stat};
+
+/// What the marks in a dst say, without a daemon.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct Survey {
+    /// SRC, when DST holds a migration.
+    pub identity_src: Option<PathBuf>,
+    /// Files without their data.
+    pub pending_files: u64,
+    /// Directories without their names: what is in them is not counted.
+    pub pending_dirs: u64,
+    /// Bytes of the pending files.
+    pub bytes_left: u64,
+    /// Entries in the ledger.
+    pub ledger: u64,
+}
+
+/// Answers `status` from DST's marks.
+pub fn survey(dst: &Path) -> Result<Survey> {
+    let root = open_root(dst)?;
+    let Some(control) = control::open_dir(root.as_fd())? else { return Ok(Survey::default()) };
+    let identity = control::read_identity(control.as_fd())?;
+    let mut survey = Survey {
+        ledger: ledger::read(control.as_fd())?.0.len() as u64,
+        ..Survey::default()
+    };
+    if let Some(identity) = identity {
+        scan(root.as_fd(), mark_of(&identity), &mut |found| {
+            match (found.kind, found.mark.populated) {
+                (FileType::Directory, false) => survey.pending_dirs += 1,
+                (FileType::Directory, true) => {}
+                _ => {
+                    survey.pending_files += 1;
+                    survey.bytes_left += found.size;
+                }
+            }
+            Ok(())
+        })?;
+        survey.identity_src = Some(identity.src);
+    }
+    Ok(survey)
+}
+
+/// The ledger of a DST without a daemon; empty when there is none.
+pub fn read_ledger(dst: &Path) -> Result<Vec<LedgerEntry>> {
+    let root = open_root(dst)?;
+    let Some(control) = control::open_dir(root.as_fd())? else { return Ok(Vec::new()) };
+    Ok(ledger::read(control.as_fd())?.0.into_values().collect())
+}
+
+/// Finishes a migration that has no daemon. DST without one is refused.
+pub fn finish_offline(dst: &Path, accept_loss: bool) -> Result<()> {
+    let root = open_root(dst)?;
+    let control = Control::existing(dst, root.as_fd())?.ok_or_else(|| {
+        Error::Unusable(format!("\"{}\" is not the DST of a migration", dst.display()))
+    })?;
+    let mark = mark_of(&control.identity);
+    let ledger = Ledger::open(control.dir.as_fd())?;
+    Finisher { root: root.as_fd(), control: &control, ledger: &ledger, mark }.run(accept_loss)
+}
+
+impl Mirror {
+    /// Ends the migration: see the module. Refuses (`Error::Unusable`, one line) while something is
+    /// pending, or in the ledger and not accepted as lost. The mount can go on afterwards.
+    pub fn finish(&self, accept_loss: bool) -> Result<()> {
+        for _ in 0..600 {
+            if self.commit.is_idle() {
+                break;
+            }
+            self.commit.hurry();
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        let _guard = self.moves.lock();
+        let (root, mark) = (self.dst.as_fd(), self.mark);
+        Finisher { root, control: &self.control, ledger: &self.ledger, mark }.run(accept_loss)?;
+        self.progress.complete.store(true, std::sync::atomic::Ordering::Relaxed);
+        Ok(())
+    }
+}
+
+struct Finisher<'a> {
+    root: BorrowedFd<'a>,
+    control: &'a Control,
+    ledger: &'a Ledger,
+    mark: MarkName,
+}
+
+impl Finisher<'_> {
+    fn run(&self, accept_loss: bool) -> Result<()> {
+        let entries = self.ledger.entries();
+        if !entries.is_empty() && !accept_loss {
+            return Err(Error::Unusable(format!(
+                "{} entries could not be copied whole (see: mirrorfs errors); finish --accept-loss gives them up",
+                entries.len()
+            )));
+        }
+        let mut pending = Vec::new();
+        let mut populated = Vec::new();
+        scan(self.root, self.mark, &mut |found| {
+            match found.mark.populated {
+                true => populated.push(found.path),
+                false => pending.push((found.path, found.kind)),
+            }
+            Ok(())
+        })?;
+        self.give_up(pending, &entries)?;
+        for path in &populated {
+            let opened = fd::open_beneath(self.root, path, OFlags::PATH | OFlags::DIRECTORY)
+                .on("open", Side::Dst, path)?;
+            self.mark.remove(Target::Fd(opened.as_fd())).on("removexattr", Side::Dst, path)?;
+        }
+        fd::syncfs(self.root).on("syncfs", Side::Dst, ".")?;
+        fault::point("finish-synced");
+        self.set_late_flags()?;
+        fault::point("finish-flags");
+        control::remove(self.root, self.control)?;
+        fault::point("finish-control");
+        fd::syncfs(self.root).on("syncfs", Side::Dst, ".")
+    }
+
+    /// What is pending and in the ledger was accepted as lost: it must not stay as a file of zeros.
+    /// What is pending and not in the ledger is still to come.
+    fn give_up(&self, pending: Vec<(RelPath, FileType)>, entries: &[LedgerEntry]) -> Result<()> {
+        let lost = |path: &RelPath| {
+            let shown = crate::error::Printable(path.as_ref().as_os_str()).to_string();
+            entries.iter().any(|e| e.data && e.path == shown)
+        };
+        let left: Vec<_> = pending.iter().filter(|(path, _)| !lost(path)).collect();
+        if let Some((first, _)) = left.first() {
+            return Err(Error::Unusable(format!(
+                "{} entries are still pending, \"{}\" among them",
+                left.len(),
+                crate::error::Printable(first.as_ref().as_os_str()),
+            )));
+        }
+        // Deepest first: a lost directory holds nothing but what was lost.
+        for (path, kind) in pending.iter().rev() {
+            let Some((parent, name)) = path.split_last() else { continue };
+            let opened = fd::open_beneath(self.root, &parent, OFlags::PATH | OFlags::DIRECTORY)
+                .on("open", Side::Dst, &parent)?;
+            let flags = match kind {
+                FileType::Directory => AtFlags::REMOVEDIR,
+                _ => AtFlags::empty(),
+            };
+            tracing::warn!("lost, as accepted: {path:?}");
+            rustix::fs::unlinkat(&opened, name.as_cstr(), flags).on("unlink", Side::Dst, path)?;
+        }
+        Ok(())
+    }
+
+    fn set_late_flags(&self) -> Result<()> {
+        let at = ".mirrorfs/flags";
+        for entry in dir::list(self.control.flags.as_fd()).on("getdents64", Side::Dst, at)? {
+            let Some((late, handle)) = parse_flags(&entry.name) else { continue };
+            let opened = match handle.open(self.root, OFlags::RDONLY | OFlags::NONBLOCK) {
+                Ok(opened) => opened,
+                // Deleted by a user.
+                Err(Errno::STALE | Errno::NOENT) => continue,
+                Err(e) => return Err(e).on("open_by_handle_at", Side::Dst, at),
+            };
+            let now = copy::inode_flags(opened.as_fd()).on("FS_IOC_GETFLAGS", Side::Dst, at)?;
+            match copy::set_inode_flags(opened.as_fd(), now.unwrap_or(0) | late) {
+                Ok(()) => {}
+                // Flags are kept where both file systems know them.
+                Err(Errno::OPNOTSUPP | Errno::NOTTY | Errno::INVAL) => {}
+                Err(e) => return Err(e).on("FS_IOC_SETFLAGS", Side::Dst, at),
+            }
+        }
+        Ok(())
+    }
+}
+
+fn parse_flags(name: &Name) -> Option<(u32, Handle)> {
+    let text = std::str::from_utf8(name.as_bytes()).ok()?;
+    let (flags, handle) = text.split_once('-')?;
+    Some((u32::from_str_radix(flags, 16).ok()?, Handle::from_text(handle)?))
+}
+
+struct Found {
+    path: RelPath,
+    kind: FileType,
+    mark: Mark,
+    size: u64,
+}
+
+/// Looks at every inode below a dst root; calls `each` for what carries a mark, parents first.
+fn scan(
+    root: BorrowedFd<'_>,
+    mark: MarkName,
+    each: &mut dyn FnMut(Found) -> Result<()>,
+) -> Result<()> {
+    if let Some(found) = mark.get(Target::Fd(root)).on("getxattr", Side::Dst, ".")? {
+        each(Found { path: RelPath::root(), kind: FileType::Directory, mark: found, size: 0 })?;
+    }
+    let mut stack = vec![RelPath::root()];
+    while let Some(path) = stack.pop() {
+        let opened = fd::open_beneath(root, &path, OFlags::RDONLY | OFlags::DIRECTORY)
+            .on("open", Side::Dst, &path)?;
+        for entry in dir::list(opened.as_fd()).on("getdents64", Side::Dst, &path)? {
+            if path.is_root() && entry.name.as_bytes() == CONTROL.as_bytes() {
+                continue;
+            }
+            let below = path.join(&entry.name);
+            let mut kind = entry.kind;
+            if kind == FileType::Unknown {
+                let stat = stat::stat_at(opened.as_fd(), entry.name.as_cstr());
+                kind = stat.on("statx", Side::Dst, &below)?.kind();
+            }
+            if !matches!(kind, FileType::RegularFile | FileType::Directory) {
+                continue;
+            }
+            let target = Target::At(opened.as_fd(), &entry.name);
+            let found = match mark.get(target) {
+                // Deleted meanwhile.
+                Err(Errno::NOENT) => continue,
+                other => other.on("getxattr", Side::Dst, &below)?,
+            };
+            if let Some(found) = found {
+                let stat = stat::stat_at(opened.as_fd(), entry.name.as_cstr());
+                let size = stat.map_or(0, |s| s.size);
+                each(Found { path: below.clone(), kind, mark: found, size })?;
+            }
+            if kind == FileType::Directory {
+                stack.push(below);
+            }
+        }
+    }
+    Ok(())
+}
+
+fn mark_of(identity: &Identity) -> MarkName {
+    if identity.rootless { MarkName::User } else { MarkName::Trusted }
+}
+
+fn open_root(dst: &Path) -> Result<OwnedFd> {
+    host::open_dir(dst)
+        .map_err(|errno| Error::Unusable(format!("DST \"{}\": open: {errno}", dst.display())))
+}

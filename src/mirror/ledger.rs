@@ -1,0 +1,278 @@
+//! Ledger: the durable list of what could not be pulled, and why.
+//!
+//! `.mirrorfs/ledger` holds one JSON object a line: an entry, or `{"settled": path}` when a later
+//! try succeeded. The file is replayed at start and rewritten when it is mostly history.
+
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::PathBuf;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use parking_lot::Mutex;
+use rustix::fs::{Mode, OFlags};
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Context, Error, Printable, Result, Side};
+use crate::sys::name::RelPath;
+
+const FILE: &std::ffi::CStr = c"ledger";
+const NEW_FILE: &std::ffi::CStr = c"ledger.new";
+
+/// One thing that could not be pulled.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LedgerEntry {
+    /// The path below SRC, printable: what is not UTF-8 or not printable is `\xNN`.
+    pub path: String,
+    /// The path's bytes in hexadecimal, where `path` is not the path itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path_hex: Option<String>,
+    /// `src`, `dst` or `host`.
+    pub side: String,
+    /// The call, the reason, or the piece of metadata (an xattr's name).
+    pub call: String,
+    /// errno.
+    pub errno: i32,
+    /// One line for people.
+    pub message: String,
+    /// Seconds since 1970.
+    pub time_unix: u64,
+    /// How often it was tried.
+    pub attempts: u32,
+    /// False for metadata that dst cannot hold while the data is here: a retry changes nothing.
+    pub data: bool,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(untagged)]
+enum Line {
+    Entry(LedgerEntry),
+    Settled { settled: String },
+}
+
+/// The entries, in memory and on disk.
+#[derive(Debug)]
+pub struct Ledger {
+    inner: Mutex<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    file: std::fs::File,
+    /// (path bytes in hexadecimal, call) -> entry
+    entries: BTreeMap<(String, String), LedgerEntry>,
+    /// Lines in the file.
+    lines: usize,
+}
+
+impl Ledger {
+    /// Opens the ledger of a control directory, empty when there is none.
+    pub fn open(control: BorrowedFd<'_>) -> Result<Ledger> {
+        let (entries, lines) = read(control)?;
+        let file = open_file(control, FILE)?;
+        Ok(Ledger { inner: Mutex::new(Inner { file, entries, lines }) })
+    }
+
+    /// Records a failure of a path's data or names.
+    pub fn record(&self, path: &RelPath, error: &Error) {
+        self.add(entry(path, error.side(), error.what(), error.errno(), error.to_string(), true));
+    }
+
+    /// Records metadata that dst would not take.
+    pub fn record_refused(&self, path: &RelPath, refused: &crate::meta::Refused) {
+        let message = format!(
+            "\"{}\": {} dst: {}",
+            Printable(path.as_ref().as_os_str()),
+            refused.what,
+            refused.errno
+        );
+        self.add(entry(path, Side::Dst, &refused.what, refused.errno, message, false));
+    }
+
+    /// A later try succeeded: the path's data is here.
+    pub fn settle(&self, path: &RelPath) {
+        let key = hex(path.as_bytes());
+        let mut inner = self.inner.lock();
+        let known: Vec<_> = inner
+            .entries
+            .range((key.clone(), String::new())..)
+            .take_while(|((p, _), _)| *p == key)
+            .filter(|(_, e)| e.data)
+            .map(|(k, _)| k.clone())
+            .collect();
+        if known.is_empty() {
+            return;
+        }
+        for k in known {
+            inner.entries.remove(&k);
+        }
+        inner.append(&Line::Settled { settled: key });
+    }
+
+    /// All entries, by path.
+    pub fn entries(&self) -> Vec<LedgerEntry> {
+        self.inner.lock().entries.values().cloned().collect()
+    }
+
+    /// How many entries.
+    pub fn len(&self) -> usize {
+        self.inner.lock().entries.len()
+    }
+
+    /// True when everything could be pulled so far.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Makes what was recorded durable and drops history.
+    pub fn sync(&self, control: BorrowedFd<'_>) -> Result<()> {
+        let mut inner = self.inner.lock();
+        if inner.lines > 2 * inner.entries.len() + 100 {
+            let mut file = open_file(control, NEW_FILE)?;
+            let lines: Vec<Line> = inner.entries.values().cloned().map(Line::Entry).collect();
+            for line in &lines {
+                write_line(&mut file, line).on("write", Side::Dst, ".mirrorfs/ledger.new")?;
+            }
+            crate::sys::fd::fsync(file.as_fd()).on("fsync", Side::Dst, ".mirrorfs/ledger.new")?;
+            rustix::fs::renameat(control, NEW_FILE, control, FILE)
+                .on("rename", Side::Dst, ".mirrorfs/ledger")?;
+            inner.lines = lines.len();
+            inner.file = file;
+        }
+        crate::sys::fd::fdatasync(inner.file.as_fd()).on("fdatasync", Side::Dst, ".mirrorfs/ledger")
+    }
+
+    fn add(&self, mut new: LedgerEntry) {
+        tracing::warn!("{}", new.message);
+        let key = (new.path_hex.clone().unwrap_or_else(|| hex(new.path.as_bytes())), new.call.clone());
+        let mut inner = self.inner.lock();
+        if let Some(old) = inner.entries.get(&key) {
+            new.attempts = old.attempts + 1;
+        }
+        inner.entries.insert(key, new.clone());
+        inner.append(&Line::Entry(new));
+    }
+}
+
+impl Inner {
+    fn append(&mut self, line: &Line) {
+        self.lines += 1;
+        if let Err(errno) = write_line(&mut self.file, line) {
+            // dst is full, most likely. The entry lives in memory, and the mark, which is what
+            // keeps the file from being taken for complete, is still there.
+            tracing::warn!("write dst \".mirrorfs/ledger\": {errno}");
+        }
+    }
+}
+
+fn write_line(file: &mut std::fs::File, line: &Line) -> Result<(), rustix::io::Errno> {
+    let mut text = serde_json::to_vec(line).map_err(|_| rustix::io::Errno::INVAL)?;
+    text.push(b'\n');
+    file.write_all(&text).map_err(|e| {
+        rustix::io::Errno::from_io_error(&e).unwrap_or(rustix::io::Errno::IO)
+    })
+}
+
+fn open_file(control: BorrowedFd<'_>, name: &std::ffi::CStr) -> Result<std::fs::File> {
+    let flags = OFlags::CREATE | OFlags::RDWR | OFlags::APPEND | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+    rustix::fs::openat(control, name, flags, Mode::from_raw_mode(0o600))
+        .map(std::fs::File::from)
+        .on("open", Side::Dst, ".mirrorfs/ledger")
+}
+
+type Entries = BTreeMap<(String, String), LedgerEntry>;
+
+/// Reads the ledger of a control directory. A last line that a crash cut short is skipped: its mark
+/// is still there.
+pub fn read(control: BorrowedFd<'_>) -> Result<(Entries, usize)> {
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+    let file = match rustix::fs::openat(control, FILE, flags, Mode::empty()) {
+        Ok(fd) => std::fs::File::from(fd),
+        Err(rustix::io::Errno::NOENT) => return Ok((Entries::new(), 0)),
+        Err(e) => return Err(e).on("open", Side::Dst, ".mirrorfs/ledger"),
+    };
+    let mut entries = Entries::new();
+    let mut lines = 0;
+    for line in BufReader::new(file).split(b'\n').map_while(|l| l.ok()) {
+        lines += 1;
+        match serde_json::from_slice(&line) {
+            Ok(Line::Entry(e)) => {
+                let path = e.path_hex.clone().unwrap_or_else(|| hex(e.path.as_bytes()));
+                entries.insert((path, e.call.clone()), e);
+            }
+            Ok(Line::Settled { settled }) => entries.retain(|(p, _), e| *p != settled || !e.data),
+            Err(_) => {}
+        }
+    }
+    Ok((entries, lines))
+}
+
+fn entry(
+    path: &RelPath,
+    side: Side,
+    call: &str,
+    errno: rustix::io::Errno,
+    message: String,
+    data: bool,
+) -> LedgerEntry {
+    let os = PathBuf::from(std::ffi::OsString::from_vec(path.as_bytes().to_vec()));
+    let printable = Printable(os.as_os_str()).to_string();
+    let exact = printable.as_bytes() == os.as_os_str().as_bytes();
+    LedgerEntry {
+        path_hex: (!exact).then(|| hex(path.as_bytes())),
+        path: printable,
+        side: side.to_string(),
+        call: call.to_owned(),
+        errno: errno.raw_os_error(),
+        message,
+        time_unix: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
+        attempts: 1,
+        data,
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::io::Errno;
+
+    fn path(text: &[u8]) -> RelPath {
+        RelPath::from_bytes(text).expect("a path")
+    }
+
+    fn failure(p: &RelPath) -> Error {
+        Error::Call { call: "read", side: Side::Src, path: p.to_path(), errno: Errno::IO }
+    }
+
+    #[test]
+    fn entries_survive_a_restart_and_leave_when_a_later_try_succeeds() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let control = std::fs::File::open(dir.path()).expect("it opens");
+        let (a, b) = (path(b"a"), path(b"x\xff/b"));
+        let ledger = Ledger::open(control.as_fd()).expect("opens");
+        ledger.record(&a, &failure(&a));
+        ledger.record(&a, &failure(&a));
+        ledger.record(&b, &failure(&b));
+        let refused = crate::meta::Refused { what: "user.big".into(), errno: Errno::NOSPC };
+        ledger.record_refused(&b, &refused);
+        assert_eq!(ledger.len(), 3);
+        assert_eq!(ledger.entries()[0].attempts, 2);
+        ledger.settle(&b);
+        let again = Ledger::open(control.as_fd()).expect("opens");
+        let left: Vec<_> = again.entries().iter().map(|e| e.call.clone()).collect();
+        assert_eq!(left, ["read", "user.big"]);
+        again.settle(&a);
+        for _ in 0..200 {
+            again.record(&b, &failure(&b));
+        }
+        again.sync(control.as_fd()).expect("syncs");
+        assert_eq!(Ledger::open(control.as_fd()).expect("opens").len(), 2);
+        let text = std::fs::read_to_string(dir.path().join("ledger")).expect("reads");
+        assert_eq!(text.lines().count(), 2);
+    }
+}

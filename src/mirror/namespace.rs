@@ -1,0 +1,555 @@
+//! Names: lookup, create, link, unlink, rename.
+//!
+//! From the moment a directory is populated its names in dst are the truth, and these are plain
+//! operations on dst. What makes them more: a directory that is not populated is populated first,
+//! and something marked that moves takes its origin with it (DESIGN: the origin is otherwise its
+//! parent's origin and its name).
+
+use std::ffi::OsStr;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, RenameFlags};
+use rustix::io::Errno;
+
+use super::Mirror;
+use super::attr::Attr;
+use super::control::CONTROL;
+use super::hydrate::Need;
+use super::node::{Anchor, Ino, Node, Phase, Place, ROOT};
+use super::populate::{Access, origin_of};
+use crate::error::{Context, Error, Result, Side};
+use crate::mark::Mark;
+use crate::sys::name::Name;
+use crate::sys::stat::{self, Stat};
+use crate::sys::xattr::Target;
+use crate::sys::{caps, fault, fd};
+
+/// An entry that was found or made; the kernel holds one more reference to its node.
+#[derive(Debug, Clone)]
+pub struct Entry {
+    /// The inode.
+    pub node: Arc<Node>,
+    /// Its attributes.
+    pub attr: Attr,
+}
+
+/// On whose behalf something is created.
+#[derive(Debug, Clone, Copy)]
+pub struct Creator {
+    /// Owner of the new inode.
+    pub uid: u32,
+    /// Its group, unless the directory is setgid.
+    pub gid: u32,
+    /// The caller's umask: used where the directory has no default ACL.
+    pub umask: u32,
+}
+
+/// What to create.
+#[derive(Debug, Clone)]
+pub enum Make {
+    /// A directory with these permission bits.
+    Dir(u32),
+    /// A file, fifo, socket or device: mode with type bits, and the device number.
+    Node(u32, u64),
+    /// A symlink with this target.
+    Symlink(Vec<u8>),
+    /// A file that is open when it appears: mode and open flags.
+    File(u32, OFlags),
+}
+
+impl Mirror {
+    /// Looks a name up. ENOENT is an answer.
+    pub fn lookup(
+        self: &Arc<Self>,
+        parent: Ino,
+        name: Name,
+        then: impl FnOnce(Result<Entry>) + Send + 'static,
+    ) {
+        let mirror = Arc::clone(self);
+        self.when_populated(parent, Access::Look, move |ready| {
+            match ready.and_then(|()| mirror.child(parent, &name)) {
+                Ok(node) => mirror.with_entry(node, then),
+                Err(e) => then(Err(e)),
+            }
+        });
+    }
+
+    /// The entry of a node that was just remembered; on failure the reference is returned.
+    fn with_entry(
+        self: &Arc<Self>,
+        node: Arc<Node>,
+        then: impl FnOnce(Result<Entry>) + Send + 'static,
+    ) {
+        let (mirror, held) = (Arc::clone(self), Arc::clone(&node));
+        self.with_attr(&node, move |attr| match attr {
+            Ok(attr) => then(Ok(Entry { node: held, attr })),
+            Err(e) => {
+                mirror.nodes.forget(held.ino, 1);
+                then(Err(e));
+            }
+        });
+    }
+
+    /// Finds a name in a populated directory and counts a reference to its node.
+    fn child(&self, parent: Ino, name: &Name) -> Result<Arc<Node>> {
+        if self.is_control(parent, name.as_bytes()) {
+            return Err(Errno::NOENT).on("lookup", Side::Dst, CONTROL);
+        }
+        let shown = name.as_os_str();
+        let dir_node = self.nodes.get(parent).on("lookup", Side::Dst, shown)?;
+        let dir = self.nodes.dir(&dir_node).on("open", Side::Dst, shown)?;
+        self.child_in(&dir_node, dir.as_fd(), name)
+    }
+
+    /// As `child`, in a directory that is open already (readdirplus).
+    pub fn child_in(
+        &self,
+        parent: &Arc<Node>,
+        dir: BorrowedFd<'_>,
+        name: &Name,
+    ) -> Result<Arc<Node>> {
+        let shown = name.as_os_str();
+        let stat = stat::stat_at(dir, name.as_cstr()).on("lookup", Side::Dst, shown)?;
+        let anchor = Anchor::of(self.handles, dir, Some(name));
+        let anchor = anchor.on("name_to_handle_at", Side::Dst, shown)?;
+        // Below an unmarked directory nothing is marked: spare the look.
+        let mark = match (stat.is_file() || stat.is_dir()) && parent.phase() != Phase::Unmarked {
+            true => self.mark.get(Target::At(dir, name)).on("getxattr", Side::Dst, shown)?,
+            false => None,
+        };
+        let phase = match &mark {
+            None => Phase::Unmarked,
+            Some(mark) if mark.populated => Phase::Populated,
+            Some(_) => Phase::Pending,
+        };
+        let origin = mark.and_then(|m| origin_of(parent.origin().as_ref(), name, &m));
+        let landed = stat.is_file() && self.has_landed(stat.key.ino, &anchor);
+        let phase = if landed { Phase::Unmarked } else { phase };
+        let place = Place { parent: parent.ino, name: name.clone() };
+        let kind = stat.kind();
+        let found = Node::new(stat.key.ino, anchor, kind, phase, origin, Some(place));
+        Ok(self.nodes.remember(found))
+    }
+
+    fn is_control(&self, parent: Ino, name: &[u8]) -> bool {
+        parent == ROOT && name == CONTROL.as_bytes()
+    }
+
+    /// Creates something. `open` comes back for `Make::File`.
+    pub fn make(
+        self: &Arc<Self>,
+        parent: Ino,
+        name: Name,
+        what: Make,
+        creator: Creator,
+        then: impl FnOnce(Result<(Entry, Option<OwnedFd>)>) + Send + 'static,
+    ) {
+        if self.is_control(parent, name.as_bytes()) {
+            return then(Err(Errno::PERM).on("create", Side::Dst, CONTROL));
+        }
+        let mirror = Arc::clone(self);
+        self.when_populated(parent, Access::Change, move |ready| {
+            let made = ready.and_then(|()| mirror.make_now(parent, &name, &what, creator));
+            match made {
+                Err(e) => then(Err(e)),
+                Ok((node, opened)) => {
+                    mirror.with_entry(node, move |entry| then(entry.map(|e| (e, opened))))
+                }
+            }
+        });
+    }
+
+    fn make_now(
+        &self,
+        parent: Ino,
+        name: &Name,
+        what: &Make,
+        creator: Creator,
+    ) -> Result<(Arc<Node>, Option<OwnedFd>)> {
+        let shown = name.as_os_str();
+        let dir_node = self.nodes.get(parent).on("create", Side::Dst, shown)?;
+        let dir = self.nodes.dir(&dir_node).on("open", Side::Dst, shown)?;
+        let at = name.as_cstr();
+        let perm = |mode: u32| Mode::from_raw_mode(mode & 0o7777);
+        let make = || match what {
+            Make::Dir(mode) => rustix::fs::mkdirat(&dir, at, perm(*mode)).map(|()| None),
+            Make::Symlink(target) => {
+                rustix::fs::symlinkat(OsStr::from_bytes(target), &dir, at).map(|()| None)
+            }
+            Make::Node(mode, rdev) => {
+                let kind = match FileType::from_raw_mode(*mode) {
+                    FileType::Unknown => FileType::RegularFile,
+                    kind => kind,
+                };
+                rustix::fs::mknodat(&dir, at, kind, perm(*mode), *rdev).map(|()| None)
+            }
+            Make::File(mode, flags) => {
+                let flags = *flags | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
+                rustix::fs::openat(&dir, at, flags, perm(*mode)).map(Some)
+            }
+        };
+        let create = || caps::with_fsetid(make);
+        let made = caps::as_creator(creator.uid, creator.gid, creator.umask, create)
+            .and_then(|made| made)
+            .on("create", Side::Dst, shown)?;
+        Ok((self.child_in(&dir_node, dir.as_fd(), name)?, made))
+    }
+
+    /// unlink(2).
+    pub fn unlink(
+        self: &Arc<Self>,
+        parent: Ino,
+        name: Name,
+        then: impl FnOnce(Result<()>) + Send + 'static,
+    ) {
+        if self.is_control(parent, name.as_bytes()) {
+            return then(Err(Errno::NOENT).on("unlink", Side::Dst, CONTROL));
+        }
+        let mirror = Arc::clone(self);
+        self.when_populated(parent, Access::Change, move |ready| {
+            then(ready.and_then(|()| mirror.unlink_now(parent, &name, AtFlags::empty())));
+        });
+    }
+
+    fn unlink_now(&self, parent: Ino, name: &Name, flags: AtFlags) -> Result<()> {
+        let shown = name.as_os_str();
+        let dir_node = self.nodes.get(parent).on("unlink", Side::Dst, shown)?;
+        let dir = self.nodes.dir(&dir_node).on("open", Side::Dst, shown)?;
+        if flags.is_empty() {
+            self.pin_origin_of_open(dir.as_fd(), name)?;
+        }
+        rustix::fs::unlinkat(&dir, name.as_cstr(), flags).on("unlink", Side::Dst, shown)
+    }
+
+    /// A pending file that is open lives on without its name: its origin is in its node. One that
+    /// keeps another name may be found there after a restart, under an origin that was implicit.
+    fn pin_origin_of_open(&self, dir: BorrowedFd<'_>, name: &Name) -> Result<()> {
+        let Ok(stat) = stat::stat_at(dir, name.as_cstr()) else { return Ok(()) };
+        let Some(node) = self.nodes.find(stat.key.ino) else { return Ok(()) };
+        if stat.nlink > 1 && node.is_pending_file() {
+            self.pin_origin(&node, dir, name)?;
+        }
+        Ok(())
+    }
+
+    /// rmdir(2): an unpopulated directory is not empty just because dst's is.
+    pub fn rmdir(
+        self: &Arc<Self>,
+        parent: Ino,
+        name: Name,
+        then: impl FnOnce(Result<()>) + Send + 'static,
+    ) {
+        if self.is_control(parent, name.as_bytes()) {
+            return then(Err(Errno::NOENT).on("rmdir", Side::Dst, CONTROL));
+        }
+        let mirror = Arc::clone(self);
+        self.when_target_ready(parent, name.clone(), move |ready| {
+            then(ready.and_then(|()| mirror.unlink_now(parent, &name, AtFlags::REMOVEDIR)));
+        });
+    }
+
+    /// Calls `then` when the directory can be changed and, if `name` is a directory, that one is
+    /// populated. A name that is not there is the operation's own ENOENT.
+    fn when_target_ready(
+        self: &Arc<Self>,
+        parent: Ino,
+        name: Name,
+        then: impl FnOnce(Result<()>) + Send + 'static,
+    ) {
+        let mirror = Arc::clone(self);
+        self.when_populated(parent, Access::Change, move |ready| {
+            if let Err(e) = ready {
+                return then(Err(e));
+            }
+            match mirror.child(parent, &name) {
+                Err(_) => then(Ok(())),
+                Ok(node) => {
+                    let ino = node.ino;
+                    let again = Arc::clone(&mirror);
+                    let done = move |ready| {
+                        again.nodes.forget(ino, 1);
+                        then(ready);
+                    };
+                    match node.kind {
+                        FileType::Directory => mirror.when_populated(ino, Access::Change, done),
+                        _ => done(Ok(())),
+                    }
+                }
+            }
+        });
+    }
+
+    /// link(2).
+    pub fn link(
+        self: &Arc<Self>,
+        node: &Arc<Node>,
+        parent: Ino,
+        name: Name,
+        then: impl FnOnce(Result<Entry>) + Send + 'static,
+    ) {
+        if self.is_control(parent, name.as_bytes()) {
+            return then(Err(Errno::PERM).on("link", Side::Dst, CONTROL));
+        }
+        let (mirror, held) = (Arc::clone(self), Arc::clone(node));
+        let link = move |ready: Result<()>| {
+            match ready.and_then(|()| mirror.link_now(&held, parent, &name)) {
+                Ok(node) => mirror.with_entry(node, then),
+                Err(e) => then(Err(e)),
+            }
+        };
+        self.when_populated(parent, Access::Change, link);
+    }
+
+    fn link_now(&self, node: &Arc<Node>, parent: Ino, name: &Name) -> Result<Arc<Node>> {
+        let shown = name.as_os_str();
+        let dir_node = self.nodes.get(parent).on("link", Side::Dst, shown)?;
+        let dir = self.nodes.dir(&dir_node).on("open", Side::Dst, shown)?;
+        let opened = self.nodes.open(node, OFlags::PATH).on("open", Side::Dst, shown)?;
+        let _guard = self.moves.lock();
+        if self.write_origin(node, opened.as_fd())? {
+            self.mark_up(&dir_node)?;
+            self.epoch.fetch_add(1, Ordering::Release);
+        }
+        fault::point("rename-origin");
+        fd::link_fd(opened.as_fd(), dir.as_fd(), name.as_cstr()).on("link", Side::Dst, shown)?;
+        self.child_in(&dir_node, dir.as_fd(), name)
+    }
+
+    /// renameat2(2) with any flags that dst supports.
+    pub fn rename(
+        self: &Arc<Self>,
+        from: (Ino, Name),
+        to: (Ino, Name),
+        flags: u32,
+        then: impl FnOnce(Result<()>) + Send + 'static,
+    ) {
+        if self.is_control(from.0, from.1.as_bytes()) || self.is_control(to.0, to.1.as_bytes()) {
+            return then(Err(Errno::PERM).on("rename", Side::Dst, CONTROL));
+        }
+        let flags = RenameFlags::from_bits_retain(flags);
+        let (mirror, source) = (Arc::clone(self), from.clone());
+        // The source is populated too if it is a directory: its mark then has one writer only.
+        self.when_target_ready(source.0, source.1, move |ready| {
+            if let Err(e) = ready {
+                return then(Err(e));
+            }
+            let again = Arc::clone(&mirror);
+            mirror.when_target_ready(to.0, to.1.clone(), move |ready| {
+                if let Err(e) = ready {
+                    return then(Err(e));
+                }
+                match again.rename_now(&from, &to, flags) {
+                    Err(Retry::Hydrate(node)) => again.rename_hydrated(node, from, to, flags, then),
+                    Err(Retry::Failed(e)) => then(Err(e)),
+                    Ok(()) => then(Ok(())),
+                }
+            });
+        });
+    }
+
+    /// A file whose origin does not fit into its mark is pulled first: then it needs none.
+    fn rename_hydrated(
+        self: &Arc<Self>,
+        node: Arc<Node>,
+        from: (Ino, Name),
+        to: (Ino, Name),
+        flags: RenameFlags,
+        then: impl FnOnce(Result<()>) + Send + 'static,
+    ) {
+        let mirror = Arc::clone(self);
+        self.when_hydrated(&node, Need::Write, move |ready| {
+            then(ready.and_then(|()| match mirror.rename_now(&from, &to, flags) {
+                Ok(()) => Ok(()),
+                Err(Retry::Failed(e)) => Err(e),
+                Err(Retry::Hydrate(_)) => Err(Errno::XDEV).on("rename", Side::Dst, from.1.as_os_str()),
+            }));
+        });
+    }
+
+    fn rename_now(
+        &self,
+        from: &(Ino, Name),
+        to: &(Ino, Name),
+        flags: RenameFlags,
+    ) -> Result<(), Retry> {
+        let shown = from.1.as_os_str();
+        let from_node = self.nodes.get(from.0).on("rename", Side::Dst, shown)?;
+        let to_node = self.nodes.get(to.0).on("rename", Side::Dst, shown)?;
+        let from_dir = self.nodes.dir(&from_node).on("open", Side::Dst, shown)?;
+        let to_dir = self.nodes.dir(&to_node).on("open", Side::Dst, shown)?;
+        let moved = self.node_at(&from_node, from_dir.as_fd(), &from.1);
+        let other = match flags.contains(RenameFlags::EXCHANGE) {
+            true => self.node_at(&to_node, to_dir.as_fd(), &to.1),
+            false => None,
+        };
+        let result = {
+            let _guard = self.moves.lock();
+            self.prepare_move(&moved, from_dir.as_fd(), &from.1, &to_node).and_then(|()| {
+                self.prepare_move(&other, to_dir.as_fd(), &to.1, &from_node)
+            })
+            .and_then(|()| {
+                fault::point("rename-origin");
+                rustix::fs::renameat_with(
+                    &from_dir,
+                    from.1.as_cstr(),
+                    &to_dir,
+                    to.1.as_cstr(),
+                    flags,
+                )
+                .on("rename", Side::Dst, shown)
+                .map_err(Retry::from)
+            })
+        };
+        fault::point("rename-done");
+        if result.is_ok() {
+            if let Some(node) = &moved {
+                node.set_place(to.0, &to.1);
+            }
+            if let Some(node) = &other {
+                node.set_place(from.0, &from.1);
+            }
+        }
+        for node in [moved, other].into_iter().flatten() {
+            self.nodes.forget(node.ino, 1);
+        }
+        result
+    }
+
+    /// The node under a name, with a reference that the caller returns.
+    fn node_at(&self, parent: &Arc<Node>, dir: BorrowedFd<'_>, name: &Name) -> Option<Arc<Node>> {
+        self.child_in(parent, dir, name).ok()
+    }
+
+    /// Before something marked moves: its origin is in its mark, and every directory above its new
+    /// place is marked, so that a restart finds it. `moves` is held.
+    fn prepare_move(
+        &self,
+        node: &Option<Arc<Node>>,
+        dir: BorrowedFd<'_>,
+        name: &Name,
+        new_parent: &Arc<Node>,
+    ) -> Result<(), Retry> {
+        let Some(node) = node else { return Ok(()) };
+        if !matches!(node.kind, FileType::RegularFile | FileType::Directory) {
+            return Ok(());
+        }
+        if self.pin_origin(node, dir, name)? {
+            self.mark_up(new_parent)?;
+            self.epoch.fetch_add(1, Ordering::Release);
+        }
+        Ok(())
+    }
+
+    /// Writes a marked node's origin into its mark. False when it carries no mark.
+    fn pin_origin(&self, node: &Arc<Node>, dir: BorrowedFd<'_>, name: &Name) -> Result<bool, Retry> {
+        let path = OFlags::PATH | OFlags::NOFOLLOW;
+        let opened = fd::open_at(dir, name, path).on("open", Side::Dst, name.as_os_str())?;
+        match self.write_origin(node, opened.as_fd()) {
+            Err(Error::Call { errno: Errno::NOSPC | Errno::TOOBIG | Errno::RANGE, .. }) => {
+                match node.kind {
+                    FileType::RegularFile => Err(Retry::Hydrate(Arc::clone(node))),
+                    // mv(1) copies then, as between file systems.
+                    _ => Err(Errno::XDEV).on("rename", Side::Dst, name.as_os_str())?,
+                }
+            }
+            other => Ok(other?),
+        }
+    }
+
+    fn write_origin(&self, node: &Node, fd: BorrowedFd<'_>) -> Result<bool> {
+        let shown = || node.display_name();
+        let _guard = self.lock_mark(node.ino);
+        let mark = self.mark.get(Target::Fd(fd)).on("getxattr", Side::Dst, shown())?;
+        let Some(mark) = mark else { return Ok(false) };
+        if mark.origin.is_none() {
+            let origin = node.origin().ok_or(Errno::STALE).on("origin", Side::Dst, shown())?;
+            let mark = Mark { origin: Some(origin.path()), ..mark };
+            self.replace_mark(fd, &mark).on("setxattr", Side::Dst, shown())?;
+        }
+        Ok(true)
+    }
+
+    /// Marks a directory and all above it as populated with something pending below, where they
+    /// carry no mark any more. `moves` is held: no mark is removed meanwhile.
+    fn mark_up(&self, dir: &Arc<Node>) -> Result<()> {
+        let mut unmarked = Vec::new();
+        let mut at = Some(Arc::clone(dir));
+        while let Some(node) = at {
+            let place = node.place();
+            if node.phase() == Phase::Unmarked {
+                unmarked.push(node);
+            }
+            at = match place {
+                Some(place) => Some(self.nodes.get(place.parent).on("lookup", Side::Dst, "")?),
+                None => None,
+            };
+        }
+        for node in unmarked.iter().rev() {
+            let shown = node.display_name();
+            let opened = self.nodes.dir(node).on("open", Side::Dst, &shown)?;
+            self.mark
+                .set(Target::Fd(opened.as_fd()), &Mark::populated())
+                .on("setxattr", Side::Dst, &shown)?;
+            node.set_phase(Phase::Populated);
+            if self.btrfs {
+                // Its log may hold the new name without this mark.
+                fd::fsync(opened.as_fd()).on("fsync", Side::Dst, &shown)?;
+            }
+        }
+        if !unmarked.is_empty() {
+            self.progress.complete.store(false, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    /// A file's bytes are in dst although its mark is still to go.
+    fn has_landed(&self, ino: Ino, anchor: &Anchor) -> bool {
+        self.hydrations.find(ino, anchor).is_some_and(|h| h.has_landed())
+    }
+
+    /// readlink(2).
+    pub fn read_link(&self, node: &Node) -> Result<Vec<u8>, Errno> {
+        let opened = self.nodes.open(node, OFlags::PATH)?;
+        rustix::fs::readlinkat(&opened, c"", Vec::new()).map(|t| t.into_bytes())
+    }
+
+    /// Opens a directory for listing: an fd with an offset of its own.
+    pub fn open_listing(&self, node: &Node) -> Result<OwnedFd, Errno> {
+        self.nodes.open(node, OFlags::RDONLY | OFlags::DIRECTORY)
+    }
+
+    /// statx of an inode that was just made, for callers that hold a directory.
+    pub fn stat_child(&self, dir: BorrowedFd<'_>, name: &Name) -> Result<Stat, Errno> {
+        stat::stat_at(dir, name.as_cstr())
+    }
+}
+
+/// Why a rename did not happen.
+enum Retry {
+    Failed(Error),
+    /// The origin does not fit into the mark.
+    Hydrate(Arc<Node>),
+}
+
+impl From<Error> for Retry {
+    fn from(error: Error) -> Retry {
+        Retry::Failed(error)
+    }
+}
+
+impl From<Retry> for Error {
+    fn from(retry: Retry) -> Error {
+        match retry {
+            Retry::Failed(e) => e,
+            Retry::Hydrate(node) => Error::Call {
+                call: "setxattr",
+                side: Side::Dst,
+                path: node.display_name(),
+                errno: Errno::NOSPC,
+            },
+        }
+    }
+}

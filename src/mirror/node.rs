@@ -1,0 +1,351 @@
+//! NodeTable: the inodes that the kernel holds, by dst's inode number.
+//!
+//! A node lives from the first lookup that named it to the forget that returns the last reference.
+//! It holds no fd (unless dst has no file handles): `Node::open` opens its inode by handle.
+//!
+//!   Pending   -> Populated   populate.rs, directories: every name is here
+//!   Pending   -> Unmarked    hydrate.rs, files: every byte is here (in the page cache at least)
+//!   Populated -> Unmarked    commit.rs: nothing below is pending
+//!   Unmarked  -> Populated   namespace.rs: something pending was moved below
+//!
+//! Lock order: a shard of the table, then `Node::place`; neither is held across a call that waits.
+
+use std::num::NonZeroUsize;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
+
+use dashmap::DashMap;
+use lru::LruCache;
+use parking_lot::{Mutex, RwLock};
+use rustix::fs::{FileType, OFlags};
+use rustix::io::Errno;
+
+use crate::sys::fd;
+use crate::sys::handle::Handle;
+use crate::sys::name::{Name, RelPath};
+use crate::sys::stat::{self, Stat};
+
+/// dst's st_ino, except for the root, which the FUSE protocol calls 1.
+pub type Ino = u64;
+
+/// The root's number in the FUSE protocol.
+pub const ROOT: Ino = 1;
+
+/// How many directories stay open for the calls that go by directory and name.
+const OPEN_DIRS: NonZeroUsize = NonZeroUsize::new(1024).expect("not zero");
+
+/// What the mark says, in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Phase {
+    /// No mark: all here, or the user's own.
+    Unmarked = 0,
+    /// A file without its data, a directory without its names.
+    Pending = 1,
+    /// A directory with all its names; something below may be pending.
+    Populated = 2,
+}
+
+/// How to get at an inode of dst again.
+#[derive(Debug, Clone)]
+pub enum Anchor {
+    /// By file handle: survives renames, costs no fd.
+    Handle(Handle),
+    /// By an O_PATH fd that stays open: rootless mode, or a file system without handles.
+    Fd(Arc<OwnedFd>),
+}
+
+impl Anchor {
+    /// The anchor of `name` in `dir`; the empty name is `dir` itself.
+    pub fn of(handles: bool, dir: BorrowedFd<'_>, name: Option<&Name>) -> Result<Anchor, Errno> {
+        if handles {
+            return Handle::of(dir, name.map_or(c"", Name::as_cstr)).map(Anchor::Handle);
+        }
+        let path = OFlags::PATH | OFlags::NOFOLLOW;
+        let fd = match name {
+            Some(name) => fd::open_at(dir, name, path)?,
+            None => fd::open_beneath(dir, &RelPath::root(), path)?,
+        };
+        Ok(Anchor::Fd(Arc::new(fd)))
+    }
+
+    /// Opens the inode. `root` is any fd on dst's file system.
+    pub fn open(&self, root: BorrowedFd<'_>, flags: OFlags) -> Result<OwnedFd, Errno> {
+        match self {
+            Anchor::Handle(handle) => handle.open(root, flags | OFlags::NOFOLLOW),
+            Anchor::Fd(fd) if flags.contains(OFlags::PATH) => crate::sys::host::dup(fd.as_fd()),
+            Anchor::Fd(fd) => fd::reopen(fd.as_fd(), flags),
+        }
+    }
+
+    /// What tells this inode from a later one with the same number (32 bits: the kernel's
+    /// i_generation).
+    pub fn generation(&self) -> u32 {
+        match self {
+            Anchor::Handle(handle) => {
+                xxhash_rust::xxh3::xxh3_64(handle.to_text().as_bytes()) as u32
+            }
+            Anchor::Fd(_) => 0,
+        }
+    }
+
+    /// True when both mean the same inode, not just the same number.
+    pub fn same_inode(&self, other: &Anchor) -> bool {
+        match (self, other) {
+            (Anchor::Handle(a), Anchor::Handle(b)) => a == b,
+            // An open fd keeps the inode and its number.
+            _ => true,
+        }
+    }
+}
+
+/// Where in src a marked entry comes from.
+#[derive(Debug, Clone)]
+pub struct Origin {
+    /// The directory in src.
+    pub dir: Arc<RelPath>,
+    /// The name in it; `None` for the root itself.
+    pub name: Option<Name>,
+}
+
+impl Origin {
+    /// The whole path in src.
+    pub fn path(&self) -> RelPath {
+        match &self.name {
+            Some(name) => self.dir.join(name),
+            None => (*self.dir).clone(),
+        }
+    }
+
+    /// The origin that a path names.
+    pub fn of(path: &RelPath) -> Origin {
+        match path.split_last() {
+            Some((dir, name)) => Origin { dir: Arc::new(dir), name: Some(name) },
+            None => Origin { dir: Arc::new(RelPath::root()), name: None },
+        }
+    }
+}
+
+/// The last place where a node was seen.
+#[derive(Debug, Clone)]
+pub struct Place {
+    /// The directory.
+    pub parent: Ino,
+    /// The name in it.
+    pub name: Name,
+}
+
+/// An inode that the kernel holds.
+#[derive(Debug)]
+pub struct Node {
+    /// Its number in the protocol.
+    pub ino: Ino,
+    /// How to open it.
+    pub anchor: Anchor,
+    /// Its type: never changes.
+    pub kind: FileType,
+    phase: AtomicU8,
+    /// Where it comes from: set while it is marked.
+    origin: RwLock<Option<Origin>>,
+    /// For a directory also the way to the root.
+    place: Mutex<Option<Place>>,
+    lookups: AtomicU64,
+    /// Open handles of it.
+    pub opens: AtomicU32,
+}
+
+impl Node {
+    /// A node that was just found.
+    pub fn new(
+        ino: Ino,
+        anchor: Anchor,
+        kind: FileType,
+        phase: Phase,
+        origin: Option<Origin>,
+        place: Option<Place>,
+    ) -> Node {
+        Node {
+            ino,
+            anchor,
+            kind,
+            phase: AtomicU8::new(phase as u8),
+            origin: RwLock::new(origin),
+            place: Mutex::new(place),
+            lookups: AtomicU64::new(0),
+            opens: AtomicU32::new(0),
+        }
+    }
+
+    /// What its mark says.
+    pub fn phase(&self) -> Phase {
+        match self.phase.load(Ordering::Acquire) {
+            0 => Phase::Unmarked,
+            1 => Phase::Pending,
+            _ => Phase::Populated,
+        }
+    }
+
+    /// Notes what its mark says now.
+    pub fn set_phase(&self, phase: Phase) {
+        self.phase.store(phase as u8, Ordering::Release);
+    }
+
+    /// True for a regular file whose data is not all here.
+    pub fn is_pending_file(&self) -> bool {
+        self.kind == FileType::RegularFile && self.phase() == Phase::Pending
+    }
+
+    /// True for a directory whose names are not all here.
+    pub fn is_pending_dir(&self) -> bool {
+        self.kind == FileType::Directory && self.phase() == Phase::Pending
+    }
+
+    /// Where it comes from, while marked.
+    pub fn origin(&self) -> Option<Origin> {
+        self.origin.read().clone()
+    }
+
+    /// Sets where it comes from.
+    pub fn set_origin(&self, origin: Option<Origin>) {
+        *self.origin.write() = origin;
+    }
+
+    /// The last place where it was seen.
+    pub fn place(&self) -> Option<Place> {
+        self.place.lock().clone()
+    }
+
+    /// Notes that it is at this place now.
+    pub fn set_place(&self, parent: Ino, name: &Name) {
+        *self.place.lock() = Some(Place { parent, name: name.clone() });
+    }
+
+    /// For messages: the last name.
+    pub fn display_name(&self) -> std::path::PathBuf {
+        match &*self.place.lock() {
+            Some(place) => place.name.as_os_str().into(),
+            None => ".".into(),
+        }
+    }
+}
+
+/// All nodes, and the open directories among them.
+#[derive(Debug)]
+pub struct NodeTable {
+    nodes: DashMap<Ino, Arc<Node>>,
+    dirs: Mutex<LruCache<Ino, Arc<OwnedFd>>>,
+    /// Any fd on dst's file system, for handles.
+    root: Arc<OwnedFd>,
+}
+
+impl NodeTable {
+    /// A table that holds the root, for ever.
+    pub fn new(root_fd: Arc<OwnedFd>, root: Node) -> NodeTable {
+        let nodes = DashMap::new();
+        root.lookups.store(1, Ordering::Relaxed);
+        nodes.insert(ROOT, Arc::new(root));
+        NodeTable { nodes, dirs: Mutex::new(LruCache::new(OPEN_DIRS)), root: root_fd }
+    }
+
+    /// The node of a number that the kernel sent. ESTALE for one that it should not know.
+    pub fn get(&self, ino: Ino) -> Result<Arc<Node>, Errno> {
+        self.find(ino).ok_or(Errno::STALE)
+    }
+
+    /// The node, if the kernel holds it.
+    pub fn find(&self, ino: Ino) -> Option<Arc<Node>> {
+        self.nodes.get(&ino).map(|n| Arc::clone(&n))
+    }
+
+    /// The node, if the kernel holds exactly this inode.
+    pub fn find_same(&self, ino: Ino, anchor: &Anchor) -> Option<Arc<Node>> {
+        self.find(ino).filter(|n| n.anchor.same_inode(anchor))
+    }
+
+    /// Counts one more reference of the kernel to an inode that was just found. An older node of
+    /// the same inode is kept (its phase and origin are at least as new), one of an earlier inode
+    /// with the same number is replaced: the kernel's references to both are counted together,
+    /// because its forget names only the number.
+    pub fn remember(&self, found: Node) -> Arc<Node> {
+        let mut slot = self.nodes.entry(found.ino).or_insert_with(|| Arc::new(Node::fresh(&found)));
+        if !slot.anchor.same_inode(&found.anchor) || slot.kind != found.kind {
+            let node = Node::fresh(&found);
+            node.lookups.store(slot.lookups.load(Ordering::Relaxed), Ordering::Relaxed);
+            self.dirs.lock().pop(&found.ino);
+            *slot = Arc::new(node);
+        }
+        slot.lookups.fetch_add(1, Ordering::Relaxed);
+        if let Some(place) = found.place.into_inner() {
+            *slot.place.lock() = Some(place);
+        }
+        Arc::clone(&slot)
+    }
+
+    /// Returns `n` references; the last one removes the node.
+    pub fn forget(&self, ino: Ino, n: u64) {
+        if ino == ROOT {
+            return;
+        }
+        let gone = self.nodes.remove_if(&ino, |_, node| {
+            let before = node.lookups.load(Ordering::Relaxed);
+            node.lookups.store(before.saturating_sub(n), Ordering::Relaxed);
+            before <= n
+        });
+        if gone.is_some() {
+            self.dirs.lock().pop(&ino);
+        }
+    }
+
+    /// An open directory, for calls by directory and name. Its offset is shared: never list it.
+    pub fn dir(&self, node: &Node) -> Result<Arc<OwnedFd>, Errno> {
+        if node.ino == ROOT {
+            return Ok(Arc::clone(&self.root));
+        }
+        if let Some(fd) = self.dirs.lock().get(&node.ino) {
+            return Ok(Arc::clone(fd));
+        }
+        let fd = Arc::new(self.open(node, OFlags::RDONLY | OFlags::DIRECTORY)?);
+        self.dirs.lock().put(node.ino, Arc::clone(&fd));
+        Ok(fd)
+    }
+
+    /// Opens a node's inode.
+    pub fn open(&self, node: &Node, flags: OFlags) -> Result<OwnedFd, Errno> {
+        if node.ino == ROOT {
+            return fd::open_beneath(self.root.as_fd(), &RelPath::root(), flags);
+        }
+        node.anchor.open(self.root.as_fd(), flags)
+    }
+
+    /// statx of a node.
+    pub fn stat(&self, node: &Node) -> Result<Stat, Errno> {
+        if node.kind == FileType::Directory {
+            return stat::stat_fd(self.dir(node)?.as_fd());
+        }
+        stat::stat_fd(self.open(node, OFlags::PATH)?.as_fd())
+    }
+
+    /// How many nodes the kernel holds.
+    pub fn len(&self) -> usize {
+        self.nodes.len()
+    }
+
+    /// True when it holds none but the root.
+    pub fn is_empty(&self) -> bool {
+        self.len() <= 1
+    }
+}
+
+impl Node {
+    fn fresh(found: &Node) -> Node {
+        Node::new(
+            found.ino,
+            found.anchor.clone(),
+            found.kind,
+            found.phase(),
+            found.origin(),
+            found.place(),
+        )
+    }
+}

@@ -1,0 +1,340 @@
+//! Placer: one entry of src becomes one entry of dst, in a directory that is still P.
+//!
+//! Files and directories are placeholders (mark, metadata, size, no data); symlinks, fifos, sockets
+//! and devices are complete at once. Upholds I1 (a name appears complete) and D5 (what a crash left
+//! in a P directory is made anew, except what is certainly the same).
+
+use std::collections::HashMap;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::fs::{AtFlags, FileType, Mode, OFlags};
+use rustix::io::Errno;
+
+use super::Mirror;
+use super::control::CONTROL;
+use super::links::LinkKey;
+use super::node::Anchor;
+use super::source::{SrcDir, SrcInfo};
+use crate::error::{Context, Error, Result, Side};
+use crate::mark::Mark;
+use crate::meta::{self, CAPABILITY, DefaultAcl, LATE_FLAGS, Meta};
+use crate::sys::name::{Name, RelPath};
+use crate::sys::stat::{self, Stat};
+use crate::sys::xattr::Target;
+use crate::sys::{dir, fd};
+
+/// Places the entries of one directory.
+pub struct Placer<'a> {
+    mirror: &'a Mirror,
+    src: &'a SrcDir,
+    dst: BorrowedFd<'a>,
+    is_root: bool,
+    /// What was in dst's directory before: nothing, except after a crash or when adopting.
+    found: HashMap<Name, FileType>,
+}
+
+impl<'a> Placer<'a> {
+    /// Looks at what is in the directory already.
+    pub fn new(
+        mirror: &'a Mirror,
+        src: &'a SrcDir,
+        dst: BorrowedFd<'a>,
+        is_root: bool,
+    ) -> Result<Placer<'a>> {
+        let found = dir::list(dst).on("getdents64", Side::Dst, src.path.as_ref())?;
+        let found = found.into_iter().map(|e| (e.name, e.kind)).collect();
+        Ok(Placer { mirror, src, dst, is_root, found })
+    }
+
+    /// Gives dst the entry. What dst cannot hold goes to the ledger and is `Ok`; errors that may
+    /// pass, or that concern everything (no space, src away), come back.
+    pub fn place(&self, name: &Name) -> Result<()> {
+        let path = self.src.path.join(name);
+        if self.is_root && name.as_bytes() == CONTROL.as_bytes() {
+            return Err(Error::SrcPending { path: path.to_path() });
+        }
+        let stat = match stat::stat_at(self.src.fd.as_fd(), name.as_cstr()) {
+            Ok(stat) => stat,
+            // Gone since the listing: the caller sees the directory's new mtime and starts over.
+            Err(Errno::NOENT) => return Ok(()),
+            Err(e) => return Err(e).on("statx", Side::Src, &path),
+        };
+        self.mirror.progress.entries_seen.add(1);
+        let placed = match stat.kind() {
+            FileType::RegularFile => self.place_file(name, &path, stat),
+            FileType::Directory => self.place_dir(name, &path, stat),
+            _ => self.place_special(name, &path, stat),
+        };
+        match placed {
+            Ok(()) => {
+                self.mirror.progress.entries_placed.add(1);
+                self.mirror.ledger.settle(&path);
+                Ok(())
+            }
+            Err(e) if cannot_hold(&e) => {
+                self.mirror.fail(&path, &e);
+                Ok(())
+            }
+            Err(e) => Err(e),
+        }
+    }
+
+    fn place_file(&self, name: &Name, path: &RelPath, stat: Stat) -> Result<()> {
+        let mut meta = self.capture(name, path, stat)?;
+        let key = (stat.nlink > 1).then(|| LinkKey::new(&stat, &self.src.mount));
+        if let Some(key) = key
+            && self.link_to_anchor(key, name, path)?
+        {
+            return Ok(());
+        }
+        if self.found.contains_key(name) && self.keep_file(key, name, path, &meta)? {
+            return Ok(());
+        }
+        self.mirror.progress.files_seen.add(1);
+        self.mirror.progress.bytes_seen.add(stat.size);
+        // Read again after the open of capture: the size that the placeholder shows is src's.
+        let file = fd::tmpfile(self.dst).on("open O_TMPFILE", Side::Dst, path)?;
+        let capability = meta.xattr(CAPABILITY).is_some();
+        if stat.size > 0 {
+            crate::sys::copy::truncate(file.as_fd(), stat.size).on("ftruncate", Side::Dst, path)?;
+            // It would be lost with the first byte of data; the mark says that it is to come.
+            meta.xattrs.retain(|(n, _)| n.as_c_str() != CAPABILITY);
+        }
+        self.apply(&meta, file.as_fd(), path)?;
+        let dst_ino = stat::stat_fd(file.as_fd()).on("statx", Side::Dst, path)?.key.ino;
+        if stat.size > 0 {
+            // A multi-link inode may be found by any of its names: its origin is written down.
+            let origin = key.is_some().then(|| path.clone());
+            let mark = Mark { origin, capability, ..Mark::pending() };
+            self.set_mark(file.as_fd(), mark, path)?;
+            self.mirror.source.learn(dst_ino, SrcInfo::from(&stat));
+            self.mirror.progress.bytes_left.add(stat.size);
+        } else {
+            self.mirror.progress.files_pulled.add(1);
+        }
+        self.note_late_flags(&meta, file.as_fd())?;
+        if let Some(key) = key {
+            match self.mirror.anchors.publish(
+                &self.mirror.control.links,
+                key,
+                stat.nlink,
+                file.as_fd(),
+            ) {
+                Ok(()) => {}
+                // Another populate was faster: its inode stands for this one.
+                Err(Errno::EXIST) if self.link_to_anchor(key, name, path)? => return Ok(()),
+                Err(e) => return Err(e).on("linkat", Side::Dst, path),
+            }
+        }
+        self.clear(name, path)?;
+        fd::link_fd(file.as_fd(), self.dst, name.as_cstr()).on("linkat", Side::Dst, path)
+    }
+
+    /// The mark with its explicit origin if that fits; without it a rename pulls the file first.
+    fn set_mark(&self, fd: BorrowedFd<'_>, mark: Mark, path: &RelPath) -> Result<()> {
+        match self.mirror.mark.set(Target::Fd(fd), &mark) {
+            Err(Errno::NOSPC | Errno::TOOBIG | Errno::RANGE) if mark.origin.is_some() => {
+                let short = Mark { origin: None, ..mark };
+                self.mirror.mark.set(Target::Fd(fd), &short).on("setxattr", Side::Dst, path)
+            }
+            other => other.on("setxattr", Side::Dst, path),
+        }
+    }
+
+    /// True when dst's entry can stay: a placeholder of ours, stamped again, or (adopting) a file
+    /// equal in size and mtime, which counts as hydrated.
+    fn keep_file(&self, key: Option<LinkKey>, name: &Name, path: &RelPath, meta: &Meta) -> Result<bool> {
+        let there = stat::stat_at(self.dst, name.as_cstr()).on("statx", Side::Dst, path)?;
+        if !there.is_file() {
+            return match there.is_dir() {
+                true => Err(Error::WrongType { path: path.to_path() }),
+                false => Ok(false),
+            };
+        }
+        let equal = there.size == meta.stat.size && there.mtime == meta.stat.mtime;
+        let marked = self.mirror.mark.get(Target::At(self.dst, name));
+        let marked = marked.on("getxattr", Side::Dst, path)?.is_some();
+        if !self.mirror.control.identity.adopt || !equal || marked || key.is_some() && there.nlink > 1 {
+            return Ok(false);
+        }
+        let file = fd::open_at(self.dst, name, OFlags::RDONLY).on("open", Side::Dst, path)?;
+        self.apply(meta, file.as_fd(), path)?;
+        self.note_late_flags(meta, file.as_fd())?;
+        self.mirror.progress.files_seen.add(1);
+        self.mirror.progress.files_pulled.add(1);
+        self.mirror.progress.bytes_seen.add(meta.stat.size);
+        self.mirror.progress.bytes_pulled.add(meta.stat.size);
+        if let Some(key) = key {
+            let links = &self.mirror.control.links;
+            let nlink = meta.stat.nlink;
+            match self.mirror.anchors.publish_name(links, key, nlink, self.dst, name) {
+                Ok(()) | Err(Errno::EXIST) => {}
+                Err(e) => return Err(e).on("linkat", Side::Dst, path),
+            }
+        }
+        Ok(true)
+    }
+
+    fn place_dir(&self, name: &Name, path: &RelPath, stat: Stat) -> Result<()> {
+        let meta = self.capture(name, path, stat)?;
+        match self.found.get(name) {
+            Some(FileType::Directory) => {}
+            Some(_) => {
+                self.clear(name, path)?;
+                self.make_dir(name, path)?;
+            }
+            None => self.make_dir(name, path)?,
+        }
+        let opened = meta::open_dst_dir(self.dst, name).on("open", Side::Dst, path)?;
+        let target = Target::Fd(opened.as_fd());
+        let mark = self.mirror.mark.get(target).on("getxattr", Side::Dst, path)?;
+        if mark.is_some_and(|m| m.populated) {
+            return Ok(());
+        }
+        let refused = meta.apply_fd(opened.as_fd(), DefaultAcl::Later);
+        refused.iter().for_each(|r| self.mirror.refused(path, r));
+        self.mirror.mark.set(target, &Mark::pending()).on("setxattr", Side::Dst, path)
+    }
+
+    fn make_dir(&self, name: &Name, path: &RelPath) -> Result<()> {
+        rustix::fs::mkdirat(self.dst, name.as_cstr(), Mode::from_raw_mode(0o700))
+            .on("mkdir", Side::Dst, path)
+    }
+
+    fn place_special(&self, name: &Name, path: &RelPath, stat: Stat) -> Result<()> {
+        let meta = self.capture(name, path, stat)?;
+        let key = (stat.nlink > 1).then(|| LinkKey::new(&stat, &self.src.mount));
+        if let Some(key) = key
+            && self.link_to_anchor(key, name, path)?
+        {
+            return Ok(());
+        }
+        self.clear(name, path)?;
+        match stat.kind() {
+            FileType::Symlink => {
+                let target = rustix::fs::readlinkat(self.src.fd.as_fd(), name.as_cstr(), Vec::new())
+                    .on("readlink", Side::Src, path)?;
+                rustix::fs::symlinkat(target, self.dst, name.as_cstr())
+                    .on("symlink", Side::Dst, path)?;
+            }
+            kind => rustix::fs::mknodat(
+                self.dst,
+                name.as_cstr(),
+                kind,
+                Mode::from_raw_mode(stat.perm()),
+                stat.rdev_encoded(),
+            )
+            .on("mknod", Side::Dst, path)?,
+        }
+        for refused in meta.apply_at(self.dst, name) {
+            self.mirror.refused(path, &refused);
+        }
+        if let Some(key) = key {
+            let links = &self.mirror.control.links;
+            match self.mirror.anchors.publish_name(links, key, stat.nlink, self.dst, name) {
+                Ok(()) => {}
+                Err(Errno::EXIST) => {
+                    self.link_to_anchor(key, name, path)?;
+                }
+                Err(e) => return Err(e).on("linkat", Side::Dst, path),
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives the inode that already stands for `key` one more name. False when there is none.
+    fn link_to_anchor(&self, key: LinkKey, name: &Name, path: &RelPath) -> Result<bool> {
+        let Some((anchor, dst_ino)) = self.mirror.anchors.find(key) else { return Ok(false) };
+        if let Ok(there) = stat::stat_at(self.dst, name.as_cstr()) {
+            if there.key.ino == dst_ino {
+                return Ok(true);
+            }
+            self.clear_now(name, there.is_dir(), path)?;
+        }
+        let links = self.mirror.control.links.as_fd();
+        let flags = AtFlags::empty();
+        match rustix::fs::linkat(links, anchor.as_cstr(), self.dst, name.as_cstr(), flags) {
+            Ok(()) => Ok(true),
+            Err(Errno::NOENT) => {
+                // The table outlived the file: somebody emptied the control directory.
+                let _ = self.mirror.anchors.withdraw(&self.mirror.control.links, key); // Already gone.
+                Ok(false)
+            }
+            Err(e) => Err(e).on("link", Side::Dst, path),
+        }
+    }
+
+    fn capture(&self, name: &Name, path: &RelPath, stat: Stat) -> Result<Meta> {
+        let meta = Meta::capture(self.src.capture, self.src.fd.as_fd(), name, stat);
+        meta.on("listxattr", Side::Src, path)
+    }
+
+    fn apply(&self, meta: &Meta, fd: BorrowedFd<'_>, path: &RelPath) -> Result<()> {
+        if self.mirror.control.identity.adopt {
+            meta::drop_inherited_acl(Target::Fd(fd), meta).on("removexattr", Side::Dst, path)?;
+        }
+        for refused in meta.apply_fd(fd, DefaultAcl::Now) {
+            self.mirror.refused(path, &refused);
+        }
+        Ok(())
+    }
+
+    /// Removes what a crash (or an earlier copy) left under the name.
+    fn clear(&self, name: &Name, path: &RelPath) -> Result<()> {
+        match self.found.get(name) {
+            None => Ok(()),
+            Some(kind) => self.clear_now(name, *kind == FileType::Directory, path),
+        }
+    }
+
+    fn clear_now(&self, name: &Name, is_dir: bool, path: &RelPath) -> Result<()> {
+        if is_dir {
+            return Err(Error::WrongType { path: path.to_path() });
+        }
+        match rustix::fs::unlinkat(self.dst, name.as_cstr(), AtFlags::empty()) {
+            Ok(()) | Err(Errno::NOENT) => Ok(()),
+            Err(e) => Err(e).on("unlink", Side::Dst, path),
+        }
+    }
+
+    /// Notes +i and +a for finish: they would forbid the rest of the migration.
+    pub fn note_late_flags(&self, meta: &Meta, fd: BorrowedFd<'_>) -> Result<()> {
+        let late = meta.flags & LATE_FLAGS;
+        if late == 0 {
+            return Ok(());
+        }
+        let path = self.src.path.as_ref();
+        let anchor = Anchor::of(true, fd, None).on("name_to_handle_at", Side::Dst, path)?;
+        let Anchor::Handle(handle) = anchor else { return Ok(()) };
+        let name = format!("{late:x}-{}", handle.to_text());
+        let flags = OFlags::CREATE | OFlags::WRONLY | OFlags::CLOEXEC;
+        rustix::fs::openat(self.mirror.control.flags.as_fd(), name, flags, Mode::from_raw_mode(0o600))
+            .map(drop)
+            .on("open", Side::Dst, ".mirrorfs/flags")
+    }
+
+    /// The explicit origin in the directory's own mark: it must survive the change from P to L.
+    pub fn recorded_origin(&self, opened: &OwnedFd) -> Result<Option<RelPath>> {
+        let mark = self.mirror.mark.get(Target::Fd(opened.as_fd()));
+        Ok(mark.on("getxattr", Side::Dst, self.src.path.as_ref())?.and_then(|m| m.origin))
+    }
+}
+
+/// Errors that will not pass: dst's file system has no room for such a thing, of its kind.
+fn cannot_hold(error: &Error) -> bool {
+    match error {
+        Error::Call { side: Side::Dst, errno, .. } => matches!(
+            *errno,
+            Errno::NAMETOOLONG
+                | Errno::INVAL
+                | Errno::PERM
+                | Errno::FBIG
+                | Errno::OVERFLOW
+                | Errno::OPNOTSUPP
+                | Errno::MLINK
+                | Errno::ILSEQ
+        ),
+        Error::WrongType { .. } => true,
+        _ => false,
+    }
+}

@@ -1,0 +1,329 @@
+//! Populate: giving a directory the placeholders of all its entries, on its first access.
+//!
+//!   Pending   -> placing    when_populated() or populate_now(): one per directory, losers wait
+//!   placing   -> published  publish(): every name of src has its placeholder; the mark goes P to L
+//!   any       -> Pending    an error: the mark was never touched, so a retry starts over
+//!
+//! While a directory is P everything in it is provisional (D5): no user can have made anything
+//! there, so what a crash left is stamped again or made anew. Upholds I1, I2, I7 and D5, D6, D8.
+
+use std::collections::{HashMap, HashSet};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use rustix::fs::{FileType, OFlags};
+use rustix::io::Errno;
+
+use super::Mirror;
+use super::control::CONTROL;
+use super::node::{Anchor, Ino, Origin, Phase};
+use super::place::Placer;
+use super::source::SrcDir;
+use crate::engine::job::Priority;
+use crate::error::{Context, Error, Result, Side};
+use crate::mark::Mark;
+use crate::meta::{DefaultAcl, Meta};
+use crate::sys::name::{Name, RelPath};
+use crate::sys::stat::{self, Time};
+use crate::sys::xattr::Target;
+use crate::sys::{dir, fault};
+
+/// How often a src directory that changes while it is listed is listed again.
+const LISTINGS_MAX: u32 = 3;
+
+/// What waits for something to be ready: called once, without any lock held.
+pub type Waiter = Box<dyn FnOnce(Result<()>) + Send>;
+
+/// What somebody wants of a directory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// To look: names and attributes.
+    Look,
+    /// To change a name in it: waits for the barrier too (D6).
+    Change,
+}
+
+/// A directory of dst, as the walker and the table know it.
+#[derive(Debug, Clone)]
+pub struct DirRef {
+    /// dst's inode number, or `ROOT`.
+    pub ino: Ino,
+    /// How to open it.
+    pub anchor: Anchor,
+    /// Where it comes from.
+    pub origin: Option<Arc<RelPath>>,
+}
+
+/// One directory that is being populated.
+pub struct Placing {
+    /// The times that it will have: placing children disturbs them meanwhile.
+    times: Option<(Time, Time)>,
+    waiters: Vec<Waiter>,
+}
+
+/// All directories that are being populated now.
+#[derive(Default)]
+pub struct Populates {
+    running: Mutex<HashMap<Ino, Placing>>,
+}
+
+impl Populates {
+    /// The times that a directory in work will end with.
+    pub fn times(&self, ino: Ino) -> Option<Option<(Time, Time)>> {
+        self.running.lock().get(&ino).map(|p| p.times)
+    }
+
+    /// Joins a running populate, or becomes the one that runs it (then the waiter comes back).
+    fn join(&self, ino: Ino, waiter: Waiter) -> bool {
+        let mut running = self.running.lock();
+        if let Some(placing) = running.get_mut(&ino) {
+            placing.waiters.push(waiter);
+            return true;
+        }
+        running.insert(ino, Placing { times: None, waiters: vec![waiter] });
+        false
+    }
+
+    fn set_times(&self, ino: Ino, times: (Time, Time)) {
+        if let Some(placing) = self.running.lock().get_mut(&ino) {
+            placing.times = Some(times);
+        }
+    }
+
+    fn take(&self, ino: Ino) -> Vec<Waiter> {
+        self.running.lock().remove(&ino).map(|p| p.waiters).unwrap_or_default()
+    }
+}
+
+impl Mirror {
+    /// Calls `then` as soon as the directory has all its names (and, for a change, is published
+    /// durably enough): at once on this thread, or later on a pool thread.
+    pub fn when_populated(
+        self: &Arc<Self>,
+        ino: Ino,
+        access: Access,
+        then: impl FnOnce(Result<()>) + Send + 'static,
+    ) {
+        let node = match self.nodes.get(ino) {
+            Ok(node) => node,
+            Err(errno) => return then(Err(errno).on("lookup", Side::Dst, "")),
+        };
+        if !node.is_pending_dir() {
+            return match access {
+                Access::Look => then(Ok(())),
+                Access::Change => self.commit.when_published(ino, Box::new(then)),
+            };
+        }
+        let mirror = Arc::clone(self);
+        let after: Waiter = match access {
+            Access::Look => Box::new(then),
+            Access::Change => Box::new(move |ready| match ready {
+                Ok(()) => mirror.commit.when_published(ino, Box::new(then)),
+                Err(e) => then(Err(e)),
+            }),
+        };
+        if self.populates.join(ino, after) {
+            return;
+        }
+        let origin = node.origin().map(|o| Arc::new(o.path()));
+        let dir = DirRef { ino, anchor: node.anchor.clone(), origin };
+        let mirror = Arc::clone(self);
+        self.progress.waiting.add(1);
+        let task = move || {
+            mirror.populate_claimed(&dir);
+            mirror.progress.waiting.sub(1);
+        };
+        self.engine.pool().run(Priority::Demand, Box::new(task));
+    }
+
+    /// Populates a directory on the calling thread, or waits for whoever does it already.
+    /// For the walker; a session thread must not call it.
+    pub fn populate_now(self: &Arc<Self>, dir: &DirRef) -> Result<()> {
+        let (tell, told) = crossbeam_channel::bounded(1);
+        let waiter: Waiter = Box::new(move |result| {
+            let _ = tell.send(result); // The receiver below outlives every sender but a panic.
+        });
+        if !self.populates.join(dir.ino, waiter) {
+            self.populate_claimed(dir);
+        }
+        told.recv().unwrap_or(Err(Error::Stopped))
+    }
+
+    /// Runs the populate that `join` gave to this thread, and tells all who wait.
+    fn populate_claimed(self: &Arc<Self>, dir: &DirRef) {
+        let result = self.populate(dir);
+        if let Err(e) = &result
+            && let Some(origin) = &dir.origin
+            && !matches!(e, Error::Stopped)
+        {
+            self.fail(origin, e);
+        }
+        if result.is_ok()
+            && let Some(origin) = &dir.origin
+        {
+            self.ledger.settle(origin);
+        }
+        for waiter in self.populates.take(dir.ino) {
+            waiter(result.clone());
+        }
+    }
+
+    fn populate(self: &Arc<Self>, dir: &DirRef) -> Result<()> {
+        let opened = self.open_dir(dir)?;
+        let shown = dir.origin.as_deref().cloned().unwrap_or_default();
+        let mark = self.mark.get(Target::Fd(opened.as_fd())).on("getxattr", Side::Dst, &shown)?;
+        match mark {
+            // Somebody was faster between our look and our claim.
+            None => return self.note_phase(dir, Phase::Unmarked),
+            Some(mark) if mark.populated => return self.note_phase(dir, Phase::Populated),
+            Some(_) => {}
+        }
+        let origin = dir.origin.as_ref().ok_or_else(|| no_origin(&shown))?;
+        let src = self.source.dir(origin)?;
+        let marked_src = self.mark.get(Target::Fd(src.fd.as_fd())).on("getxattr", Side::Src, &shown)?;
+        if marked_src.is_some() {
+            return Err(Error::SrcPending { path: origin.to_path() });
+        }
+        let placer = Placer::new(self, &src, opened.as_fd(), dir.ino == super::node::ROOT)?;
+        let meta = self.place_all(dir, &src, &placer)?;
+        for refused in meta.apply_fd(opened.as_fd(), DefaultAcl::Now) {
+            self.refused(origin, &refused);
+        }
+        placer.note_late_flags(&meta, opened.as_fd())?;
+        self.publish(dir, &opened, origin, placer.recorded_origin(&opened)?)
+    }
+
+    /// Places every name of a src directory. One that changes meanwhile is listed again; one that
+    /// keeps changing is published as it was last seen, and is in the ledger.
+    fn place_all(&self, dir: &DirRef, src: &SrcDir, placer: &Placer<'_>) -> Result<Meta> {
+        let path = src.path.as_ref();
+        let mut placed = HashSet::new();
+        let mut tries_left = LISTINGS_MAX;
+        loop {
+            let meta = Meta::capture_fd(src.capture, src.fd.as_fd()).on("statx", Side::Src, path)?;
+            self.populates.set_times(dir.ino, (meta.stat.atime, meta.stat.mtime));
+            let mut entries = dir::list(src.fd.as_fd()).on("getdents64", Side::Src, path)?;
+            // Inode order: statx of src reads its inode tables in order.
+            entries.sort_unstable_by_key(|e| e.ino);
+            for entry in entries {
+                if self.stopping() {
+                    return Err(Error::Stopped);
+                }
+                if !placed.contains(&entry.name) {
+                    fault::point("populate-before-child");
+                    placer.place(&entry.name)?;
+                    fault::point("populate-after-child");
+                    placed.insert(entry.name);
+                }
+            }
+            tries_left -= 1;
+            let after = stat::stat_fd(src.fd.as_fd()).on("statx", Side::Src, path)?;
+            if after.mtime == meta.stat.mtime {
+                return Ok(meta);
+            }
+            if tries_left == 0 {
+                self.fail(path, &Error::SrcChanged { path: path.to_path() });
+                return Ok(meta);
+            }
+        }
+    }
+
+    /// Every name is here: the mark goes from P to L (D6).
+    fn publish(
+        self: &Arc<Self>,
+        dir: &DirRef,
+        opened: &OwnedFd,
+        origin: &Arc<RelPath>,
+        explicit: Option<RelPath>,
+    ) -> Result<()> {
+        fault::point("populate-before-mark");
+        let mark = Mark { origin: explicit, ..Mark::populated() };
+        if self.btrfs {
+            // Names first, with a barrier, then the mark: readers go on meanwhile, changes wait.
+            self.commit.publish_later(dir.ino, dir.anchor.clone(), mark);
+        } else {
+            self.mark
+                .set(Target::Fd(opened.as_fd()), &mark)
+                .on("setxattr", Side::Dst, origin.as_ref())?;
+        }
+        fault::point("populate-after-mark");
+        self.progress.dirs_populated.add(1);
+        self.note_phase(dir, Phase::Populated)
+    }
+
+    /// Notes a new phase, if the kernel holds the inode.
+    fn note_phase(&self, dir: &DirRef, phase: Phase) -> Result<()> {
+        if let Some(node) = self.nodes.find_same(dir.ino, &dir.anchor) {
+            node.set_phase(phase);
+        }
+        Ok(())
+    }
+
+    /// Opens a directory of dst, for listing and for calls by name.
+    pub fn open_dir(&self, dir: &DirRef) -> Result<OwnedFd> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY;
+        let shown = dir.origin.as_deref().cloned().unwrap_or_default();
+        if dir.ino == super::node::ROOT {
+            let root = self.dst.as_fd();
+            return crate::sys::fd::open_beneath(root, &RelPath::root(), flags)
+                .on("open", Side::Dst, shown);
+        }
+        dir.anchor.open(self.dst.as_fd(), flags).on("open", Side::Dst, shown)
+    }
+
+    /// The entry of a populated directory that `name` is: what the walker goes on with.
+    /// `None` for what carries no mark.
+    pub fn marked_child(
+        &self,
+        parent: &DirRef,
+        opened: BorrowedFd<'_>,
+        name: &Name,
+        kind: FileType,
+    ) -> Result<Option<(DirRef, Mark)>> {
+        if parent.ino == super::node::ROOT && name.as_bytes() == CONTROL.as_bytes() {
+            return Ok(None);
+        }
+        if !matches!(kind, FileType::RegularFile | FileType::Directory | FileType::Unknown) {
+            return Ok(None);
+        }
+        let shown = || parent.origin.as_ref().map_or_else(RelPath::root, |o| o.join(name));
+        let mark = match self.mark.get(Target::At(opened, name)) {
+            Ok(Some(mark)) => mark,
+            Ok(None) | Err(Errno::NOENT) => return Ok(None),
+            Err(e) => return Err(e).on("getxattr", Side::Dst, shown()),
+        };
+        let stat = match stat::stat_at(opened, name.as_cstr()) {
+            Ok(stat) => stat,
+            Err(Errno::NOENT) => return Ok(None),
+            Err(e) => return Err(e).on("statx", Side::Dst, shown()),
+        };
+        let anchor = match Anchor::of(self.handles, opened, Some(name)) {
+            Ok(anchor) => anchor,
+            Err(Errno::NOENT) => return Ok(None),
+            Err(e) => return Err(e).on("name_to_handle_at", Side::Dst, shown()),
+        };
+        let origin = match &mark.origin {
+            Some(origin) => Some(Arc::new(origin.clone())),
+            None => parent.origin.as_ref().map(|o| Arc::new(o.join(name))),
+        };
+        Ok(Some((DirRef { ino: stat.key.ino, anchor, origin }, mark)))
+    }
+}
+
+/// A marked entry below a directory that has no origin, and no origin of its own: only possible
+/// when somebody wrote to the raw tree.
+pub(super) fn no_origin(path: &RelPath) -> Error {
+    Error::Call { call: "origin", side: Side::Dst, path: path.to_path(), errno: Errno::STALE }
+}
+
+/// The origin of an entry found under `name` in a directory with origin `parent`.
+pub(super) fn origin_of(parent: Option<&Origin>, name: &Name, mark: &Mark) -> Option<Origin> {
+    match (&mark.origin, parent) {
+        (Some(path), _) => Some(Origin::of(path)),
+        (None, Some(parent)) => {
+            Some(Origin { dir: Arc::new(parent.path()), name: Some(name.clone()) })
+        }
+        (None, None) => None,
+    }
+}

@@ -1,0 +1,146 @@
+//! Source: src's directories, opened by their path below SRC, and what was last seen of its files.
+//!
+//! Everything here may wait for src: it is called on pool and walker threads, or answers from cache.
+
+use std::collections::HashMap;
+use std::num::NonZeroUsize;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use lru::LruCache;
+use parking_lot::Mutex;
+use rustix::fs::OFlags;
+
+use crate::error::{Context, Result, Side};
+use crate::mark::MarkName;
+use crate::meta::Capture;
+use crate::sys::name::RelPath;
+use crate::sys::stat::{self, Stat, Time};
+use crate::sys::{fd, host};
+
+const OPEN_DIRS: NonZeroUsize = NonZeroUsize::new(512).expect("not zero");
+/// About 100 bytes each.
+const KNOWN_FILES: NonZeroUsize = NonZeroUsize::new(1 << 17).expect("not zero");
+
+/// File systems whose inode flags (chattr) are worth an open per file: ext, xfs, btrfs, f2fs.
+const FLAG_MAGICS: [u64; 4] = [0xef53, 0x5846_5342, host::BTRFS_MAGIC, 0xf2f5_2010];
+
+/// A directory of src, open.
+#[derive(Debug)]
+pub struct SrcDir {
+    /// The directory.
+    pub fd: Arc<OwnedFd>,
+    /// Its path below SRC.
+    pub path: Arc<RelPath>,
+    /// Where its file system (or subvolume) begins below SRC: part of a hard link's key.
+    pub mount: Arc<RelPath>,
+    /// How metadata is captured here.
+    pub capture: Capture,
+}
+
+/// What src says of a pending file: the mount answers from it (D4: never from dst).
+#[derive(Debug, Clone, Copy)]
+pub struct SrcInfo {
+    /// Bytes.
+    pub size: u64,
+    /// Units of 512 bytes.
+    pub blocks: u64,
+    /// Times at the last look.
+    pub atime: Time,
+    /// Times at the last look.
+    pub mtime: Time,
+}
+
+impl From<&Stat> for SrcInfo {
+    fn from(s: &Stat) -> SrcInfo {
+        SrcInfo { size: s.size, blocks: s.blocks, atime: s.atime, mtime: s.mtime }
+    }
+}
+
+type FsId = (u64, (u32, u32));
+
+/// The tree that is copied from.
+#[derive(Debug)]
+pub struct Source {
+    root: Arc<OwnedFd>,
+    mark: MarkName,
+    dirs: Mutex<LruCache<Arc<RelPath>, Arc<SrcDir>>>,
+    mounts: Mutex<HashMap<FsId, (Arc<RelPath>, Capture)>>,
+    known: Mutex<LruCache<u64, SrcInfo>>,
+}
+
+impl Source {
+    /// A source with its root open.
+    pub fn new(root: Arc<OwnedFd>, mark: MarkName) -> Source {
+        Source {
+            root,
+            mark,
+            dirs: Mutex::new(LruCache::new(OPEN_DIRS)),
+            mounts: Mutex::new(HashMap::new()),
+            known: Mutex::new(LruCache::new(KNOWN_FILES)),
+        }
+    }
+
+    /// The directory, if it is open already: never waits.
+    pub fn cached_dir(&self, path: &RelPath) -> Option<Arc<SrcDir>> {
+        self.dirs.lock().get(path).map(Arc::clone)
+    }
+
+    /// Opens a directory of src. May wait for src.
+    pub fn dir(&self, path: &Arc<RelPath>) -> Result<Arc<SrcDir>> {
+        if let Some(dir) = self.cached_dir(path) {
+            return Ok(dir);
+        }
+        let opened =
+            fd::open_src_dir(self.root.as_fd(), path).on("open", Side::Src, path.as_ref())?;
+        let stat = stat::stat_fd(opened.as_fd()).on("statx", Side::Src, path.as_ref())?;
+        let (mount, capture) = self.mount_of(path, &stat, &opened)?;
+        let dir =
+            Arc::new(SrcDir { fd: Arc::new(opened), path: Arc::clone(path), mount, capture });
+        self.dirs.lock().put(Arc::clone(path), Arc::clone(&dir));
+        Ok(dir)
+    }
+
+    /// Remembers what src said of the file that dst's inode stands for.
+    pub fn learn(&self, dst_ino: u64, info: SrcInfo) {
+        self.known.lock().put(dst_ino, info);
+    }
+
+    /// What src said last, if it is still remembered: never waits.
+    pub fn recall(&self, dst_ino: u64) -> Option<SrcInfo> {
+        self.known.lock().get(&dst_ino).copied()
+    }
+
+    /// The inode is hydrated: dst answers from now on.
+    pub fn unlearn(&self, dst_ino: u64) {
+        self.known.lock().pop(&dst_ino);
+    }
+
+    fn mount_of(
+        &self,
+        path: &Arc<RelPath>,
+        stat: &Stat,
+        dir: &OwnedFd,
+    ) -> Result<(Arc<RelPath>, Capture)> {
+        let id = (stat.mnt_id, stat.key.dev);
+        if let Some(known) = self.mounts.lock().get(&id) {
+            return Ok(known.clone());
+        }
+        let magic = host::fs_stat(dir.as_fd()).on("statfs", Side::Src, path.as_ref())?.magic;
+        let capture = Capture { mark: self.mark, flags: FLAG_MAGICS.contains(&magic) };
+        // Climb while the parent is on the same file system.
+        let mut top = (**path).clone();
+        while let Some((parent, _)) = top.split_last() {
+            let up = fd::open_beneath(self.root.as_fd(), &parent, OFlags::PATH)
+                .on("open", Side::Src, &parent)?;
+            let up = stat::stat_fd(up.as_fd()).on("statx", Side::Src, &parent)?;
+            if (up.mnt_id, up.key.dev) != id {
+                break;
+            }
+            top = parent;
+        }
+        let known = (Arc::new(top), capture);
+        self.mounts.lock().insert(id, known.clone());
+        Ok(known)
+    }
+}
