@@ -5,8 +5,8 @@ use std::ffi::OsStr;
 use std::time::UNIX_EPOCH;
 
 use fuser::{
-    FileAttr, FileHandle, FileType, Filesystem, Generation, INodeNo, LockOwner, OpenFlags,
-    ReplyAttr, ReplyData, ReplyEntry, Request,
+    FileAttr, FileHandle, FileType, Filesystem, Generation, INodeNo, InitFlags, KernelConfig,
+    LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyEntry, Request,
 };
 use parking_lot::Mutex;
 
@@ -48,6 +48,12 @@ fn attr(ino: u64) -> FileAttr {
 }
 
 impl Filesystem for SlowFs {
+    fn init(&mut self, _: &Request, config: &mut KernelConfig) -> std::io::Result<()> {
+        // Without it the kernel sends one lookup per directory at a time.
+        let _ = config.add_capabilities(InitFlags::FUSE_PARALLEL_DIROPS); // Slower, not wrong.
+        Ok(())
+    }
+
     fn lookup(&self, _: &Request, _: INodeNo, name: &OsStr, reply: ReplyEntry) {
         std::thread::sleep(DELAY);
         match name.to_str().and_then(|n| n.parse::<u64>().ok()) {
