@@ -28,7 +28,7 @@ use crate::fuse::session::Session;
 use crate::mirror::Mirror;
 use crate::progress::Progress;
 use crate::sys::host;
-use crate::walk::Walker;
+use crate::walk::{Mode, Walker};
 
 /// How often the main loop looks around when nothing happens.
 const TICK: Duration = Duration::from_millis(200);
@@ -128,7 +128,12 @@ fn serve(
     let socket = listener.serve(handler(live.clone(), mirror.clone(), events_in))?;
     session.attach()?;
     live.set_phase(Phase::Serving);
-    let walker = config.background.then(|| Walker::start(mirror.clone()));
+    let mode = if config.background {
+        Mode::Pull
+    } else {
+        Mode::Sweep
+    };
+    let walker = Walker::start(mirror.clone(), mode)?;
     tracing::info!(
         "usable: {} on {}",
         quoted(&config.src),
@@ -146,9 +151,9 @@ fn serve(
         true => served.until_the_end(&events, &mut screen),
         false => served.detach().map(|()| Phase::Stopping),
     };
-    if let Some(walker) = walker {
-        walker.stop();
-    }
+    // Whoever asks from now on is told so, instead of waiting for an answer.
+    drop(events);
+    walker.stop();
     if let Ok(phase) = &end {
         live.set_phase(*phase);
     }

@@ -33,17 +33,15 @@ struct Root {
 impl Root {
     fn open(role: &'static str, path: &Path) -> Result<Root, Failure> {
         let fail = |call: &str, e: Errno| unusable(role, path, call, e);
-        let fd = match local::open_dir_path(path) {
-            Err(e) if host::is_mount_gone(e) => {
-                let line = format!(
-                    "{role} {}: open: {e}; the daemon of the mount on it has died: the same \
-                     `mirrorfs mount` resumes",
-                    quoted(path)
-                );
-                return Err(Failure::new(exit::UNUSABLE, line));
-            }
-            other => other.map_err(|e| fail("open", e))?,
-        };
+        let fd = local::open_dir_path(path).map_err(|e| fail("open", e))?;
+        alive(&fd).map_err(|e| {
+            let line = format!(
+                "{role} {}: statfs: {e}; the daemon of the mount on it has died: the same \
+                 `mirrorfs mount` resumes",
+                quoted(path)
+            );
+            Failure::new(exit::UNUSABLE, line)
+        })?;
         let stat = stat_fd(fd.as_fd()).map_err(|e| fail("statx", e))?;
         local::may_list(fd.as_fd()).map_err(|e| fail("access", e))?;
         Ok(Root {
@@ -216,12 +214,20 @@ fn nested((role, path): (&str, &Path), outer: &Root) -> Failure {
     Failure::new(exit::UNUSABLE, line)
 }
 
+/// An error only when the directory's file system is a mount without a daemon. Opening by O_PATH and
+/// statx answer from the kernel's caches long after it died; statfs always asks.
+fn alive(fd: &OwnedFd) -> Result<(), Errno> {
+    match host::fs_stat(fd.as_fd()) {
+        Err(e) if host::is_mount_gone(e) => Err(e),
+        _ => Ok(()),
+    }
+}
+
 /// Takes away mounts of ours whose daemon is dead: every access through them is ENOTCONN.
 fn clear_dead_mounts(path: &Path) -> Result<(), Failure> {
     for _ in 0..DEAD_MOUNTS_MAX {
-        match local::open_dir_path(path) {
-            Err(e) if host::is_mount_gone(e) => {}
-            _ => return Ok(()),
+        if local::open_dir_path(path).is_ok_and(|fd| alive(&fd).is_ok()) {
+            return Ok(());
         }
         let Some(point) = dead_mount_point(path) else {
             return Ok(()); // Not ours: opening it says what is wrong.
