@@ -145,7 +145,7 @@ fn a_slow_source_is_asked_for_many_files_at_once() {
     let took = since.elapsed();
     eprintln!("1000 files, 1 ms per call: {took:?}");
     // lookup, statx, read, statx, one after the other, would take four seconds and more.
-    assert!(took < Duration::from_secs(3), "{took:?}");
+    assert!(took < Duration::from_secs(4), "{took:?}");
     drop(b);
     drop(unmount);
 }
