@@ -19,10 +19,10 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime};
 
 use fuser::{
-    BsdFileFlags, CopyFileRangeFlags, Errno, FileHandle, Filesystem, FopenFlags, INodeNo, InitFlags,
-    KernelConfig, LockOwner, Notifier, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData,
-    ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs,
-    ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
+    BsdFileFlags, CopyFileRangeFlags, Errno, FileHandle, Filesystem, FopenFlags, INodeNo,
+    InitFlags, KernelConfig, LockOwner, Notifier, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate,
+    ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen,
+    ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 use rustix::fs::OFlags;
 
@@ -67,12 +67,20 @@ impl Shared {
     }
 
     fn entry_ttl(&self) -> Duration {
-        if self.expired.load(Ordering::Relaxed) { Duration::ZERO } else { TTL }
+        if self.expired.load(Ordering::Relaxed) {
+            Duration::ZERO
+        } else {
+            TTL
+        }
     }
 
     fn attr_ttl(&self, ino: Ino, attr: &Attr) -> Duration {
         let hidden = attr.stat.is_file() && self.backings.has_hidden_writers(ino);
-        if hidden || is_volatile(attr) { Duration::ZERO } else { self.entry_ttl() }
+        if hidden || is_volatile(attr) {
+            Duration::ZERO
+        } else {
+            self.entry_ttl()
+        }
     }
 
     fn node(&self, ino: INodeNo) -> Result<Arc<Node>, Errno> {
@@ -104,7 +112,12 @@ impl Shared {
     /// Counts a handle that is about to be given out.
     fn insert_file(&self, node: Arc<Node>, file: OwnedFd, mode: IoMode, write: bool) -> FileHandle {
         node.opens.fetch_add(1, Ordering::Relaxed);
-        self.files.insert(OpenFile { node, file: Arc::new(file), mode, write })
+        self.files.insert(OpenFile {
+            node,
+            file: Arc::new(file),
+            mode,
+            write,
+        })
     }
 
     /// What a shared mapping changes through passthrough is seen by nobody: the attributes that the
@@ -119,7 +132,14 @@ impl Shared {
         }
     }
 
-    fn reply_open(&self, node: Arc<Node>, file: OwnedFd, locate: Locate, write: bool, reply: ReplyOpen) {
+    fn reply_open(
+        &self,
+        node: Arc<Node>,
+        file: OwnedFd,
+        locate: Locate,
+        write: bool,
+        reply: ReplyOpen,
+    ) {
         let ino = node.ino;
         // The backing file keeps this thread's credentials: without CAP_FSETID a user's write
         // clears setuid, as it must.
@@ -144,7 +164,14 @@ impl Shared {
         match &mode {
             IoMode::Cached => reply.created(&ttl, &shown, generation, handle, FopenFlags::empty()),
             IoMode::Passthrough(id) => {
-                reply.created_passthrough(&ttl, &shown, generation, handle, FopenFlags::empty(), id);
+                reply.created_passthrough(
+                    &ttl,
+                    &shown,
+                    generation,
+                    handle,
+                    FopenFlags::empty(),
+                    id,
+                );
             }
         }
     }
@@ -161,16 +188,24 @@ impl MirrorFs {
     }
 
     fn make(&self, parent: INodeNo, name: &OsStr, what: Make, creator: Creator, reply: ReplyEntry) {
-        let Some(name) = Name::new(name.as_bytes()) else { return reply.error(Errno::EINVAL) };
+        let Some(name) = Name::new(name.as_bytes()) else {
+            return reply.error(Errno::EINVAL);
+        };
         let shared = Arc::clone(&self.shared);
-        self.shared.mirror.make(parent.0, name, what, creator, move |made| {
-            shared.reply_entry("create", made.map(|(entry, _)| entry), reply);
-        });
+        self.shared
+            .mirror
+            .make(parent.0, name, what, creator, move |made| {
+                shared.reply_entry("create", made.map(|(entry, _)| entry), reply);
+            });
     }
 }
 
 fn creator(req: &Request, umask: u32) -> Creator {
-    Creator { uid: req.uid(), gid: req.gid(), umask }
+    Creator {
+        uid: req.uid(),
+        gid: req.gid(),
+        umask,
+    }
 }
 
 fn reply_empty(what: &str, result: Result<()>, reply: ReplyEmpty) {
@@ -227,7 +262,9 @@ impl Filesystem for MirrorFs {
     }
 
     fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        let Some(name) = Name::new(name.as_bytes()) else { return reply.error(Errno::ENOENT) };
+        let Some(name) = Name::new(name.as_bytes()) else {
+            return reply.error(Errno::ENOENT);
+        };
         let shared = Arc::clone(&self.shared);
         self.shared.mirror.lookup(parent.0, name, move |found| {
             shared.reply_entry("lookup", found, reply);
@@ -332,13 +369,21 @@ impl Filesystem for MirrorFs {
     }
 
     fn unlink(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        let Some(name) = Name::new(name.as_bytes()) else { return reply.error(Errno::ENOENT) };
-        self.shared.mirror.unlink(parent.0, name, move |done| reply_empty("unlink", done, reply));
+        let Some(name) = Name::new(name.as_bytes()) else {
+            return reply.error(Errno::ENOENT);
+        };
+        self.shared.mirror.unlink(parent.0, name, move |done| {
+            reply_empty("unlink", done, reply)
+        });
     }
 
     fn rmdir(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        let Some(name) = Name::new(name.as_bytes()) else { return reply.error(Errno::ENOENT) };
-        self.shared.mirror.rmdir(parent.0, name, move |done| reply_empty("rmdir", done, reply));
+        let Some(name) = Name::new(name.as_bytes()) else {
+            return reply.error(Errno::ENOENT);
+        };
+        self.shared.mirror.rmdir(parent.0, name, move |done| {
+            reply_empty("rmdir", done, reply)
+        });
     }
 
     fn rename(
@@ -356,9 +401,11 @@ impl Filesystem for MirrorFs {
             return reply.error(Errno::ENOENT);
         };
         let (from, to) = ((parent.0, from), (newparent.0, to));
-        self.shared.mirror.rename(from, to, flags.bits(), move |done| {
-            reply_empty("rename", done, reply);
-        });
+        self.shared
+            .mirror
+            .rename(from, to, flags.bits(), move |done| {
+                reply_empty("rename", done, reply);
+            });
     }
 
     fn link(
@@ -369,15 +416,19 @@ impl Filesystem for MirrorFs {
         newname: &OsStr,
         reply: ReplyEntry,
     ) {
-        let Some(name) = Name::new(newname.as_bytes()) else { return reply.error(Errno::ENOENT) };
+        let Some(name) = Name::new(newname.as_bytes()) else {
+            return reply.error(Errno::ENOENT);
+        };
         let node = match self.shared.node(ino) {
             Ok(node) => node,
             Err(e) => return reply.error(e),
         };
         let shared = Arc::clone(&self.shared);
-        self.shared.mirror.link(&node, newparent.0, name, move |made| {
-            shared.reply_entry("link", made, reply);
-        });
+        self.shared
+            .mirror
+            .link(&node, newparent.0, name, move |made| {
+                shared.reply_entry("link", made, reply);
+            });
     }
 
     fn open(&self, _req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
@@ -388,10 +439,12 @@ impl Filesystem for MirrorFs {
         let flags = OFlags::from_bits_retain(flags.0.cast_unsigned());
         let write = flags & OFlags::ACCMODE != OFlags::RDONLY;
         let (shared, held) = (Arc::clone(&self.shared), Arc::clone(&node));
-        self.shared.mirror.open_file(&node, flags, move |opened| match opened {
-            Ok((file, locate)) => shared.reply_open(held, file, locate, write, reply),
-            Err(e) => reply.error(errno("open", &e)),
-        });
+        self.shared
+            .mirror
+            .open_file(&node, flags, move |opened| match opened {
+                Ok((file, locate)) => shared.reply_open(held, file, locate, write, reply),
+                Err(e) => reply.error(errno("open", &e)),
+            });
     }
 
     fn create(
@@ -404,16 +457,24 @@ impl Filesystem for MirrorFs {
         flags: i32,
         reply: ReplyCreate,
     ) {
-        let Some(name) = Name::new(name.as_bytes()) else { return reply.error(Errno::EINVAL) };
+        let Some(name) = Name::new(name.as_bytes()) else {
+            return reply.error(Errno::EINVAL);
+        };
         let user = OFlags::from_bits_retain(flags.cast_unsigned());
         let ours = OFlags::RDWR | user & (OFlags::SYNC | OFlags::DSYNC);
         let what = Make::File(mode, ours);
         let shared = Arc::clone(&self.shared);
-        self.shared.mirror.make(parent.0, name, what, creator(req, umask), move |made| match made {
-            Ok((entry, Some(file))) => shared.reply_create(&entry, file, reply),
-            Ok((_, None)) => reply.error(Errno::EIO),
-            Err(e) => reply.error(errno("create", &e)),
-        });
+        self.shared.mirror.make(
+            parent.0,
+            name,
+            what,
+            creator(req, umask),
+            move |made| match made {
+                Ok((entry, Some(file))) => shared.reply_create(&entry, file, reply),
+                Ok((_, None)) => reply.error(Errno::EIO),
+                Err(e) => reply.error(errno("create", &e)),
+            },
+        );
     }
 
     fn read(
@@ -427,12 +488,16 @@ impl Filesystem for MirrorFs {
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        let Some(open) = self.shared.files.get(fh) else { return reply.error(Errno::EBADF) };
+        let Some(open) = self.shared.files.get(fh) else {
+            return reply.error(Errno::EBADF);
+        };
         let then = Box::new(move |bytes: Result<Vec<u8>>| match bytes {
             Ok(bytes) => reply.data(&bytes),
             Err(e) => reply.error(errno("read", &e)),
         });
-        self.shared.mirror.read(&open.node, open.file.as_fd(), offset, size, then);
+        self.shared
+            .mirror
+            .read(&open.node, open.file.as_fd(), offset, size, then);
     }
 
     fn write(
@@ -447,8 +512,14 @@ impl Filesystem for MirrorFs {
         _lock_owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
-        let Some(open) = self.shared.files.get(fh) else { return reply.error(Errno::EBADF) };
-        match self.shared.mirror.write(&open.node, open.file.as_fd(), offset, data) {
+        let Some(open) = self.shared.files.get(fh) else {
+            return reply.error(Errno::EBADF);
+        };
+        match self
+            .shared
+            .mirror
+            .write(&open.node, open.file.as_fd(), offset, data)
+        {
             Ok(()) => reply.written(data.len() as u32),
             Err(e) => reply.error(errno("write", &e)),
         }
@@ -478,18 +549,28 @@ impl Filesystem for MirrorFs {
     }
 
     fn fsync(&self, _: &Request, _: INodeNo, fh: FileHandle, data_only: bool, reply: ReplyEmpty) {
-        let Some(open) = self.shared.files.get(fh) else { return reply.error(Errno::EBADF) };
-        reply_raw(self.shared.mirror.sync_file(open.file.as_fd(), data_only), reply);
+        let Some(open) = self.shared.files.get(fh) else {
+            return reply.error(Errno::EBADF);
+        };
+        reply_raw(
+            self.shared.mirror.sync_file(open.file.as_fd(), data_only),
+            reply,
+        );
     }
 
     fn opendir(&self, _req: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
         let shared = Arc::clone(&self.shared);
-        self.shared.mirror.when_populated(ino.0, Access::Look, move |ready| {
-            match ready.map_err(|e| errno("opendir", &e)).and_then(|()| shared.open_listing(ino)) {
-                Ok(handle) => reply.opened(handle, FopenFlags::empty()),
-                Err(e) => reply.error(e),
-            }
-        });
+        self.shared
+            .mirror
+            .when_populated(ino.0, Access::Look, move |ready| {
+                match ready
+                    .map_err(|e| errno("opendir", &e))
+                    .and_then(|()| shared.open_listing(ino))
+                {
+                    Ok(handle) => reply.opened(handle, FopenFlags::empty()),
+                    Err(e) => reply.error(e),
+                }
+            });
     }
 
     fn readdir(&self, _: &Request, _: INodeNo, fh: FileHandle, offset: u64, reply: ReplyDirectory) {
@@ -519,9 +600,21 @@ impl Filesystem for MirrorFs {
         reply.ok();
     }
 
-    fn fsyncdir(&self, _: &Request, _: INodeNo, fh: FileHandle, data_only: bool, reply: ReplyEmpty) {
-        let Some(listing) = self.shared.listings.get(fh) else { return reply.error(Errno::EBADF) };
-        reply_raw(self.shared.mirror.sync_file(listing.dir.as_fd(), data_only), reply);
+    fn fsyncdir(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        fh: FileHandle,
+        data_only: bool,
+        reply: ReplyEmpty,
+    ) {
+        let Some(listing) = self.shared.listings.get(fh) else {
+            return reply.error(Errno::EBADF);
+        };
+        reply_raw(
+            self.shared.mirror.sync_file(listing.dir.as_fd(), data_only),
+            reply,
+        );
     }
 
     fn statfs(&self, _req: &Request, _ino: INodeNo, reply: ReplyStatfs) {
@@ -556,7 +649,9 @@ impl Filesystem for MirrorFs {
             (_, Err(_)) => return reply.error(Errno::EINVAL),
         };
         let done = move |done| reply_raw(done, reply);
-        self.shared.mirror.set_xattr(&node, &name, value.to_vec(), flags, done);
+        self.shared
+            .mirror
+            .set_xattr(&node, &name, value.to_vec(), flags, done);
     }
 
     fn getxattr(&self, _: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
@@ -565,7 +660,9 @@ impl Filesystem for MirrorFs {
             (Err(e), _) => return reply.error(e),
             (_, Err(_)) => return reply.error(Errno::EINVAL),
         };
-        self.shared.mirror.get_xattr(&node, &name, move |value| reply_xattr(value, size, reply));
+        self.shared
+            .mirror
+            .get_xattr(&node, &name, move |value| reply_xattr(value, size, reply));
     }
 
     fn listxattr(&self, _req: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
@@ -573,7 +670,9 @@ impl Filesystem for MirrorFs {
             Ok(node) => node,
             Err(e) => return reply.error(e),
         };
-        self.shared.mirror.list_xattrs(&node, move |names| reply_xattr(names, size, reply));
+        self.shared
+            .mirror
+            .list_xattrs(&node, move |names| reply_xattr(names, size, reply));
     }
 
     fn removexattr(&self, _req: &Request, ino: INodeNo, name: &OsStr, reply: ReplyEmpty) {
@@ -582,7 +681,9 @@ impl Filesystem for MirrorFs {
             (Err(e), _) => return reply.error(e),
             (_, Err(_)) => return reply.error(Errno::EINVAL),
         };
-        self.shared.mirror.remove_xattr(&node, &name, move |done| reply_raw(done, reply));
+        self.shared
+            .mirror
+            .remove_xattr(&node, &name, move |done| reply_raw(done, reply));
     }
 
     fn fallocate(
@@ -595,9 +696,14 @@ impl Filesystem for MirrorFs {
         mode: i32,
         reply: ReplyEmpty,
     ) {
-        let Some(open) = self.shared.files.get(fh) else { return reply.error(Errno::EBADF) };
+        let Some(open) = self.shared.files.get(fh) else {
+            return reply.error(Errno::EBADF);
+        };
         let file = open.file.as_fd();
-        reply_raw(self.shared.mirror.fallocate(file, mode, offset, length), reply);
+        reply_raw(
+            self.shared.mirror.fallocate(file, mode, offset, length),
+            reply,
+        );
     }
 
     fn lseek(
@@ -611,8 +717,12 @@ impl Filesystem for MirrorFs {
     ) {
         const SEEK_DATA: i32 = 3;
         const SEEK_HOLE: i32 = 4;
-        let Some(open) = self.shared.files.get(fh) else { return reply.error(Errno::EBADF) };
-        let Ok(at) = u64::try_from(offset) else { return reply.error(Errno::ENXIO) };
+        let Some(open) = self.shared.files.get(fh) else {
+            return reply.error(Errno::EBADF);
+        };
+        let Ok(at) = u64::try_from(offset) else {
+            return reply.error(Errno::ENXIO);
+        };
         if whence != SEEK_DATA && whence != SEEK_HOLE {
             return reply.error(Errno::EINVAL);
         }
@@ -620,7 +730,9 @@ impl Filesystem for MirrorFs {
             Ok(at) => reply.offset(at.cast_signed()),
             Err(e) => reply.error(raw(e)),
         };
-        self.shared.mirror.seek(&open.node, open.file.as_fd(), at, whence == SEEK_DATA, done);
+        self.shared
+            .mirror
+            .seek(&open.node, open.file.as_fd(), at, whence == SEEK_DATA, done);
     }
 
     fn copy_file_range(
@@ -644,9 +756,11 @@ impl Filesystem for MirrorFs {
         let to = (Arc::clone(&to.file), offset_out);
         // The reply counts in 32 bits.
         let len = len.min(1 << 30) as usize;
-        self.shared.mirror.copy_range(from, to, len, move |copied| match copied {
-            Ok(n) => reply.written(n as u32),
-            Err(e) => reply.error(raw(e)),
-        });
+        self.shared
+            .mirror
+            .copy_range(from, to, len, move |copied| match copied {
+                Ok(n) => reply.written(n as u32),
+                Err(e) => reply.error(raw(e)),
+            });
     }
 }

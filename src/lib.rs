@@ -19,6 +19,9 @@ pub mod engine;
 pub mod mark;
 pub mod meta;
 pub mod mirror;
+pub mod walk;
 
 pub mod fuse;
+pub mod run;
+pub mod sync;
 pub mod verify;

@@ -1,3 +1,5 @@
 //! The `mirrorfs` program: parse, run, exit code.
 
-fn main() {}
+fn main() -> std::process::ExitCode {
+    mirrorfs::run::run(std::env::args_os())
+}

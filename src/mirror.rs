@@ -37,7 +37,7 @@ pub use hydrate::{FileRef, Need, ReadDone};
 pub use ledger::LedgerEntry;
 pub use namespace::{Creator, Entry, Make};
 pub use node::{Anchor, Ino, Node, NodeTable, Origin, Phase, ROOT};
-pub use populate::{Access, DirRef, Waiter};
+pub use populate::{Access, DirRef, Marked, Waiter};
 pub use source::SrcInfo;
 
 use crate::config::MountConfig;
@@ -97,7 +97,11 @@ impl Mirror {
     /// `Error::Unusable` (one line) when SRC or DST cannot be used; nothing was changed then.
     pub fn open(config: &MountConfig, progress: Arc<Progress>) -> Result<Arc<Mirror>> {
         host::raise_nofile();
-        let mark = if caps::have_sys_admin() { MarkName::Trusted } else { MarkName::User };
+        let mark = if caps::have_sys_admin() {
+            MarkName::Trusted
+        } else {
+            MarkName::User
+        };
         let src_path = absolute(&config.src)?;
         let dst_path = absolute(&config.dst)?;
         let src = open_root(&src_path, "SRC")?;
@@ -110,17 +114,23 @@ impl Mirror {
             adopt: config.adopt,
             mark,
         })?;
-        let btrfs = host::fs_stat(dst.as_fd()).on("statfs", Side::Dst, &dst_path)?.magic
+        let btrfs = host::fs_stat(dst.as_fd())
+            .on("statfs", Side::Dst, &dst_path)?
+            .magic
             == host::BTRFS_MAGIC;
         let handles = caps::have_read_search()
             && Anchor::of(true, dst.as_fd(), None)
                 .is_ok_and(|a| a.open(dst.as_fd(), OFlags::PATH).is_ok());
         let dst = Arc::new(dst);
         let root = root_node(&dst, mark, handles)?;
-        let anchors = Anchors::load(&control.links).on("getdents64", Side::Dst, ".mirrorfs/links")?;
+        let anchors =
+            Anchors::load(&control.links).on("getdents64", Side::Dst, ".mirrorfs/links")?;
         let ledger = Ledger::open(control.dir.as_fd())?;
         progress.errors.set(ledger.len() as u64);
-        let engine = Engine::start(&EngineConfig { workers: config.workers, ..Default::default() })?;
+        let engine = Engine::start(&EngineConfig {
+            workers: config.workers,
+            ..Default::default()
+        })?;
         let mirror = Arc::new(Mirror {
             source: Source::new(Arc::new(src), mark),
             nodes: NodeTable::new(Arc::clone(&dst), root),
@@ -183,14 +193,12 @@ impl Mirror {
         self.epoch.load(Ordering::Acquire)
     }
 
-    /// Nothing below the directory is pending: its mark may go.
-    pub fn dir_done(&self, dir: DoneDir) {
-        self.commit.dir_done(dir);
-    }
-
     /// The root as the walker knows it, and whether it still carries a mark.
     pub fn root_dir(&self) -> Result<Option<DirRef>> {
-        let mark = self.mark.get(Target::Fd(self.dst.as_fd())).on("getxattr", Side::Dst, ".")?;
+        let mark = self
+            .mark
+            .get(Target::Fd(self.dst.as_fd()))
+            .on("getxattr", Side::Dst, ".")?;
         let node = self.nodes.get(ROOT).on("lookup", Side::Dst, ".")?;
         Ok(mark.map(|_| DirRef {
             ino: ROOT,
@@ -253,9 +261,7 @@ impl Mirror {
 }
 
 fn absolute(path: &Path) -> Result<std::path::PathBuf> {
-    std::fs::canonicalize(path).map_err(|e| {
-        Error::Unusable(format!("\"{}\": {e}", path.display()))
-    })
+    std::fs::canonicalize(path).map_err(|e| Error::Unusable(format!("\"{}\": {e}", path.display())))
 }
 
 fn open_root(path: &Path, what: &str) -> Result<OwnedFd> {
@@ -268,13 +274,26 @@ fn root_node(dst: &Arc<OwnedFd>, mark: MarkName, handles: bool) -> Result<Node> 
         true => Anchor::of(true, dst.as_fd(), None).on("name_to_handle_at", Side::Dst, ".")?,
         false => Anchor::Fd(Arc::clone(dst)),
     };
-    let phase = match mark.get(Target::Fd(dst.as_fd())).on("getxattr", Side::Dst, ".")? {
+    let phase = match mark
+        .get(Target::Fd(dst.as_fd()))
+        .on("getxattr", Side::Dst, ".")?
+    {
         None => Phase::Unmarked,
         Some(m) if m.populated => Phase::Populated,
         Some(_) => Phase::Pending,
     };
-    let origin = Some(Origin { dir: Arc::new(RelPath::root()), name: None });
+    let origin = Some(Origin {
+        dir: Arc::new(RelPath::root()),
+        name: None,
+    });
     stat::stat_fd(dst.as_fd()).on("statx", Side::Dst, ".")?;
     fd::open_beneath(dst.as_fd(), &RelPath::root(), OFlags::PATH).on("open", Side::Dst, ".")?;
-    Ok(Node::new(ROOT, anchor, FileType::Directory, phase, origin, None))
+    Ok(Node::new(
+        ROOT,
+        anchor,
+        FileType::Directory,
+        phase,
+        origin,
+        None,
+    ))
 }

@@ -46,7 +46,10 @@ pub(super) struct Handles<T> {
 
 impl<T> Default for Handles<T> {
     fn default() -> Handles<T> {
-        Handles { next: AtomicU64::new(1), table: DashMap::new() }
+        Handles {
+            next: AtomicU64::new(1),
+            table: DashMap::new(),
+        }
     }
 }
 

@@ -28,7 +28,11 @@ impl Shared {
     pub(super) fn open_listing(&self, ino: INodeNo) -> Result<FileHandle, Errno> {
         let node = self.node(ino)?;
         let dir = self.mirror.open_listing(&node).map_err(raw)?;
-        Ok(self.listings.insert(Listing { node, dir, ahead: Default::default() }))
+        Ok(self.listings.insert(Listing {
+            node,
+            dir,
+            ahead: Default::default(),
+        }))
     }
 
     /// The entries from `offset` on, from what was read ahead or from dst.
@@ -47,7 +51,11 @@ impl Shared {
     }
 
     fn keep_ahead(listing: &Listing, from: u64, entries: Vec<Entry>) {
-        *listing.ahead.lock() = Ahead { from, entries, at_end: false };
+        *listing.ahead.lock() = Ahead {
+            from,
+            entries,
+            at_end: false,
+        };
     }
 
     fn is_hidden(listing: &Listing, entry: &Entry) -> bool {
@@ -59,7 +67,9 @@ impl Shared {
     }
 
     pub(super) fn readdir(&self, fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
-        let Some(listing) = self.listings.get(fh) else { return reply.error(Errno::EBADF) };
+        let Some(listing) = self.listings.get(fh) else {
+            return reply.error(Errno::EBADF);
+        };
         let directory = fuser::FileType::Directory;
         let own = INodeNo(listing.node.ino);
         if offset == 0 && reply.add(own, DOT, directory, ".") {
@@ -69,7 +79,11 @@ impl Shared {
         if (offset == 0 || offset == DOT) && reply.add(up, DOTDOT, directory, "..") {
             return reply.ok();
         }
-        let from = if offset == DOT || offset == DOTDOT { 0 } else { offset };
+        let from = if offset == DOT || offset == DOTDOT {
+            0
+        } else {
+            offset
+        };
         let entries = match self.entries(&listing, from) {
             Ok(entries) => entries,
             Err(e) => return reply.error(raw(e)),
@@ -98,7 +112,9 @@ impl Shared {
         offset: u64,
         mut reply: ReplyDirectoryPlus,
     ) {
-        let Some(listing) = shared.listings.get(fh) else { return reply.error(Errno::EBADF) };
+        let Some(listing) = shared.listings.get(fh) else {
+            return reply.error(Errno::EBADF);
+        };
         if offset == 0 || offset == DOT {
             match shared.add_dots(&listing, offset, &mut reply) {
                 Ok(false) => {}
@@ -106,12 +122,21 @@ impl Shared {
                 Err(e) => return reply.error(e),
             }
         }
-        let from = if offset == DOT || offset == DOTDOT { 0 } else { offset };
+        let from = if offset == DOT || offset == DOTDOT {
+            0
+        } else {
+            offset
+        };
         let entries = match shared.entries(&listing, from) {
             Ok(entries) => entries,
             Err(e) => return reply.error(raw(e)),
         };
-        let fill = Fill { listing, at: from, entries: entries.into_iter(), reply };
+        let fill = Fill {
+            listing,
+            at: from,
+            entries: entries.into_iter(),
+            reply,
+        };
         if let Some(fill) = shared.fill(fill, Wait::No) {
             let again = Arc::clone(shared);
             let task = move || {
@@ -129,12 +154,24 @@ impl Shared {
         offset: u64,
         reply: &mut ReplyDirectoryPlus,
     ) -> Result<bool, Errno> {
-        let attr = self.mirror.attr_now(&listing.node).map_err(|e| raw(e.errno()))?;
-        let Some(attr) = attr else { return Err(Errno::EIO) };
+        let attr = self
+            .mirror
+            .attr_now(&listing.node)
+            .map_err(|e| raw(e.errno()))?;
+        let Some(attr) = attr else {
+            return Err(Errno::EIO);
+        };
         let mut add = |ino: Ino, offset: u64, name: &str| {
             let shown = file_attr(ino, &attr);
             let none = std::time::Duration::ZERO;
-            reply.add(INodeNo(ino), offset, name, &none, &shown, fuser::Generation(0))
+            reply.add(
+                INodeNo(ino),
+                offset,
+                name,
+                &none,
+                &shown,
+                fuser::Generation(0),
+            )
         };
         let full = offset == 0 && add(listing.node.ino, DOT, ".");
         Ok(full || add(Self::parent_of(listing), DOTDOT, ".."))
@@ -150,7 +187,9 @@ impl Shared {
                 continue;
             }
             let listing = &fill.listing;
-            let found = self.mirror.child_in(&listing.node, listing.dir.as_fd(), &entry.name);
+            let found = self
+                .mirror
+                .child_in(&listing.node, listing.dir.as_fd(), &entry.name);
             // Deleted between the listing and the look: as if it had not been listed.
             let Ok(node) = found else {
                 fill.at = next;
@@ -161,7 +200,10 @@ impl Shared {
                 (Ok(None), Wait::No) => {
                     self.mirror.nodes().forget(node.ino, 1);
                     let left: Vec<_> = std::iter::once(entry).chain(fill.entries).collect();
-                    return Some(Fill { entries: left.into_iter(), ..fill });
+                    return Some(Fill {
+                        entries: left.into_iter(),
+                        ..fill
+                    });
                 }
                 (Ok(None), Wait::Yes) => self.mirror.attr_asking(&node).ok(),
                 (Err(_), _) => None,
@@ -196,7 +238,14 @@ impl Shared {
         let ttl = self.attr_ttl(node.ino, attr);
         let shown = file_attr(node.ino, attr);
         let name = entry.name.as_os_str();
-        reply.add(INodeNo(node.ino), entry.next, name, &ttl, &shown, generation(node))
+        reply.add(
+            INodeNo(node.ino),
+            entry.next,
+            name,
+            &ttl,
+            &shown,
+            generation(node),
+        )
     }
 }
 

@@ -81,7 +81,9 @@ impl Backings {
     /// A handle was released (or its reply never reached the kernel).
     pub(super) fn release(&self, ino: Ino, mode: &IoMode, write: bool) {
         let mut table = self.open.lock();
-        let Some(open) = table.get_mut(&ino) else { return };
+        let Some(open) = table.get_mut(&ino) else {
+            return;
+        };
         match mode {
             IoMode::Cached => open.cached = open.cached.saturating_sub(1),
             IoMode::Passthrough(_) => {
@@ -99,6 +101,9 @@ impl Backings {
 
     /// True while somebody may change the inode without our seeing it (a shared mapping).
     pub(super) fn has_hidden_writers(&self, ino: Ino) -> bool {
-        self.open.lock().get(&ino).is_some_and(|o| o.through_writers > 0)
+        self.open
+            .lock()
+            .get(&ino)
+            .is_some_and(|o| o.through_writers > 0)
     }
 }

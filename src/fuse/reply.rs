@@ -84,10 +84,16 @@ pub(super) fn stamp(time: TimeOrNow) -> Stamp {
     match time {
         TimeOrNow::Now => Stamp::Now,
         TimeOrNow::SpecificTime(t) => Stamp::At(match t.duration_since(UNIX_EPOCH) {
-            Ok(d) => Time { sec: d.as_secs().cast_signed(), nsec: d.subsec_nanos() },
+            Ok(d) => Time {
+                sec: d.as_secs().cast_signed(),
+                nsec: d.subsec_nanos(),
+            },
             Err(e) => {
                 let d = e.duration();
-                Time { sec: d.as_secs().cast_signed().wrapping_neg(), nsec: d.subsec_nanos() }
+                Time {
+                    sec: d.as_secs().cast_signed().wrapping_neg(),
+                    nsec: d.subsec_nanos(),
+                }
             }
         }),
     }
@@ -114,8 +120,14 @@ mod tests {
 
     #[test]
     fn half_a_second_before_1970_keeps_its_direction() {
-        let t = system_time(Time { sec: -1, nsec: 500_000_000 });
-        assert_eq!(UNIX_EPOCH.duration_since(t).ok(), Some(Duration::from_millis(500)));
+        let t = system_time(Time {
+            sec: -1,
+            nsec: 500_000_000,
+        });
+        assert_eq!(
+            UNIX_EPOCH.duration_since(t).ok(),
+            Some(Duration::from_millis(500))
+        );
     }
 
     #[test]

@@ -48,12 +48,13 @@ impl Invalidate for Notify {
 impl Session {
     /// Makes the superblock, answers the kernel's handshake, starts the threads.
     pub fn start(mirror: Arc<Mirror>, config: &MountConfig) -> Result<Session> {
-        let on = host::open_dir(&config.mountpoint)
-            .on("open", Side::Host, &config.mountpoint)?;
-        let mountpoint = std::fs::canonicalize(&config.mountpoint)
-            .unwrap_or_else(|_| config.mountpoint.clone());
+        let on = host::open_dir(&config.mountpoint).on("open", Side::Host, &config.mountpoint)?;
+        let mountpoint =
+            std::fs::canonicalize(&config.mountpoint).unwrap_or_else(|_| config.mountpoint.clone());
         let root = stat::stat_fd(mirror.dst_root().as_fd()).on("statx", Side::Dst, ".")?;
-        let flags = host::fs_stat(mirror.dst_root().as_fd()).on("statfs", Side::Dst, ".")?.flags;
+        let flags = host::fs_stat(mirror.dst_root().as_fd())
+            .on("statfs", Side::Dst, ".")?
+            .flags;
         let wants = |name: &str| config.mount_options.iter().any(|o| o == name);
         let flags = host::MountFlags {
             rdonly: wants("ro"),
@@ -100,7 +101,9 @@ impl Session {
 
     /// Puts the mount on the mount point: visible from now on.
     pub fn attach(&self) -> Result<()> {
-        let Some(mount) = self.mount.lock().take() else { return Ok(()) };
+        let Some(mount) = self.mount.lock().take() else {
+            return Ok(());
+        };
         let root = stat::stat_fd(mount.as_fd()).on("statx", Side::Host, &self.mountpoint)?;
         self.mount_id.store(root.mnt_id, Ordering::Relaxed);
         host::attach(mount.as_fd(), self.on.as_fd()).on("move_mount", Side::Host, &self.mountpoint)
@@ -132,19 +135,26 @@ impl Session {
     pub fn is_detached(&self) -> bool {
         let id = self.mount_id.load(Ordering::Relaxed);
         match host::mounts() {
-            Ok(mounts) => !mounts.iter().any(|m| m.id == id && m.fs_type == "fuse.mirrorfs"),
+            Ok(mounts) => !mounts
+                .iter()
+                .any(|m| m.id == id && m.fs_type == "fuse.mirrorfs"),
             Err(_) => false,
         }
     }
 
     /// True when the kernel has ended the session: nothing refers to the mount any more.
     pub fn is_over(&self) -> bool {
-        self.thread.lock().as_ref().is_none_or(JoinHandle::is_finished)
+        self.thread
+            .lock()
+            .as_ref()
+            .is_none_or(JoinHandle::is_finished)
     }
 
     /// Waits until nothing refers to the mount any more.
     pub fn wait(&self) -> Result<()> {
-        let Some(thread) = self.thread.lock().take() else { return Ok(()) };
+        let Some(thread) = self.thread.lock().take() else {
+            return Ok(());
+        };
         match thread.join() {
             Ok(Ok(())) => Ok(()),
             Ok(Err(e)) => Err(Error::Unusable(format!("/dev/fuse: {e}"))),

@@ -63,7 +63,9 @@ impl Mirror {
         let shown = || node.display_name();
         loop {
             if node.is_pending_file() {
-                let Some(info) = self.source.recall(node.ino) else { return Ok(None) };
+                let Some(info) = self.source.recall(node.ino) else {
+                    return Ok(None);
+                };
                 if let Some(attr) = self.pending_attr(node, info)? {
                     return Ok(Some(attr));
                 }
@@ -93,13 +95,21 @@ impl Mirror {
     /// `None` when the file stopped being pending meanwhile.
     fn pending_attr(&self, node: &Node, info: SrcInfo) -> Result<Option<Attr>> {
         let shown = || node.display_name();
-        let opened = self.nodes.open(node, OFlags::PATH).on("open", Side::Dst, shown())?;
-        let mark = self.mark.get(Target::Fd(opened.as_fd())).on("getxattr", Side::Dst, shown())?;
+        let opened = self
+            .nodes
+            .open(node, OFlags::PATH)
+            .on("open", Side::Dst, shown())?;
+        let mark = self
+            .mark
+            .get(Target::Fd(opened.as_fd()))
+            .on("getxattr", Side::Dst, shown())?;
         let mut stat = stat::stat_fd(opened.as_fd()).on("statx", Side::Dst, shown())?;
         if !node.is_pending_file() {
             return Ok(None);
         }
-        let times = mark.and_then(|m| m.times).unwrap_or((info.atime, info.mtime));
+        let times = mark
+            .and_then(|m| m.times)
+            .unwrap_or((info.atime, info.mtime));
         (stat.atime, stat.mtime) = times;
         (stat.size, stat.blocks) = (info.size, info.blocks);
         if stat.nlink > 1 {
@@ -164,8 +174,15 @@ impl Mirror {
     /// statx in src; may wait for it.
     fn ask_src(&self, node: &Node) -> Result<SrcInfo> {
         let shown = || node.display_name();
-        let origin = node.origin().ok_or(Errno::STALE).on("origin", Side::Dst, shown())?;
-        let name = origin.name.as_ref().ok_or(Errno::STALE).on("origin", Side::Dst, shown())?;
+        let origin = node
+            .origin()
+            .ok_or(Errno::STALE)
+            .on("origin", Side::Dst, shown())?;
+        let name = origin
+            .name
+            .as_ref()
+            .ok_or(Errno::STALE)
+            .on("origin", Side::Dst, shown())?;
         let dir = self.source.dir(&origin.dir)?;
         let stat = stat::stat_at(dir.fd.as_fd(), name.as_cstr());
         let info = SrcInfo::from(&stat.on("statx", Side::Src, origin.path())?);
@@ -211,25 +228,38 @@ impl Mirror {
 
     fn apply_change(&self, node: &Node, change: Change) -> Result<()> {
         let shown = || node.display_name();
-        let opened = self.nodes.open(node, OFlags::PATH).on("open", Side::Dst, shown())?;
+        let opened = self
+            .nodes
+            .open(node, OFlags::PATH)
+            .on("open", Side::Dst, shown())?;
         let fd = opened.as_fd();
         if let Some(size) = change.size {
-            let file = self.nodes.open(node, OFlags::WRONLY).on("open", Side::Dst, shown())?;
+            let file = self
+                .nodes
+                .open(node, OFlags::WRONLY)
+                .on("open", Side::Dst, shown())?;
             // A user's truncate clears setuid and setgid.
-            caps::without_fsetid(|| copy::truncate(file.as_fd(), size))
-                .on("ftruncate", Side::Dst, shown())?;
+            caps::without_fsetid(|| copy::truncate(file.as_fd(), size)).on(
+                "ftruncate",
+                Side::Dst,
+                shown(),
+            )?;
         }
         if change.uid.is_some() || change.gid.is_some() {
             self.forget_capability(node)?;
             let (uid, gid) = (change.uid.map(Uid::from_raw), change.gid.map(Gid::from_raw));
-            rustix::fs::chownat(fd, c"", uid, gid, AtFlags::EMPTY_PATH)
-                .on("chown", Side::Dst, shown())?;
+            rustix::fs::chownat(fd, c"", uid, gid, AtFlags::EMPTY_PATH).on(
+                "chown",
+                Side::Dst,
+                shown(),
+            )?;
         }
         if let Some(perm) = change.perm {
             meta::chmod_fd(fd, perm).on("chmod", Side::Dst, shown())?;
         }
         if change.atime.is_some() || change.mtime.is_some() {
-            self.apply_times(node, fd, change).on("utimensat", Side::Dst, shown())?;
+            self.apply_times(node, fd, change)
+                .on("utimensat", Side::Dst, shown())?;
         }
         Ok(())
     }
@@ -258,13 +288,28 @@ impl Mirror {
                 Some(Stamp::At(time)) => time,
             };
             let times = (pick(change.atime, was.0), pick(change.mtime, was.1));
-            self.replace_mark(fd, &Mark { times: Some(times), ..mark })?;
+            self.replace_mark(
+                fd,
+                &Mark {
+                    times: Some(times),
+                    ..mark
+                },
+            )?;
             return meta::set_times_fd(fd, times.0, times.1);
         }
         let spec = |stamp| match stamp {
-            None => Timespec { tv_sec: 0, tv_nsec: rustix::fs::UTIME_OMIT },
-            Some(Stamp::Now) => Timespec { tv_sec: 0, tv_nsec: rustix::fs::UTIME_NOW },
-            Some(Stamp::At(t)) => Timespec { tv_sec: t.sec, tv_nsec: t.nsec.into() },
+            None => Timespec {
+                tv_sec: 0,
+                tv_nsec: rustix::fs::UTIME_OMIT,
+            },
+            Some(Stamp::Now) => Timespec {
+                tv_sec: 0,
+                tv_nsec: rustix::fs::UTIME_NOW,
+            },
+            Some(Stamp::At(t)) => Timespec {
+                tv_sec: t.sec,
+                tv_nsec: t.nsec.into(),
+            },
         };
         let times = Timestamps {
             last_access: spec(change.atime),
@@ -293,11 +338,24 @@ impl Mirror {
             return Ok(());
         }
         let shown = || node.display_name();
-        let opened = self.nodes.open(node, OFlags::PATH).on("open", Side::Dst, shown())?;
+        let opened = self
+            .nodes
+            .open(node, OFlags::PATH)
+            .on("open", Side::Dst, shown())?;
         let _guard = self.lock_mark(node.ino);
-        match self.mark.get(Target::Fd(opened.as_fd())).on("getxattr", Side::Dst, shown())? {
+        match self
+            .mark
+            .get(Target::Fd(opened.as_fd()))
+            .on("getxattr", Side::Dst, shown())?
+        {
             Some(mark) if mark.capability => self
-                .replace_mark(opened.as_fd(), &Mark { capability: false, ..mark })
+                .replace_mark(
+                    opened.as_fd(),
+                    &Mark {
+                        capability: false,
+                        ..mark
+                    },
+                )
                 .on("setxattr", Side::Dst, shown()),
             _ => Ok(()),
         }
@@ -333,7 +391,9 @@ impl Mirror {
     }
 
     fn has_pending_capability(&self, node: &Node) -> bool {
-        let Ok(opened) = self.nodes.open(node, OFlags::PATH) else { return true };
+        let Ok(opened) = self.nodes.open(node, OFlags::PATH) else {
+            return true;
+        };
         !matches!(self.mark.get(Target::Fd(opened.as_fd())), Ok(Some(m)) if !m.capability)
     }
 
@@ -375,7 +435,11 @@ impl Mirror {
                 {
                     names.push(due);
                 }
-                Ok(names.iter().flat_map(|n| n.to_bytes_with_nul()).copied().collect())
+                Ok(names
+                    .iter()
+                    .flat_map(|n| n.to_bytes_with_nul())
+                    .copied()
+                    .collect())
             }));
         });
     }
@@ -423,11 +487,18 @@ impl Mirror {
 
     /// The number that stat shows: the root's own, not the protocol's 1.
     pub fn shown_ino(&self, node: &Node, attr: &Attr) -> u64 {
-        if node.ino == ROOT { attr.stat.key.ino } else { node.ino }
+        if node.ino == ROOT {
+            attr.stat.key.ino
+        } else {
+            node.ino
+        }
     }
 }
 
 fn now() -> Time {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Realtime);
-    Time { sec: now.tv_sec, nsec: u32::try_from(now.tv_nsec).unwrap_or(0) }
+    Time {
+        sec: now.tv_sec,
+        nsec: u32::try_from(now.tv_nsec).unwrap_or(0),
+    }
 }

@@ -29,6 +29,8 @@ use crate::sys::{fault, fd};
 
 /// How long a round waits for more.
 const GATHER: Duration = Duration::from_millis(500);
+/// How long a round without files waits.
+const GATHER_DIRS: Duration = Duration::from_millis(20);
 /// A round starts at once with this many files.
 const BATCH_MAX: usize = 4096;
 
@@ -96,8 +98,7 @@ impl Commit {
         self.arrived(&mut queue);
     }
 
-    /// Nothing below the directory is pending.
-    pub fn dir_done(&self, dir: DoneDir) {
+    fn dir_later(&self, dir: DoneDir) {
         let mut queue = self.queue.lock();
         queue.dirs.push(dir);
         self.arrived(&mut queue);
@@ -148,13 +149,16 @@ impl Commit {
     fn next(&self) -> Option<Round> {
         let mut queue = self.queue.lock();
         loop {
-            let idle = queue.files.is_empty() && queue.publishes.is_empty() && queue.dirs.is_empty();
+            let idle =
+                queue.files.is_empty() && queue.publishes.is_empty() && queue.dirs.is_empty();
             let tail = !queue.unmarked.is_empty() || !queue.gates.is_empty();
             if queue.stopped && idle && !tail {
                 return None;
             }
             let due = match queue.first {
                 Some(first) if queue.urgent || queue.stopped => Some(first),
+                // One level of the tree a round: directories alone don't wait for company.
+                Some(first) if queue.files.is_empty() => Some(first + GATHER_DIRS),
                 Some(first) => Some(first + GATHER),
                 None => tail.then(|| Instant::now() + GATHER),
             };
@@ -181,13 +185,17 @@ impl Commit {
     /// The syncfs of round `number` has returned: what earlier rounds did is durable.
     fn earlier_is_durable(&self, number: u64) -> (Vec<Arc<Hydration>>, Vec<Waiter>) {
         let mut queue = self.queue.lock();
-        let (done, open): (Vec<_>, Vec<_>) =
-            std::mem::take(&mut queue.unmarked).into_iter().partition(|(n, _)| *n < number);
+        let (done, open): (Vec<_>, Vec<_>) = std::mem::take(&mut queue.unmarked)
+            .into_iter()
+            .partition(|(n, _)| *n < number);
         queue.unmarked = open;
-        queue.gates.retain(|_, gate| *gate == NOT_YET || *gate > number);
+        queue
+            .gates
+            .retain(|_, gate| *gate == NOT_YET || *gate > number);
         let waiters = std::mem::take(&mut queue.waiters);
-        let (ready, wait): (Vec<_>, Vec<_>) =
-            waiters.into_iter().partition(|(ino, _)| !queue.gates.contains_key(ino));
+        let (ready, wait): (Vec<_>, Vec<_>) = waiters
+            .into_iter()
+            .partition(|(ino, _)| !queue.gates.contains_key(ino));
         queue.waiters = wait;
         if !queue.waiters.is_empty() {
             queue.urgent = true;
@@ -208,6 +216,17 @@ struct Round {
 }
 
 impl Mirror {
+    /// Nothing below the directory is pending: its mark may go. `Some`: whether it is gone. `None`
+    /// on btrfs: the commit thread does it behind a syncfs and calls `then`; there an fsync may log
+    /// a parent's inode without its children's, so a level must be durable before the next.
+    pub fn dir_done(&self, dir: DoneDir) -> Option<bool> {
+        if self.btrfs {
+            self.commit.dir_later(dir);
+            return None;
+        }
+        Some(self.unmark_dir(&dir))
+    }
+
     /// The commit thread: rounds until the mirror stops.
     pub(super) fn commit_loop(self: &Arc<Self>) {
         while let Some(round) = self.commit.next() {
@@ -234,7 +253,11 @@ impl Mirror {
             {
                 tracing::warn!("publish a directory: setxattr dst: {errno}");
             }
-            self.commit.queue.lock().gates.insert(publish.ino, round.number + 1);
+            self.commit
+                .queue
+                .lock()
+                .gates
+                .insert(publish.ino, round.number + 1);
         }
         for hydration in round.files {
             self.unmark_file(hydration, round.number);
@@ -325,7 +348,10 @@ impl Mirror {
         tracing::error!("{error}: {} files are pulled again", round.files.len());
         for hydration in round.files {
             if hydration.state.lock().stage == Stage::Landed {
-                if let Some(node) = self.nodes.find_same(hydration.file.ino, &hydration.file.anchor) {
+                if let Some(node) = self
+                    .nodes
+                    .find_same(hydration.file.ino, &hydration.file.anchor)
+                {
                     node.set_phase(Phase::Pending);
                 }
                 self.fail_hydration(&hydration, error.clone());

@@ -85,10 +85,17 @@ pub fn read_identity(control: BorrowedFd<'_>) -> Result<Option<Identity>> {
         Err(e) => return Err(e).on("open", Side::Dst, ".mirrorfs/migration"),
     };
     let mut text = Vec::new();
-    std::fs::File::from(file).read_to_end(&mut text).map_err(|e| {
-        let errno = Errno::from_io_error(&e).unwrap_or(Errno::IO);
-        Error::Call { call: "read", side: Side::Dst, path: ".mirrorfs/migration".into(), errno }
-    })?;
+    std::fs::File::from(file)
+        .read_to_end(&mut text)
+        .map_err(|e| {
+            let errno = Errno::from_io_error(&e).unwrap_or(Errno::IO);
+            Error::Call {
+                call: "read",
+                side: Side::Dst,
+                path: ".mirrorfs/migration".into(),
+                errno,
+            }
+        })?;
     let identity: Identity = serde_json::from_slice(&text)
         .map_err(|e| Error::Unusable(format!("DST's .mirrorfs/migration is not readable: {e}")))?;
     if identity.version != VERSION {
@@ -142,7 +149,9 @@ impl Control {
 
     /// The migration that DST holds, locked; `None` when it holds none. SRC is not needed.
     pub fn existing(dst: &Path, dst_root: BorrowedFd<'_>) -> Result<Option<Control>> {
-        let Some(dir) = open_dir(dst_root)? else { return Ok(None) };
+        let Some(dir) = open_dir(dst_root)? else {
+            return Ok(None);
+        };
         let lock = lock(dir.as_fd(), dst)?;
         match read_identity(dir.as_fd())? {
             Some(identity) => Control::assemble(dir, lock, identity, true).map(Some),
@@ -153,14 +162,25 @@ impl Control {
     fn assemble(dir: OwnedFd, lock: OwnedFd, identity: Identity, resumed: bool) -> Result<Control> {
         let links = subdir(dir.as_fd(), c"links")?;
         let flags = subdir(dir.as_fd(), c"flags")?;
-        Ok(Control { dir, links, flags, identity, resumed, _lock: lock })
+        Ok(Control {
+            dir,
+            links,
+            flags,
+            identity,
+            resumed,
+            _lock: lock,
+        })
     }
 }
 
 fn refuse_marked_src(ask: &Request<'_>) -> Result<()> {
     let src = ask.src.display();
     for mark in [MarkName::Trusted, MarkName::User] {
-        if mark.get(Target::Fd(ask.src_root)).on("getxattr", Side::Src, ask.src)?.is_some() {
+        if mark
+            .get(Target::Fd(ask.src_root))
+            .on("getxattr", Side::Src, ask.src)?
+            .is_some()
+        {
             return Err(Error::Unusable(format!(
                 "SRC \"{src}\" carries a live mark: it is itself a migration that has not finished"
             )));
@@ -175,7 +195,10 @@ fn refuse_marked_src(ask: &Request<'_>) -> Result<()> {
 }
 
 fn check_same(ask: &Request<'_>, identity: &Identity) -> Result<()> {
-    let ino = stat::stat_fd(ask.src_root).on("statx", Side::Src, ask.src)?.key.ino;
+    let ino = stat::stat_fd(ask.src_root)
+        .on("statx", Side::Src, ask.src)?
+        .key
+        .ino;
     if identity.src != ask.src || identity.src_ino != ino {
         return Err(Error::Unusable(format!(
             "DST \"{}\" belongs to the migration of \"{}\" (root inode {}), not of \"{}\" (root inode {ino})",
@@ -189,7 +212,11 @@ fn check_same(ask: &Request<'_>, identity: &Identity) -> Result<()> {
         return Err(Error::Unusable(format!(
             "DST \"{}\" was begun {}; go on the same way",
             ask.dst.display(),
-            if identity.rootless { "rootless" } else { "as root" },
+            if identity.rootless {
+                "rootless"
+            } else {
+                "as root"
+            },
         )));
     }
     Ok(())
@@ -208,7 +235,10 @@ fn create(ask: &Request<'_>) -> Result<(OwnedFd, OwnedFd, Identity)> {
         )));
     }
     let root = Target::Fd(ask.dst_root);
-    let probe = Mark { populated: true, ..Mark::default() };
+    let probe = Mark {
+        populated: true,
+        ..Mark::default()
+    };
     ask.mark.set(root, &probe).and_then(|()| ask.mark.remove(root)).map_err(|errno| {
         Error::Unusable(format!(
             "DST \"{dst}\": setxattr {}: {errno}; mount needs a file system with extended attributes (sync does not)",
@@ -220,16 +250,25 @@ fn create(ask: &Request<'_>) -> Result<(OwnedFd, OwnedFd, Identity)> {
         Ok(()) | Err(Errno::EXIST) => {}
         Err(e) => return Err(e).on("mkdir", Side::Dst, ask.dst.join(CONTROL)),
     }
-    let dir = open_dir(ask.dst_root)?.ok_or_else(|| Error::Unusable("control directory vanished".into()))?;
+    let dir = open_dir(ask.dst_root)?
+        .ok_or_else(|| Error::Unusable("control directory vanished".into()))?;
     let lock = lock(dir.as_fd(), ask.dst)?;
-    ask.mark.set(root, &Mark::pending()).on("setxattr", Side::Dst, ask.dst)?;
-    crate::meta::set_times_fd(ask.dst_root, before.atime, before.mtime)
-        .on("utimensat", Side::Dst, ask.dst)?;
+    ask.mark
+        .set(root, &Mark::pending())
+        .on("setxattr", Side::Dst, ask.dst)?;
+    crate::meta::set_times_fd(ask.dst_root, before.atime, before.mtime).on(
+        "utimensat",
+        Side::Dst,
+        ask.dst,
+    )?;
     fd::fsync(ask.dst_root).on("fsync", Side::Dst, ask.dst)?;
     let identity = Identity {
         version: VERSION,
         src: ask.src.to_owned(),
-        src_ino: stat::stat_fd(ask.src_root).on("statx", Side::Src, ask.src)?.key.ino,
+        src_ino: stat::stat_fd(ask.src_root)
+            .on("statx", Side::Src, ask.src)?
+            .key
+            .ino,
         adopt: !others.is_empty(),
         rootless: ask.mark == MarkName::User,
     };
@@ -240,7 +279,8 @@ fn create(ask: &Request<'_>) -> Result<(OwnedFd, OwnedFd, Identity)> {
 fn write_identity(control: BorrowedFd<'_>, identity: &Identity) -> Result<()> {
     let at = ".mirrorfs/migration";
     let text = serde_json::to_vec(identity).map_err(|e| Error::Unusable(e.to_string()))?;
-    let flags = OFlags::CREATE | OFlags::TRUNC | OFlags::WRONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+    let flags =
+        OFlags::CREATE | OFlags::TRUNC | OFlags::WRONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
     let file = rustix::fs::openat(control, c"migration.new", flags, Mode::from_raw_mode(0o600))
         .on("open", Side::Dst, at)?;
     let mut file = std::fs::File::from(file);
@@ -248,15 +288,21 @@ fn write_identity(control: BorrowedFd<'_>, identity: &Identity) -> Result<()> {
         .map_err(|e| Errno::from_io_error(&e).unwrap_or(Errno::IO))
         .on("write", Side::Dst, at)?;
     fd::fsync(file.as_fd()).on("fsync", Side::Dst, at)?;
-    rustix::fs::renameat(control, c"migration.new", control, c"migration")
-        .on("rename", Side::Dst, at)?;
+    rustix::fs::renameat(control, c"migration.new", control, c"migration").on(
+        "rename",
+        Side::Dst,
+        at,
+    )?;
     fd::fsync(control).on("fsync", Side::Dst, CONTROL)
 }
 
 fn lock(control: BorrowedFd<'_>, dst: &Path) -> Result<OwnedFd> {
     let flags = OFlags::CREATE | OFlags::RDWR | OFlags::CLOEXEC | OFlags::NOFOLLOW;
-    let fd = rustix::fs::openat(control, c"lock", flags, Mode::from_raw_mode(0o600))
-        .on("open", Side::Dst, ".mirrorfs/lock")?;
+    let fd = rustix::fs::openat(control, c"lock", flags, Mode::from_raw_mode(0o600)).on(
+        "open",
+        Side::Dst,
+        ".mirrorfs/lock",
+    )?;
     match host::try_lock(fd.as_fd()) {
         Ok(()) => Ok(fd),
         Err(Errno::WOULDBLOCK) => Err(Error::Unusable(format!(
@@ -279,8 +325,11 @@ fn subdir(control: BorrowedFd<'_>, name: &std::ffi::CStr) -> Result<OwnedFd> {
 /// Removes every entry of a directory (one level).
 pub fn empty_dir(dir_fd: BorrowedFd<'_>, at: &str) -> Result<()> {
     for entry in dir::list(dir_fd).on("getdents64", Side::Dst, at)? {
-        rustix::fs::unlinkat(dir_fd, entry.name.as_cstr(), AtFlags::empty())
-            .on("unlink", Side::Dst, at)?;
+        rustix::fs::unlinkat(dir_fd, entry.name.as_cstr(), AtFlags::empty()).on(
+            "unlink",
+            Side::Dst,
+            at,
+        )?;
     }
     Ok(())
 }
@@ -292,8 +341,11 @@ pub fn remove(root: BorrowedFd<'_>, control: &Control) -> Result<()> {
     crate::sys::fault::point("finish-links");
     empty_dir(control.flags.as_fd(), ".mirrorfs/flags")?;
     for name in [c"links", c"flags"] {
-        rustix::fs::unlinkat(control.dir.as_fd(), name, AtFlags::REMOVEDIR)
-            .on("rmdir", Side::Dst, CONTROL)?;
+        rustix::fs::unlinkat(control.dir.as_fd(), name, AtFlags::REMOVEDIR).on(
+            "rmdir",
+            Side::Dst,
+            CONTROL,
+        )?;
     }
     empty_dir(control.dir.as_fd(), CONTROL)?;
     rustix::fs::unlinkat(root, CONTROL, AtFlags::REMOVEDIR).on("rmdir", Side::Dst, CONTROL)?;

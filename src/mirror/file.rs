@@ -46,7 +46,10 @@ impl Mirror {
             }));
         };
         if flags.contains(OFlags::TRUNC) {
-            let truncate = super::attr::Change { size: Some(0), ..Default::default() };
+            let truncate = super::attr::Change {
+                size: Some(0),
+                ..Default::default()
+            };
             return self.set_attr(node, truncate, |done| open(done.map(|_| Locate::Here)));
         }
         if write {
@@ -160,7 +163,11 @@ impl Mirror {
 
     /// fsync(2), or fdatasync(2) with `data_only`.
     pub fn sync_file(&self, file: BorrowedFd<'_>, data_only: bool) -> Result<(), Errno> {
-        if data_only { fd::fdatasync(file) } else { fd::fsync(file) }
+        if data_only {
+            fd::fdatasync(file)
+        } else {
+            fd::fsync(file)
+        }
     }
 
     /// statfs(2) of dst, less what is known to be still to come.

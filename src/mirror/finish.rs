@@ -43,7 +43,9 @@ pub struct Survey {
 /// Answers `status` from DST's marks.
 pub fn survey(dst: &Path) -> Result<Survey> {
     let root = open_root(dst)?;
-    let Some(control) = control::open_dir(root.as_fd())? else { return Ok(Survey::default()) };
+    let Some(control) = control::open_dir(root.as_fd())? else {
+        return Ok(Survey::default());
+    };
     let identity = control::read_identity(control.as_fd())?;
     let mut survey = Survey {
         ledger: ledger::read(control.as_fd())?.0.len() as u64,
@@ -69,7 +71,9 @@ pub fn survey(dst: &Path) -> Result<Survey> {
 /// The ledger of a DST without a daemon; empty when there is none.
 pub fn read_ledger(dst: &Path) -> Result<Vec<LedgerEntry>> {
     let root = open_root(dst)?;
-    let Some(control) = control::open_dir(root.as_fd())? else { return Ok(Vec::new()) };
+    let Some(control) = control::open_dir(root.as_fd())? else {
+        return Ok(Vec::new());
+    };
     Ok(ledger::read(control.as_fd())?.0.into_values().collect())
 }
 
@@ -77,11 +81,20 @@ pub fn read_ledger(dst: &Path) -> Result<Vec<LedgerEntry>> {
 pub fn finish_offline(dst: &Path, accept_loss: bool) -> Result<()> {
     let root = open_root(dst)?;
     let control = Control::existing(dst, root.as_fd())?.ok_or_else(|| {
-        Error::Unusable(format!("\"{}\" is not the DST of a migration", dst.display()))
+        Error::Unusable(format!(
+            "\"{}\" is not the DST of a migration",
+            dst.display()
+        ))
     })?;
     let mark = mark_of(&control.identity);
     let ledger = Ledger::open(control.dir.as_fd())?;
-    Finisher { root: root.as_fd(), control: &control, ledger: &ledger, mark }.run(accept_loss)
+    Finisher {
+        root: root.as_fd(),
+        control: &control,
+        ledger: &ledger,
+        mark,
+    }
+    .run(accept_loss)
 }
 
 impl Mirror {
@@ -97,8 +110,16 @@ impl Mirror {
         }
         let _guard = self.moves.lock();
         let (root, mark) = (self.dst.as_fd(), self.mark);
-        Finisher { root, control: &self.control, ledger: &self.ledger, mark }.run(accept_loss)?;
-        self.progress.complete.store(true, std::sync::atomic::Ordering::Relaxed);
+        Finisher {
+            root,
+            control: &self.control,
+            ledger: &self.ledger,
+            mark,
+        }
+        .run(accept_loss)?;
+        self.progress
+            .complete
+            .store(true, std::sync::atomic::Ordering::Relaxed);
         Ok(())
     }
 }
@@ -130,9 +151,14 @@ impl Finisher<'_> {
         })?;
         self.give_up(pending, &entries)?;
         for path in &populated {
-            let opened = fd::open_beneath(self.root, path, OFlags::PATH | OFlags::DIRECTORY)
-                .on("open", Side::Dst, path)?;
-            self.mark.remove(Target::Fd(opened.as_fd())).on("removexattr", Side::Dst, path)?;
+            let opened = fd::open_beneath(self.root, path, OFlags::PATH | OFlags::DIRECTORY).on(
+                "open",
+                Side::Dst,
+                path,
+            )?;
+            self.mark
+                .remove(Target::Fd(opened.as_fd()))
+                .on("removexattr", Side::Dst, path)?;
         }
         fd::syncfs(self.root).on("syncfs", Side::Dst, ".")?;
         fault::point("finish-synced");
@@ -160,7 +186,9 @@ impl Finisher<'_> {
         }
         // Deepest first: a lost directory holds nothing but what was lost.
         for (path, kind) in pending.iter().rev() {
-            let Some((parent, name)) = path.split_last() else { continue };
+            let Some((parent, name)) = path.split_last() else {
+                continue;
+            };
             let opened = fd::open_beneath(self.root, &parent, OFlags::PATH | OFlags::DIRECTORY)
                 .on("open", Side::Dst, &parent)?;
             let flags = match kind {
@@ -176,7 +204,9 @@ impl Finisher<'_> {
     fn set_late_flags(&self) -> Result<()> {
         let at = ".mirrorfs/flags";
         for entry in dir::list(self.control.flags.as_fd()).on("getdents64", Side::Dst, at)? {
-            let Some((late, handle)) = parse_flags(&entry.name) else { continue };
+            let Some((late, handle)) = parse_flags(&entry.name) else {
+                continue;
+            };
             let opened = match handle.open(self.root, OFlags::RDONLY | OFlags::NONBLOCK) {
                 Ok(opened) => opened,
                 // Deleted by a user.
@@ -198,7 +228,10 @@ impl Finisher<'_> {
 fn parse_flags(name: &Name) -> Option<(u32, Handle)> {
     let text = std::str::from_utf8(name.as_bytes()).ok()?;
     let (flags, handle) = text.split_once('-')?;
-    Some((u32::from_str_radix(flags, 16).ok()?, Handle::from_text(handle)?))
+    Some((
+        u32::from_str_radix(flags, 16).ok()?,
+        Handle::from_text(handle)?,
+    ))
 }
 
 struct Found {
@@ -215,12 +248,20 @@ fn scan(
     each: &mut dyn FnMut(Found) -> Result<()>,
 ) -> Result<()> {
     if let Some(found) = mark.get(Target::Fd(root)).on("getxattr", Side::Dst, ".")? {
-        each(Found { path: RelPath::root(), kind: FileType::Directory, mark: found, size: 0 })?;
+        each(Found {
+            path: RelPath::root(),
+            kind: FileType::Directory,
+            mark: found,
+            size: 0,
+        })?;
     }
     let mut stack = vec![RelPath::root()];
     while let Some(path) = stack.pop() {
-        let opened = fd::open_beneath(root, &path, OFlags::RDONLY | OFlags::DIRECTORY)
-            .on("open", Side::Dst, &path)?;
+        let opened = fd::open_beneath(root, &path, OFlags::RDONLY | OFlags::DIRECTORY).on(
+            "open",
+            Side::Dst,
+            &path,
+        )?;
         for entry in dir::list(opened.as_fd()).on("getdents64", Side::Dst, &path)? {
             if path.is_root() && entry.name.as_bytes() == CONTROL.as_bytes() {
                 continue;
@@ -243,7 +284,12 @@ fn scan(
             if let Some(found) = found {
                 let stat = stat::stat_at(opened.as_fd(), entry.name.as_cstr());
                 let size = stat.map_or(0, |s| s.size);
-                each(Found { path: below.clone(), kind, mark: found, size })?;
+                each(Found {
+                    path: below.clone(),
+                    kind,
+                    mark: found,
+                    size,
+                })?;
             }
             if kind == FileType::Directory {
                 stack.push(below);
@@ -254,7 +300,11 @@ fn scan(
 }
 
 fn mark_of(identity: &Identity) -> MarkName {
-    if identity.rootless { MarkName::User } else { MarkName::Trusted }
+    if identity.rootless {
+        MarkName::User
+    } else {
+        MarkName::Trusted
+    }
 }
 
 fn open_root(dst: &Path) -> Result<OwnedFd> {

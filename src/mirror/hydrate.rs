@@ -49,7 +49,11 @@ pub struct FileRef {
 impl FileRef {
     /// The file that a node is.
     pub fn of(node: &Node) -> FileRef {
-        FileRef { ino: node.ino, anchor: node.anchor.clone(), origin: node.origin() }
+        FileRef {
+            ino: node.ino,
+            anchor: node.anchor.clone(),
+            origin: node.origin(),
+        }
     }
 }
 
@@ -118,12 +122,19 @@ impl Hydrations {
     /// The hydration of an inode, if there is one. The anchor tells it from an earlier inode with
     /// the same number.
     pub fn find(&self, ino: Ino, anchor: &Anchor) -> Option<Arc<Hydration>> {
-        self.table.lock().get(&ino).filter(|h| h.file.anchor.same_inode(anchor)).cloned()
+        self.table
+            .lock()
+            .get(&ino)
+            .filter(|h| h.file.anchor.same_inode(anchor))
+            .cloned()
     }
 
     pub(super) fn remove(&self, hydration: &Arc<Hydration>) {
         let mut table = self.table.lock();
-        if table.get(&hydration.file.ino).is_some_and(|h| Arc::ptr_eq(h, hydration)) {
+        if table
+            .get(&hydration.file.ino)
+            .is_some_and(|h| Arc::ptr_eq(h, hydration))
+        {
             table.remove(&hydration.file.ino);
         }
     }
@@ -151,7 +162,11 @@ impl Hydrations {
             bytes: 0,
             next_range: 0,
         };
-        let new = Arc::new(Hydration { file: file.clone(), path, state: Mutex::new(state) });
+        let new = Arc::new(Hydration {
+            file: file.clone(),
+            path,
+            state: Mutex::new(state),
+        });
         table.insert(file.ino, Arc::clone(&new));
         (new, true)
     }
@@ -260,17 +275,26 @@ impl Mirror {
             Err(Errno::STALE | Errno::NOENT) => return Ok(None),
             other => Arc::new(other.on("open", Side::Dst, path)?),
         };
-        let mark = self.mark.get(Target::Fd(dst.as_fd())).on("getxattr", Side::Dst, path)?;
+        let mark = self
+            .mark
+            .get(Target::Fd(dst.as_fd()))
+            .on("getxattr", Side::Dst, path)?;
         // Only a hydration removes the mark, and this inode's only one is ours: the answer holds.
         if mark.is_none() {
             return Ok(None);
         }
-        let origin = hydration.file.origin.as_ref().ok_or_else(|| no_origin(path))?;
+        let origin = hydration
+            .file
+            .origin
+            .as_ref()
+            .ok_or_else(|| no_origin(path))?;
         let name = origin.name.clone().ok_or_else(|| no_origin(path))?;
         let src = self.source.dir(&origin.dir)?;
         let marked = self.mark.get(Target::At(src.fd.as_fd(), &name));
         if marked.on("getxattr", Side::Src, path)?.is_some() {
-            return Err(Error::SrcPending { path: path.to_path() });
+            return Err(Error::SrcPending {
+                path: path.to_path(),
+            });
         }
         let mut state = hydration.state.lock();
         state.dst = Some(Arc::clone(&dst));
@@ -278,7 +302,11 @@ impl Mirror {
         Ok(Some((dst, src, name)))
     }
 
-    fn submit_whole(self: &Arc<Self>, hydration: &Arc<Hydration>, priority: Priority) -> Result<()> {
+    fn submit_whole(
+        self: &Arc<Self>,
+        hydration: &Arc<Hydration>,
+        priority: Priority,
+    ) -> Result<()> {
         if hydration.state.lock().stage != Stage::Queued {
             return Ok(());
         }
@@ -287,7 +315,10 @@ impl Mirror {
             return Ok(());
         };
         fault::point("hydrate-begin");
-        let done = Whole { mirror: Arc::clone(self), hydration: Arc::clone(hydration) };
+        let done = Whole {
+            mirror: Arc::clone(self),
+            hydration: Arc::clone(hydration),
+        };
         self.engine.submit(CopyJob {
             src_dir: Arc::clone(&src.fd),
             src_name: name,
@@ -349,10 +380,16 @@ impl Mirror {
             let state = hydration.state.lock();
             (state.dst.clone(), state.src.clone())
         };
-        let (Some(dst), Some((src, name))) = (dst, src) else { return Err(no_origin(path)) };
+        let (Some(dst), Some((src, name))) = (dst, src) else {
+            return Err(no_origin(path));
+        };
         let target = Target::Fd(dst.as_fd());
         let _guard = self.lock_mark(hydration.file.ino);
-        let mark = self.mark.get(target).on("getxattr", Side::Dst, path)?.unwrap_or_default();
+        let mark = self
+            .mark
+            .get(target)
+            .on("getxattr", Side::Dst, path)?
+            .unwrap_or_default();
         if mark.capability {
             let value = xattr::get(Target::At(src.fd.as_fd(), &name), CAPABILITY);
             if let Some(value) = value.on("getxattr", Side::Src, path)?
@@ -402,7 +439,9 @@ impl Mirror {
         if !unmarked {
             fd::fdatasync(file.as_fd()).on("fdatasync", Side::Dst, path)?;
             fault::point("hydrate-durable");
-            self.mark.remove(Target::Fd(file.as_fd())).on("removexattr", Side::Dst, path)?;
+            self.mark
+                .remove(Target::Fd(file.as_fd()))
+                .on("removexattr", Side::Dst, path)?;
             fault::point("hydrate-unmarked");
             self.count_pulled(hydration.state.lock().bytes);
         }
@@ -489,18 +528,33 @@ impl Mirror {
     }
 
     fn truncate_and_unmark(&self, file: &FileRef, path: &RelPath) -> Result<u64> {
-        let opened = file.anchor.open(self.dst.as_fd(), OFlags::RDWR).on("open", Side::Dst, path)?;
+        let opened =
+            file.anchor
+                .open(self.dst.as_fd(), OFlags::RDWR)
+                .on("open", Side::Dst, path)?;
         let before = stat::stat_fd(opened.as_fd()).on("statx", Side::Dst, path)?;
-        caps::without_fsetid(|| copy::truncate(opened.as_fd(), 0)).on("ftruncate", Side::Dst, path)?;
-        self.mark.remove(Target::Fd(opened.as_fd())).on("removexattr", Side::Dst, path)?;
+        caps::without_fsetid(|| copy::truncate(opened.as_fd(), 0)).on(
+            "ftruncate",
+            Side::Dst,
+            path,
+        )?;
+        self.mark
+            .remove(Target::Fd(opened.as_fd()))
+            .on("removexattr", Side::Dst, path)?;
         fd::fsync(opened.as_fd()).on("fsync", Side::Dst, path)?;
         Ok(before.size)
     }
 
     fn truncate_now(&self, node: &Node) -> Result<()> {
-        let opened = self.nodes.open(node, OFlags::WRONLY).on("open", Side::Dst, node.display_name())?;
-        caps::without_fsetid(|| copy::truncate(opened.as_fd(), 0))
-            .on("ftruncate", Side::Dst, node.display_name())
+        let opened =
+            self.nodes
+                .open(node, OFlags::WRONLY)
+                .on("open", Side::Dst, node.display_name())?;
+        caps::without_fsetid(|| copy::truncate(opened.as_fd(), 0)).on(
+            "ftruncate",
+            Side::Dst,
+            node.display_name(),
+        )
     }
 
     /// Reads a range of a file that may be pending: what is here from dst, the rest from src, and
@@ -558,9 +612,13 @@ impl Mirror {
     }
 
     fn read_here(&self, file: &FileRef, path: &RelPath, range: Range<u64>) -> Result<Vec<u8>> {
-        let opened = file.anchor.open(self.dst.as_fd(), OFlags::RDONLY).on("open", Side::Dst, path)?;
+        let opened =
+            file.anchor
+                .open(self.dst.as_fd(), OFlags::RDONLY)
+                .on("open", Side::Dst, path)?;
         let mut bytes = vec![0; (range.end - range.start) as usize];
-        let n = fd::pread_all(opened.as_fd(), &mut bytes, range.start).on("read", Side::Dst, path)?;
+        let n =
+            fd::pread_all(opened.as_fd(), &mut bytes, range.start).on("read", Side::Dst, path)?;
         bytes.truncate(n);
         Ok(bytes)
     }
@@ -580,7 +638,11 @@ impl Mirror {
                 priority: Priority::Demand,
                 durability: Durability::Later,
                 path: hydration.path.clone(),
-                done: Box::new(Part { mirror, hydration, id }),
+                done: Box::new(Part {
+                    mirror,
+                    hydration,
+                    id,
+                }),
             })
         });
         if let Err(e) = result {
@@ -598,7 +660,9 @@ impl Mirror {
         let (left, whole) = {
             let mut state = hydration.state.lock();
             let at = state.ranges.iter().position(|r| r.id == id);
-            let left = at.map(|at| state.ranges.swap_remove(at).readers).unwrap_or_default();
+            let left = at
+                .map(|at| state.ranges.swap_remove(at).readers)
+                .unwrap_or_default();
             (left, state.whole_if_last())
         };
         let idle = {
@@ -608,7 +672,9 @@ impl Mirror {
         for reader in left {
             self.progress.waiting.sub(1);
             match &result {
-                Ok(()) => (reader.then)(self.read_here(&hydration.file, &hydration.path, reader.range)),
+                Ok(()) => {
+                    (reader.then)(self.read_here(&hydration.file, &hydration.path, reader.range))
+                }
                 Err(e) => (reader.then)(Err(e.clone())),
             }
         }
@@ -666,9 +732,16 @@ impl State {
         size: u64,
         then: ReadDone,
     ) -> Option<(u64, Range<u64>)> {
-        let reader = RangeReader { range: range.clone(), then };
+        let reader = RangeReader {
+            range: range.clone(),
+            then,
+        };
         let covers = |r: &RangeJob| r.range.start <= range.start && range.end <= r.range.end;
-        if let Some(job) = self.ranges.iter_mut().find(|r| covers(r) && !r.got.contains(&range)) {
+        if let Some(job) = self
+            .ranges
+            .iter_mut()
+            .find(|r| covers(r) && !r.got.contains(&range))
+        {
             job.readers.push(reader);
             return None;
         }
@@ -744,7 +817,9 @@ impl Completion for Part {
     fn data(&mut self, offset: u64, bytes: &[u8]) {
         let ready = {
             let mut state = self.hydration.state.lock();
-            let Some(job) = state.ranges.iter_mut().find(|r| r.id == self.id) else { return };
+            let Some(job) = state.ranges.iter_mut().find(|r| r.id == self.id) else {
+                return;
+            };
             job.take_bytes(offset, bytes)
         };
         for (reader, bytes) in ready {
@@ -759,25 +834,35 @@ impl Completion for Part {
     }
 
     fn done(self: Box<Self>, outcome: Result<Copied>) {
-        self.mirror.range_done(&self.hydration, self.id, outcome.map(|_| ()));
+        self.mirror
+            .range_done(&self.hydration, self.id, outcome.map(|_| ()));
     }
 }
 
 impl RangeJob {
     /// Stores bytes that were read from src; gives back the readers that have all of theirs now.
     fn take_bytes(&mut self, offset: u64, bytes: &[u8]) -> Vec<(RangeReader, Vec<u8>)> {
-        let Some(at) = offset.checked_sub(self.range.start) else { return Vec::new() };
+        let Some(at) = offset.checked_sub(self.range.start) else {
+            return Vec::new();
+        };
         let at = at as usize;
-        let Some(room) = self.bytes.get_mut(at..at + bytes.len()) else { return Vec::new() };
+        let Some(room) = self.bytes.get_mut(at..at + bytes.len()) else {
+            return Vec::new();
+        };
         room.copy_from_slice(bytes);
         self.got.insert(offset..offset + bytes.len() as u64);
-        let (ready, wait): (Vec<_>, Vec<_>) =
-            std::mem::take(&mut self.readers).into_iter().partition(|r| self.got.contains(&r.range));
+        let (ready, wait): (Vec<_>, Vec<_>) = std::mem::take(&mut self.readers)
+            .into_iter()
+            .partition(|r| self.got.contains(&r.range));
         self.readers = wait;
         let part = |r: &Range<u64>| {
             let start = (r.start - self.range.start) as usize;
             self.bytes[start..start + (r.end - r.start) as usize].to_vec()
         };
-        ready.into_iter().map(|r| (part(&r.range), r)).map(|(b, r)| (r, b)).collect()
+        ready
+            .into_iter()
+            .map(|r| (part(&r.range), r))
+            .map(|(b, r)| (r, b))
+            .collect()
     }
 }

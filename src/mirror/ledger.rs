@@ -71,12 +71,25 @@ impl Ledger {
     pub fn open(control: BorrowedFd<'_>) -> Result<Ledger> {
         let (entries, lines) = read(control)?;
         let file = open_file(control, FILE)?;
-        Ok(Ledger { inner: Mutex::new(Inner { file, entries, lines }) })
+        Ok(Ledger {
+            inner: Mutex::new(Inner {
+                file,
+                entries,
+                lines,
+            }),
+        })
     }
 
     /// Records a failure of a path's data or names.
     pub fn record(&self, path: &RelPath, error: &Error) {
-        self.add(entry(path, error.side(), error.what(), error.errno(), error.to_string(), true));
+        self.add(entry(
+            path,
+            error.side(),
+            error.what(),
+            error.errno(),
+            error.to_string(),
+            true,
+        ));
     }
 
     /// Records metadata that dst would not take.
@@ -87,7 +100,14 @@ impl Ledger {
             refused.what,
             refused.errno
         );
-        self.add(entry(path, Side::Dst, &refused.what, refused.errno, message, false));
+        self.add(entry(
+            path,
+            Side::Dst,
+            &refused.what,
+            refused.errno,
+            message,
+            false,
+        ));
     }
 
     /// A later try succeeded: the path's data is here.
@@ -120,11 +140,6 @@ impl Ledger {
         self.inner.lock().entries.len()
     }
 
-    /// True when everything could be pulled so far.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
     /// Makes what was recorded durable and drops history.
     pub fn sync(&self, control: BorrowedFd<'_>) -> Result<()> {
         let mut inner = self.inner.lock();
@@ -135,8 +150,11 @@ impl Ledger {
                 write_line(&mut file, line).on("write", Side::Dst, ".mirrorfs/ledger.new")?;
             }
             crate::sys::fd::fsync(file.as_fd()).on("fsync", Side::Dst, ".mirrorfs/ledger.new")?;
-            rustix::fs::renameat(control, NEW_FILE, control, FILE)
-                .on("rename", Side::Dst, ".mirrorfs/ledger")?;
+            rustix::fs::renameat(control, NEW_FILE, control, FILE).on(
+                "rename",
+                Side::Dst,
+                ".mirrorfs/ledger",
+            )?;
             inner.lines = lines.len();
             inner.file = file;
         }
@@ -145,7 +163,12 @@ impl Ledger {
 
     fn add(&self, mut new: LedgerEntry) {
         tracing::warn!("{}", new.message);
-        let key = (new.path_hex.clone().unwrap_or_else(|| hex(new.path.as_bytes())), new.call.clone());
+        let key = (
+            new.path_hex
+                .clone()
+                .unwrap_or_else(|| hex(new.path.as_bytes())),
+            new.call.clone(),
+        );
         let mut inner = self.inner.lock();
         if let Some(old) = inner.entries.get(&key) {
             new.attempts = old.attempts + 1;
@@ -169,9 +192,8 @@ impl Inner {
 fn write_line(file: &mut std::fs::File, line: &Line) -> Result<(), rustix::io::Errno> {
     let mut text = serde_json::to_vec(line).map_err(|_| rustix::io::Errno::INVAL)?;
     text.push(b'\n');
-    file.write_all(&text).map_err(|e| {
-        rustix::io::Errno::from_io_error(&e).unwrap_or(rustix::io::Errno::IO)
-    })
+    file.write_all(&text)
+        .map_err(|e| rustix::io::Errno::from_io_error(&e).unwrap_or(rustix::io::Errno::IO))
 }
 
 fn open_file(control: BorrowedFd<'_>, name: &std::ffi::CStr) -> Result<std::fs::File> {
@@ -226,7 +248,9 @@ fn entry(
         call: call.to_owned(),
         errno: errno.raw_os_error(),
         message,
-        time_unix: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
+        time_unix: SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .map_or(0, |d| d.as_secs()),
         attempts: 1,
         data,
     }
@@ -246,7 +270,12 @@ mod tests {
     }
 
     fn failure(p: &RelPath) -> Error {
-        Error::Call { call: "read", side: Side::Src, path: p.to_path(), errno: Errno::IO }
+        Error::Call {
+            call: "read",
+            side: Side::Src,
+            path: p.to_path(),
+            errno: Errno::IO,
+        }
     }
 
     #[test]
@@ -258,7 +287,10 @@ mod tests {
         ledger.record(&a, &failure(&a));
         ledger.record(&a, &failure(&a));
         ledger.record(&b, &failure(&b));
-        let refused = crate::meta::Refused { what: "user.big".into(), errno: Errno::NOSPC };
+        let refused = crate::meta::Refused {
+            what: "user.big".into(),
+            errno: Errno::NOSPC,
+        };
         ledger.record_refused(&b, &refused);
         assert_eq!(ledger.len(), 3);
         assert_eq!(ledger.entries()[0].attempts, 2);

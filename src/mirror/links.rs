@@ -26,7 +26,10 @@ pub struct LinkKey {
 impl LinkKey {
     /// The key of an inode that was seen below the mount (or subvolume) that begins at `mount`.
     pub fn new(src: &Stat, mount: &RelPath) -> LinkKey {
-        LinkKey { ino: src.key.ino, mount: xxhash_rust::xxh3::xxh3_64(mount.as_bytes()) }
+        LinkKey {
+            ino: src.key.ino,
+            mount: xxhash_rust::xxh3::xxh3_64(mount.as_bytes()),
+        }
     }
 }
 
@@ -54,11 +57,19 @@ impl Anchors {
         let mut table = Table::default();
         for entry in dir::list(links.as_fd())? {
             if let Some((key, src_nlink)) = parse(&entry.name) {
-                table.by_key.insert(key, Anchored { dst_ino: entry.ino, src_nlink });
+                table.by_key.insert(
+                    key,
+                    Anchored {
+                        dst_ino: entry.ino,
+                        src_nlink,
+                    },
+                );
                 table.by_ino.insert(entry.ino, src_nlink);
             }
         }
-        Ok(Anchors { table: Mutex::new(table) })
+        Ok(Anchors {
+            table: Mutex::new(table),
+        })
     }
 
     /// The anchor's name and dst inode, when src's inode has one.
@@ -101,7 +112,9 @@ impl Anchors {
 
     /// Forgets an anchor whose inode is to be made anew.
     pub fn withdraw(&self, links: &OwnedFd, key: LinkKey) -> Result<(), Errno> {
-        let Some((name, dst_ino)) = self.find(key) else { return Ok(()) };
+        let Some((name, dst_ino)) = self.find(key) else {
+            return Ok(());
+        };
         let mut table = self.table.lock();
         table.by_key.remove(&key);
         table.by_ino.remove(&dst_ino);

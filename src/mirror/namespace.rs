@@ -117,7 +117,10 @@ impl Mirror {
         let anchor = anchor.on("name_to_handle_at", Side::Dst, shown)?;
         // Below an unmarked directory nothing is marked: spare the look.
         let mark = match (stat.is_file() || stat.is_dir()) && parent.phase() != Phase::Unmarked {
-            true => self.mark.get(Target::At(dir, name)).on("getxattr", Side::Dst, shown)?,
+            true => self
+                .mark
+                .get(Target::At(dir, name))
+                .on("getxattr", Side::Dst, shown)?,
             false => None,
         };
         let phase = match &mark {
@@ -128,7 +131,10 @@ impl Mirror {
         let origin = mark.and_then(|m| origin_of(parent.origin().as_ref(), name, &m));
         let landed = stat.is_file() && self.has_landed(stat.key.ino, &anchor);
         let phase = if landed { Phase::Unmarked } else { phase };
-        let place = Place { parent: parent.ino, name: name.clone() };
+        let place = Place {
+            parent: parent.ino,
+            name: name.clone(),
+        };
         let kind = stat.kind();
         let found = Node::new(stat.key.ino, anchor, kind, phase, origin, Some(place));
         Ok(self.nodes.remember(found))
@@ -227,8 +233,12 @@ impl Mirror {
     /// A pending file that is open lives on without its name: its origin is in its node. One that
     /// keeps another name may be found there after a restart, under an origin that was implicit.
     fn pin_origin_of_open(&self, dir: BorrowedFd<'_>, name: &Name) -> Result<()> {
-        let Ok(stat) = stat::stat_at(dir, name.as_cstr()) else { return Ok(()) };
-        let Some(node) = self.nodes.find(stat.key.ino) else { return Ok(()) };
+        let Ok(stat) = stat::stat_at(dir, name.as_cstr()) else {
+            return Ok(());
+        };
+        let Some(node) = self.nodes.find(stat.key.ino) else {
+            return Ok(());
+        };
         if stat.nlink > 1 && node.is_pending_file() {
             self.pin_origin(&node, dir, name)?;
         }
@@ -294,11 +304,11 @@ impl Mirror {
             return then(Err(Errno::PERM).on("link", Side::Dst, CONTROL));
         }
         let (mirror, held) = (Arc::clone(self), Arc::clone(node));
-        let link = move |ready: Result<()>| {
-            match ready.and_then(|()| mirror.link_now(&held, parent, &name)) {
-                Ok(node) => mirror.with_entry(node, then),
-                Err(e) => then(Err(e)),
-            }
+        let link = move |ready: Result<()>| match ready
+            .and_then(|()| mirror.link_now(&held, parent, &name))
+        {
+            Ok(node) => mirror.with_entry(node, then),
+            Err(e) => then(Err(e)),
         };
         self.when_populated(parent, Access::Change, link);
     }
@@ -307,7 +317,10 @@ impl Mirror {
         let shown = name.as_os_str();
         let dir_node = self.nodes.get(parent).on("link", Side::Dst, shown)?;
         let dir = self.nodes.dir(&dir_node).on("open", Side::Dst, shown)?;
-        let opened = self.nodes.open(node, OFlags::PATH).on("open", Side::Dst, shown)?;
+        let opened = self
+            .nodes
+            .open(node, OFlags::PATH)
+            .on("open", Side::Dst, shown)?;
         let _guard = self.moves.lock();
         if self.write_origin(node, opened.as_fd())? {
             self.mark_up(&dir_node)?;
@@ -361,11 +374,15 @@ impl Mirror {
     ) {
         let mirror = Arc::clone(self);
         self.when_hydrated(&node, Need::Write, move |ready| {
-            then(ready.and_then(|()| match mirror.rename_now(&from, &to, flags) {
-                Ok(()) => Ok(()),
-                Err(Retry::Failed(e)) => Err(e),
-                Err(Retry::Hydrate(_)) => Err(Errno::XDEV).on("rename", Side::Dst, from.1.as_os_str()),
-            }));
+            then(
+                ready.and_then(|()| match mirror.rename_now(&from, &to, flags) {
+                    Ok(()) => Ok(()),
+                    Err(Retry::Failed(e)) => Err(e),
+                    Err(Retry::Hydrate(_)) => {
+                        Err(Errno::XDEV).on("rename", Side::Dst, from.1.as_os_str())
+                    }
+                }),
+            );
         });
     }
 
@@ -387,21 +404,20 @@ impl Mirror {
         };
         let result = {
             let _guard = self.moves.lock();
-            self.prepare_move(&moved, from_dir.as_fd(), &from.1, &to_node).and_then(|()| {
-                self.prepare_move(&other, to_dir.as_fd(), &to.1, &from_node)
-            })
-            .and_then(|()| {
-                fault::point("rename-origin");
-                rustix::fs::renameat_with(
-                    &from_dir,
-                    from.1.as_cstr(),
-                    &to_dir,
-                    to.1.as_cstr(),
-                    flags,
-                )
-                .on("rename", Side::Dst, shown)
-                .map_err(Retry::from)
-            })
+            self.prepare_move(&moved, from_dir.as_fd(), &from.1, &to_node)
+                .and_then(|()| self.prepare_move(&other, to_dir.as_fd(), &to.1, &from_node))
+                .and_then(|()| {
+                    fault::point("rename-origin");
+                    rustix::fs::renameat_with(
+                        &from_dir,
+                        from.1.as_cstr(),
+                        &to_dir,
+                        to.1.as_cstr(),
+                        flags,
+                    )
+                    .on("rename", Side::Dst, shown)
+                    .map_err(Retry::from)
+                })
         };
         fault::point("rename-done");
         if result.is_ok() {
@@ -444,11 +460,19 @@ impl Mirror {
     }
 
     /// Writes a marked node's origin into its mark. False when it carries no mark.
-    fn pin_origin(&self, node: &Arc<Node>, dir: BorrowedFd<'_>, name: &Name) -> Result<bool, Retry> {
+    fn pin_origin(
+        &self,
+        node: &Arc<Node>,
+        dir: BorrowedFd<'_>,
+        name: &Name,
+    ) -> Result<bool, Retry> {
         let path = OFlags::PATH | OFlags::NOFOLLOW;
         let opened = fd::open_at(dir, name, path).on("open", Side::Dst, name.as_os_str())?;
         match self.write_origin(node, opened.as_fd()) {
-            Err(Error::Call { errno: Errno::NOSPC | Errno::TOOBIG | Errno::RANGE, .. }) => {
+            Err(Error::Call {
+                errno: Errno::NOSPC | Errno::TOOBIG | Errno::RANGE,
+                ..
+            }) => {
                 match node.kind {
                     FileType::RegularFile => Err(Retry::Hydrate(Arc::clone(node))),
                     // mv(1) copies then, as between file systems.
@@ -462,12 +486,22 @@ impl Mirror {
     fn write_origin(&self, node: &Node, fd: BorrowedFd<'_>) -> Result<bool> {
         let shown = || node.display_name();
         let _guard = self.lock_mark(node.ino);
-        let mark = self.mark.get(Target::Fd(fd)).on("getxattr", Side::Dst, shown())?;
+        let mark = self
+            .mark
+            .get(Target::Fd(fd))
+            .on("getxattr", Side::Dst, shown())?;
         let Some(mark) = mark else { return Ok(false) };
         if mark.origin.is_none() {
-            let origin = node.origin().ok_or(Errno::STALE).on("origin", Side::Dst, shown())?;
-            let mark = Mark { origin: Some(origin.path()), ..mark };
-            self.replace_mark(fd, &mark).on("setxattr", Side::Dst, shown())?;
+            let origin = node
+                .origin()
+                .ok_or(Errno::STALE)
+                .on("origin", Side::Dst, shown())?;
+            let mark = Mark {
+                origin: Some(origin.path()),
+                ..mark
+            };
+            self.replace_mark(fd, &mark)
+                .on("setxattr", Side::Dst, shown())?;
         }
         Ok(true)
     }
@@ -507,7 +541,9 @@ impl Mirror {
 
     /// A file's bytes are in dst although its mark is still to go.
     fn has_landed(&self, ino: Ino, anchor: &Anchor) -> bool {
-        self.hydrations.find(ino, anchor).is_some_and(|h| h.has_landed())
+        self.hydrations
+            .find(ino, anchor)
+            .is_some_and(|h| h.has_landed())
     }
 
     /// readlink(2).

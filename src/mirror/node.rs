@@ -121,8 +121,14 @@ impl Origin {
     /// The origin that a path names.
     pub fn of(path: &RelPath) -> Origin {
         match path.split_last() {
-            Some((dir, name)) => Origin { dir: Arc::new(dir), name: Some(name) },
-            None => Origin { dir: Arc::new(RelPath::root()), name: None },
+            Some((dir, name)) => Origin {
+                dir: Arc::new(dir),
+                name: Some(name),
+            },
+            None => Origin {
+                dir: Arc::new(RelPath::root()),
+                name: None,
+            },
         }
     }
 }
@@ -218,7 +224,10 @@ impl Node {
 
     /// Notes that it is at this place now.
     pub fn set_place(&self, parent: Ino, name: &Name) {
-        *self.place.lock() = Some(Place { parent, name: name.clone() });
+        *self.place.lock() = Some(Place {
+            parent,
+            name: name.clone(),
+        });
     }
 
     /// For messages: the last name.
@@ -245,7 +254,11 @@ impl NodeTable {
         let nodes = DashMap::new();
         root.lookups.store(1, Ordering::Relaxed);
         nodes.insert(ROOT, Arc::new(root));
-        NodeTable { nodes, dirs: Mutex::new(LruCache::new(OPEN_DIRS)), root: root_fd }
+        NodeTable {
+            nodes,
+            dirs: Mutex::new(LruCache::new(OPEN_DIRS)),
+            root: root_fd,
+        }
     }
 
     /// The node of a number that the kernel sent. ESTALE for one that it should not know.
@@ -268,10 +281,14 @@ impl NodeTable {
     /// with the same number is replaced: the kernel's references to both are counted together,
     /// because its forget names only the number.
     pub fn remember(&self, found: Node) -> Arc<Node> {
-        let mut slot = self.nodes.entry(found.ino).or_insert_with(|| Arc::new(Node::fresh(&found)));
+        let mut slot = self
+            .nodes
+            .entry(found.ino)
+            .or_insert_with(|| Arc::new(Node::fresh(&found)));
         if !slot.anchor.same_inode(&found.anchor) || slot.kind != found.kind {
             let node = Node::fresh(&found);
-            node.lookups.store(slot.lookups.load(Ordering::Relaxed), Ordering::Relaxed);
+            node.lookups
+                .store(slot.lookups.load(Ordering::Relaxed), Ordering::Relaxed);
             self.dirs.lock().pop(&found.ino);
             *slot = Arc::new(node);
         }
@@ -289,7 +306,8 @@ impl NodeTable {
         }
         let gone = self.nodes.remove_if(&ino, |_, node| {
             let before = node.lookups.load(Ordering::Relaxed);
-            node.lookups.store(before.saturating_sub(n), Ordering::Relaxed);
+            node.lookups
+                .store(before.saturating_sub(n), Ordering::Relaxed);
             before <= n
         });
         if gone.is_some() {

@@ -43,7 +43,13 @@ impl<'a> Placer<'a> {
     ) -> Result<Placer<'a>> {
         let found = dir::list(dst).on("getdents64", Side::Dst, src.path.as_ref())?;
         let found = found.into_iter().map(|e| (e.name, e.kind)).collect();
-        Ok(Placer { mirror, src, dst, is_root, found })
+        Ok(Placer {
+            mirror,
+            src,
+            dst,
+            is_root,
+            found,
+        })
     }
 
     /// Gives dst the entry. What dst cannot hold goes to the ledger and is `Ok`; errors that may
@@ -51,7 +57,9 @@ impl<'a> Placer<'a> {
     pub fn place(&self, name: &Name) -> Result<()> {
         let path = self.src.path.join(name);
         if self.is_root && name.as_bytes() == CONTROL.as_bytes() {
-            return Err(Error::SrcPending { path: path.to_path() });
+            return Err(Error::SrcPending {
+                path: path.to_path(),
+            });
         }
         let stat = match stat::stat_at(self.src.fd.as_fd(), name.as_cstr()) {
             Ok(stat) => stat,
@@ -101,11 +109,18 @@ impl<'a> Placer<'a> {
             meta.xattrs.retain(|(n, _)| n.as_c_str() != CAPABILITY);
         }
         self.apply(&meta, file.as_fd(), path)?;
-        let dst_ino = stat::stat_fd(file.as_fd()).on("statx", Side::Dst, path)?.key.ino;
+        let dst_ino = stat::stat_fd(file.as_fd())
+            .on("statx", Side::Dst, path)?
+            .key
+            .ino;
         if stat.size > 0 {
             // A multi-link inode may be found by any of its names: its origin is written down.
             let origin = key.is_some().then(|| path.clone());
-            let mark = Mark { origin, capability, ..Mark::pending() };
+            let mark = Mark {
+                origin,
+                capability,
+                ..Mark::pending()
+            };
             self.set_mark(file.as_fd(), mark, path)?;
             self.mirror.source.learn(dst_ino, SrcInfo::from(&stat));
             self.mirror.progress.bytes_left.add(stat.size);
@@ -134,8 +149,14 @@ impl<'a> Placer<'a> {
     fn set_mark(&self, fd: BorrowedFd<'_>, mark: Mark, path: &RelPath) -> Result<()> {
         match self.mirror.mark.set(Target::Fd(fd), &mark) {
             Err(Errno::NOSPC | Errno::TOOBIG | Errno::RANGE) if mark.origin.is_some() => {
-                let short = Mark { origin: None, ..mark };
-                self.mirror.mark.set(Target::Fd(fd), &short).on("setxattr", Side::Dst, path)
+                let short = Mark {
+                    origin: None,
+                    ..mark
+                };
+                self.mirror
+                    .mark
+                    .set(Target::Fd(fd), &short)
+                    .on("setxattr", Side::Dst, path)
             }
             other => other.on("setxattr", Side::Dst, path),
         }
@@ -143,18 +164,30 @@ impl<'a> Placer<'a> {
 
     /// True when dst's entry can stay: a placeholder of ours, stamped again, or (adopting) a file
     /// equal in size and mtime, which counts as hydrated.
-    fn keep_file(&self, key: Option<LinkKey>, name: &Name, path: &RelPath, meta: &Meta) -> Result<bool> {
+    fn keep_file(
+        &self,
+        key: Option<LinkKey>,
+        name: &Name,
+        path: &RelPath,
+        meta: &Meta,
+    ) -> Result<bool> {
         let there = stat::stat_at(self.dst, name.as_cstr()).on("statx", Side::Dst, path)?;
         if !there.is_file() {
             return match there.is_dir() {
-                true => Err(Error::WrongType { path: path.to_path() }),
+                true => Err(Error::WrongType {
+                    path: path.to_path(),
+                }),
                 false => Ok(false),
             };
         }
         let equal = there.size == meta.stat.size && there.mtime == meta.stat.mtime;
         let marked = self.mirror.mark.get(Target::At(self.dst, name));
         let marked = marked.on("getxattr", Side::Dst, path)?.is_some();
-        if !self.mirror.control.identity.adopt || !equal || marked || key.is_some() && there.nlink > 1 {
+        if !self.mirror.control.identity.adopt
+            || !equal
+            || marked
+            || key.is_some() && there.nlink > 1
+        {
             return Ok(false);
         }
         let file = fd::open_at(self.dst, name, OFlags::RDONLY).on("open", Side::Dst, path)?;
@@ -167,7 +200,11 @@ impl<'a> Placer<'a> {
         if let Some(key) = key {
             let links = &self.mirror.control.links;
             let nlink = meta.stat.nlink;
-            match self.mirror.anchors.publish_name(links, key, nlink, self.dst, name) {
+            match self
+                .mirror
+                .anchors
+                .publish_name(links, key, nlink, self.dst, name)
+            {
                 Ok(()) | Err(Errno::EXIST) => {}
                 Err(e) => return Err(e).on("linkat", Side::Dst, path),
             }
@@ -187,18 +224,28 @@ impl<'a> Placer<'a> {
         }
         let opened = meta::open_dst_dir(self.dst, name).on("open", Side::Dst, path)?;
         let target = Target::Fd(opened.as_fd());
-        let mark = self.mirror.mark.get(target).on("getxattr", Side::Dst, path)?;
+        let mark = self
+            .mirror
+            .mark
+            .get(target)
+            .on("getxattr", Side::Dst, path)?;
         if mark.is_some_and(|m| m.populated) {
             return Ok(());
         }
         let refused = meta.apply_fd(opened.as_fd(), DefaultAcl::Later);
         refused.iter().for_each(|r| self.mirror.refused(path, r));
-        self.mirror.mark.set(target, &Mark::pending()).on("setxattr", Side::Dst, path)
+        self.mirror
+            .mark
+            .set(target, &Mark::pending())
+            .on("setxattr", Side::Dst, path)
     }
 
     fn make_dir(&self, name: &Name, path: &RelPath) -> Result<()> {
-        rustix::fs::mkdirat(self.dst, name.as_cstr(), Mode::from_raw_mode(0o700))
-            .on("mkdir", Side::Dst, path)
+        rustix::fs::mkdirat(self.dst, name.as_cstr(), Mode::from_raw_mode(0o700)).on(
+            "mkdir",
+            Side::Dst,
+            path,
+        )
     }
 
     fn place_special(&self, name: &Name, path: &RelPath, stat: Stat) -> Result<()> {
@@ -212,10 +259,17 @@ impl<'a> Placer<'a> {
         self.clear(name, path)?;
         match stat.kind() {
             FileType::Symlink => {
-                let target = rustix::fs::readlinkat(self.src.fd.as_fd(), name.as_cstr(), Vec::new())
-                    .on("readlink", Side::Src, path)?;
-                rustix::fs::symlinkat(target, self.dst, name.as_cstr())
-                    .on("symlink", Side::Dst, path)?;
+                let target = rustix::fs::readlinkat(
+                    self.src.fd.as_fd(),
+                    name.as_cstr(),
+                    Vec::new(),
+                )
+                .on("readlink", Side::Src, path)?;
+                rustix::fs::symlinkat(target, self.dst, name.as_cstr()).on(
+                    "symlink",
+                    Side::Dst,
+                    path,
+                )?;
             }
             kind => rustix::fs::mknodat(
                 self.dst,
@@ -231,7 +285,11 @@ impl<'a> Placer<'a> {
         }
         if let Some(key) = key {
             let links = &self.mirror.control.links;
-            match self.mirror.anchors.publish_name(links, key, stat.nlink, self.dst, name) {
+            match self
+                .mirror
+                .anchors
+                .publish_name(links, key, stat.nlink, self.dst, name)
+            {
                 Ok(()) => {}
                 Err(Errno::EXIST) => {
                     self.link_to_anchor(key, name, path)?;
@@ -244,7 +302,9 @@ impl<'a> Placer<'a> {
 
     /// Gives the inode that already stands for `key` one more name. False when there is none.
     fn link_to_anchor(&self, key: LinkKey, name: &Name, path: &RelPath) -> Result<bool> {
-        let Some((anchor, dst_ino)) = self.mirror.anchors.find(key) else { return Ok(false) };
+        let Some((anchor, dst_ino)) = self.mirror.anchors.find(key) else {
+            return Ok(false);
+        };
         if let Ok(there) = stat::stat_at(self.dst, name.as_cstr()) {
             if there.key.ino == dst_ino {
                 return Ok(true);
@@ -257,7 +317,10 @@ impl<'a> Placer<'a> {
             Ok(()) => Ok(true),
             Err(Errno::NOENT) => {
                 // The table outlived the file: somebody emptied the control directory.
-                let _ = self.mirror.anchors.withdraw(&self.mirror.control.links, key); // Already gone.
+                let _ = self
+                    .mirror
+                    .anchors
+                    .withdraw(&self.mirror.control.links, key); // Already gone.
                 Ok(false)
             }
             Err(e) => Err(e).on("link", Side::Dst, path),
@@ -289,7 +352,9 @@ impl<'a> Placer<'a> {
 
     fn clear_now(&self, name: &Name, is_dir: bool, path: &RelPath) -> Result<()> {
         if is_dir {
-            return Err(Error::WrongType { path: path.to_path() });
+            return Err(Error::WrongType {
+                path: path.to_path(),
+            });
         }
         match rustix::fs::unlinkat(self.dst, name.as_cstr(), AtFlags::empty()) {
             Ok(()) | Err(Errno::NOENT) => Ok(()),
@@ -305,25 +370,38 @@ impl<'a> Placer<'a> {
         }
         let path = self.src.path.as_ref();
         let anchor = Anchor::of(true, fd, None).on("name_to_handle_at", Side::Dst, path)?;
-        let Anchor::Handle(handle) = anchor else { return Ok(()) };
+        let Anchor::Handle(handle) = anchor else {
+            return Ok(());
+        };
         let name = format!("{late:x}-{}", handle.to_text());
         let flags = OFlags::CREATE | OFlags::WRONLY | OFlags::CLOEXEC;
-        rustix::fs::openat(self.mirror.control.flags.as_fd(), name, flags, Mode::from_raw_mode(0o600))
-            .map(drop)
-            .on("open", Side::Dst, ".mirrorfs/flags")
+        rustix::fs::openat(
+            self.mirror.control.flags.as_fd(),
+            name,
+            flags,
+            Mode::from_raw_mode(0o600),
+        )
+        .map(drop)
+        .on("open", Side::Dst, ".mirrorfs/flags")
     }
 
     /// The explicit origin in the directory's own mark: it must survive the change from P to L.
     pub fn recorded_origin(&self, opened: &OwnedFd) -> Result<Option<RelPath>> {
         let mark = self.mirror.mark.get(Target::Fd(opened.as_fd()));
-        Ok(mark.on("getxattr", Side::Dst, self.src.path.as_ref())?.and_then(|m| m.origin))
+        Ok(mark
+            .on("getxattr", Side::Dst, self.src.path.as_ref())?
+            .and_then(|m| m.origin))
     }
 }
 
 /// Errors that will not pass: dst's file system has no room for such a thing, of its kind.
 fn cannot_hold(error: &Error) -> bool {
     match error {
-        Error::Call { side: Side::Dst, errno, .. } => matches!(
+        Error::Call {
+            side: Side::Dst,
+            errno,
+            ..
+        } => matches!(
             *errno,
             Errno::NAMETOOLONG
                 | Errno::INVAL

@@ -55,6 +55,19 @@ pub struct DirRef {
     pub origin: Option<Arc<RelPath>>,
 }
 
+/// Something below a directory that carries a mark.
+#[derive(Debug)]
+pub struct Marked {
+    /// What it is, whatever its type.
+    pub dir: DirRef,
+    /// What its mark says.
+    pub mark: Mark,
+    /// Its type.
+    pub kind: FileType,
+    /// dst's size, bytes: a guess (D4).
+    pub size: u64,
+}
+
 /// One directory that is being populated.
 pub struct Placing {
     /// The times that it will have: placing children disturbs them meanwhile.
@@ -81,7 +94,13 @@ impl Populates {
             placing.waiters.push(waiter);
             return true;
         }
-        running.insert(ino, Placing { times: None, waiters: vec![waiter] });
+        running.insert(
+            ino,
+            Placing {
+                times: None,
+                waiters: vec![waiter],
+            },
+        );
         false
     }
 
@@ -92,7 +111,11 @@ impl Populates {
     }
 
     fn take(&self, ino: Ino) -> Vec<Waiter> {
-        self.running.lock().remove(&ino).map(|p| p.waiters).unwrap_or_default()
+        self.running
+            .lock()
+            .remove(&ino)
+            .map(|p| p.waiters)
+            .unwrap_or_default()
     }
 }
 
@@ -127,7 +150,11 @@ impl Mirror {
             return;
         }
         let origin = node.origin().map(|o| Arc::new(o.path()));
-        let dir = DirRef { ino, anchor: node.anchor.clone(), origin };
+        let dir = DirRef {
+            ino,
+            anchor: node.anchor.clone(),
+            origin,
+        };
         let mirror = Arc::clone(self);
         self.progress.waiting.add(1);
         let task = move || {
@@ -172,7 +199,10 @@ impl Mirror {
     fn populate(self: &Arc<Self>, dir: &DirRef) -> Result<()> {
         let opened = self.open_dir(dir)?;
         let shown = dir.origin.as_deref().cloned().unwrap_or_default();
-        let mark = self.mark.get(Target::Fd(opened.as_fd())).on("getxattr", Side::Dst, &shown)?;
+        let mark = self
+            .mark
+            .get(Target::Fd(opened.as_fd()))
+            .on("getxattr", Side::Dst, &shown)?;
         match mark {
             // Somebody was faster between our look and our claim.
             None => return self.note_phase(dir, Phase::Unmarked),
@@ -181,9 +211,14 @@ impl Mirror {
         }
         let origin = dir.origin.as_ref().ok_or_else(|| no_origin(&shown))?;
         let src = self.source.dir(origin)?;
-        let marked_src = self.mark.get(Target::Fd(src.fd.as_fd())).on("getxattr", Side::Src, &shown)?;
+        let marked_src =
+            self.mark
+                .get(Target::Fd(src.fd.as_fd()))
+                .on("getxattr", Side::Src, &shown)?;
         if marked_src.is_some() {
-            return Err(Error::SrcPending { path: origin.to_path() });
+            return Err(Error::SrcPending {
+                path: origin.to_path(),
+            });
         }
         let placer = Placer::new(self, &src, opened.as_fd(), dir.ino == super::node::ROOT)?;
         let meta = self.place_all(dir, &src, &placer)?;
@@ -201,8 +236,10 @@ impl Mirror {
         let mut placed = HashSet::new();
         let mut tries_left = LISTINGS_MAX;
         loop {
-            let meta = Meta::capture_fd(src.capture, src.fd.as_fd()).on("statx", Side::Src, path)?;
-            self.populates.set_times(dir.ino, (meta.stat.atime, meta.stat.mtime));
+            let meta =
+                Meta::capture_fd(src.capture, src.fd.as_fd()).on("statx", Side::Src, path)?;
+            self.populates
+                .set_times(dir.ino, (meta.stat.atime, meta.stat.mtime));
             let mut entries = dir::list(src.fd.as_fd()).on("getdents64", Side::Src, path)?;
             // Inode order: statx of src reads its inode tables in order.
             entries.sort_unstable_by_key(|e| e.ino);
@@ -223,7 +260,12 @@ impl Mirror {
                 return Ok(meta);
             }
             if tries_left == 0 {
-                self.fail(path, &Error::SrcChanged { path: path.to_path() });
+                self.fail(
+                    path,
+                    &Error::SrcChanged {
+                        path: path.to_path(),
+                    },
+                );
                 return Ok(meta);
             }
         }
@@ -238,14 +280,19 @@ impl Mirror {
         explicit: Option<RelPath>,
     ) -> Result<()> {
         fault::point("populate-before-mark");
-        let mark = Mark { origin: explicit, ..Mark::populated() };
+        let mark = Mark {
+            origin: explicit,
+            ..Mark::populated()
+        };
         if self.btrfs {
             // Names first, with a barrier, then the mark: readers go on meanwhile, changes wait.
             self.commit.publish_later(dir.ino, dir.anchor.clone(), mark);
         } else {
-            self.mark
-                .set(Target::Fd(opened.as_fd()), &mark)
-                .on("setxattr", Side::Dst, origin.as_ref())?;
+            self.mark.set(Target::Fd(opened.as_fd()), &mark).on(
+                "setxattr",
+                Side::Dst,
+                origin.as_ref(),
+            )?;
         }
         fault::point("populate-after-mark");
         self.progress.dirs_populated.add(1);
@@ -266,10 +313,34 @@ impl Mirror {
         let shown = dir.origin.as_deref().cloned().unwrap_or_default();
         if dir.ino == super::node::ROOT {
             let root = self.dst.as_fd();
-            return crate::sys::fd::open_beneath(root, &RelPath::root(), flags)
-                .on("open", Side::Dst, shown);
+            return crate::sys::fd::open_beneath(root, &RelPath::root(), flags).on(
+                "open",
+                Side::Dst,
+                shown,
+            );
         }
-        dir.anchor.open(self.dst.as_fd(), flags).on("open", Side::Dst, shown)
+        dir.anchor
+            .open(self.dst.as_fd(), flags)
+            .on("open", Side::Dst, shown)
+    }
+
+    /// True while an open directory of dst carries a P.
+    pub fn is_pending(&self, opened: BorrowedFd<'_>) -> Result<bool> {
+        let mark = self
+            .mark
+            .get(Target::Fd(opened))
+            .on("getxattr", Side::Dst, ".")?;
+        Ok(mark.is_some_and(|m| !m.populated))
+    }
+
+    /// A restart met a pending file that an earlier daemon placed: it is still to pull.
+    pub fn note_left(&self, ino: Ino, bytes: u64) {
+        // What this daemon placed itself is counted already.
+        if self.source.recall(ino).is_none() {
+            self.progress.bytes_left.add(bytes);
+            self.progress.files_seen.add(1);
+            self.progress.bytes_seen.add(bytes);
+        }
     }
 
     /// The entry of a populated directory that `name` is: what the walker goes on with.
@@ -280,14 +351,22 @@ impl Mirror {
         opened: BorrowedFd<'_>,
         name: &Name,
         kind: FileType,
-    ) -> Result<Option<(DirRef, Mark)>> {
+    ) -> Result<Option<Marked>> {
         if parent.ino == super::node::ROOT && name.as_bytes() == CONTROL.as_bytes() {
             return Ok(None);
         }
-        if !matches!(kind, FileType::RegularFile | FileType::Directory | FileType::Unknown) {
+        if !matches!(
+            kind,
+            FileType::RegularFile | FileType::Directory | FileType::Unknown
+        ) {
             return Ok(None);
         }
-        let shown = || parent.origin.as_ref().map_or_else(RelPath::root, |o| o.join(name));
+        let shown = || {
+            parent
+                .origin
+                .as_ref()
+                .map_or_else(RelPath::root, |o| o.join(name))
+        };
         let mark = match self.mark.get(Target::At(opened, name)) {
             Ok(Some(mark)) => mark,
             Ok(None) | Err(Errno::NOENT) => return Ok(None),
@@ -307,23 +386,39 @@ impl Mirror {
             Some(origin) => Some(Arc::new(origin.clone())),
             None => parent.origin.as_ref().map(|o| Arc::new(o.join(name))),
         };
-        Ok(Some((DirRef { ino: stat.key.ino, anchor, origin }, mark)))
+        let dir = DirRef {
+            ino: stat.key.ino,
+            anchor,
+            origin,
+        };
+        Ok(Some(Marked {
+            dir,
+            mark,
+            kind: stat.kind(),
+            size: stat.size,
+        }))
     }
 }
 
 /// A marked entry below a directory that has no origin, and no origin of its own: only possible
 /// when somebody wrote to the raw tree.
 pub(super) fn no_origin(path: &RelPath) -> Error {
-    Error::Call { call: "origin", side: Side::Dst, path: path.to_path(), errno: Errno::STALE }
+    Error::Call {
+        call: "origin",
+        side: Side::Dst,
+        path: path.to_path(),
+        errno: Errno::STALE,
+    }
 }
 
 /// The origin of an entry found under `name` in a directory with origin `parent`.
 pub(super) fn origin_of(parent: Option<&Origin>, name: &Name, mark: &Mark) -> Option<Origin> {
     match (&mark.origin, parent) {
         (Some(path), _) => Some(Origin::of(path)),
-        (None, Some(parent)) => {
-            Some(Origin { dir: Arc::new(parent.path()), name: Some(name.clone()) })
-        }
+        (None, Some(parent)) => Some(Origin {
+            dir: Arc::new(parent.path()),
+            name: Some(name.clone()),
+        }),
         (None, None) => None,
     }
 }

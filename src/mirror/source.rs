@@ -53,7 +53,12 @@ pub struct SrcInfo {
 
 impl From<&Stat> for SrcInfo {
     fn from(s: &Stat) -> SrcInfo {
-        SrcInfo { size: s.size, blocks: s.blocks, atime: s.atime, mtime: s.mtime }
+        SrcInfo {
+            size: s.size,
+            blocks: s.blocks,
+            atime: s.atime,
+            mtime: s.mtime,
+        }
     }
 }
 
@@ -95,8 +100,12 @@ impl Source {
             fd::open_src_dir(self.root.as_fd(), path).on("open", Side::Src, path.as_ref())?;
         let stat = stat::stat_fd(opened.as_fd()).on("statx", Side::Src, path.as_ref())?;
         let (mount, capture) = self.mount_of(path, &stat, &opened)?;
-        let dir =
-            Arc::new(SrcDir { fd: Arc::new(opened), path: Arc::clone(path), mount, capture });
+        let dir = Arc::new(SrcDir {
+            fd: Arc::new(opened),
+            path: Arc::clone(path),
+            mount,
+            capture,
+        });
         self.dirs.lock().put(Arc::clone(path), Arc::clone(&dir));
         Ok(dir)
     }
@@ -126,13 +135,21 @@ impl Source {
         if let Some(known) = self.mounts.lock().get(&id) {
             return Ok(known.clone());
         }
-        let magic = host::fs_stat(dir.as_fd()).on("statfs", Side::Src, path.as_ref())?.magic;
-        let capture = Capture { mark: self.mark, flags: FLAG_MAGICS.contains(&magic) };
+        let magic = host::fs_stat(dir.as_fd())
+            .on("statfs", Side::Src, path.as_ref())?
+            .magic;
+        let capture = Capture {
+            mark: self.mark,
+            flags: FLAG_MAGICS.contains(&magic),
+        };
         // Climb while the parent is on the same file system.
         let mut top = (**path).clone();
         while let Some((parent, _)) = top.split_last() {
-            let up = fd::open_beneath(self.root.as_fd(), &parent, OFlags::PATH)
-                .on("open", Side::Src, &parent)?;
+            let up = fd::open_beneath(self.root.as_fd(), &parent, OFlags::PATH).on(
+                "open",
+                Side::Src,
+                &parent,
+            )?;
             let up = stat::stat_fd(up.as_fd()).on("statx", Side::Src, &parent)?;
             if (up.mnt_id, up.key.dev) != id {
                 break;

@@ -75,8 +75,13 @@ pub fn as_creator<T>(uid: u32, gid: u32, umask: u32, f: impl FnOnce() -> T) -> R
         READY.set(true);
     }
     // SAFETY: setfsgid, setfsuid and umask take integers and concern this thread alone.
-    let (old_gid, old_uid, old_mask) =
-        unsafe { (libc::setfsgid(gid), libc::setfsuid(uid), libc::umask(umask as libc::mode_t)) };
+    let (old_gid, old_uid, old_mask) = unsafe {
+        (
+            libc::setfsgid(gid),
+            libc::setfsuid(uid),
+            libc::umask(umask as libc::mode_t),
+        )
+    };
     let value = f();
     // SAFETY: as above; restores what was in effect.
     unsafe {

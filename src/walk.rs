@@ -1,0 +1,399 @@
+//! Walker: finishes everything that nobody asks for.
+//!
+//! A pass goes depth-first over what is still marked in dst: it populates directories, submits their
+//! pending files to the background lane, and removes a directory's mark when nothing below it is
+//! pending any more. Only marks lead it, so a restart costs what is left.
+//!
+//!   Scan       a directory is populated and its entries are looked at, some at a time
+//!   Waiting    its files are being hydrated, its subdirectories walked
+//!   Done       nothing below is pending: its mark goes, and its parent hears of it
+//!
+//! The migration is complete when a pass removed the root's own mark; that fails when anything
+//! marked was moved since the pass began (`Mirror::epoch`), and then another pass follows. Memory is
+//! bounded by the depth of the tree times `CHUNK`, not by its size.
+
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use parking_lot::{Condvar, Mutex};
+use rustix::fs::FileType;
+
+use crate::engine::job::Priority;
+use crate::error::{Context, Error, Result, Side};
+use crate::mirror::{DirRef, DoneDir, FileRef, Mirror, Need, Origin};
+use crate::sys::dir::{self, Entry};
+
+/// Entries of one directory that are looked at before its subdirectories are walked.
+const CHUNK: usize = 1024;
+/// Threads: they wait for src, so more than CPUs.
+const THREADS: usize = 4;
+/// The pause after a pass that left something, growing up to the second.
+const PAUSE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
+
+/// What the walker does to pending entries.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// Pulls them.
+    Pull,
+    /// Leaves them to whoever asks: only removes the marks of directories that are done.
+    Sweep,
+}
+
+/// The threads that walk.
+pub struct Walker {
+    shared: Arc<Shared>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+struct Shared {
+    mirror: Arc<Mirror>,
+    mode: Mode,
+    stack: Mutex<Vec<Step>>,
+    wake: Condvar,
+    stop: AtomicBool,
+    /// The pass that runs now: 0 is the first.
+    pass: AtomicU64,
+}
+
+/// A directory in work.
+struct Task {
+    dir: DirRef,
+    parent: Option<Arc<Task>>,
+    /// Its own scan and everything below it that is not done.
+    left: AtomicUsize,
+    /// False once something below stayed pending.
+    clean: AtomicBool,
+    /// `Mirror::epoch` when the pass began.
+    epoch: u64,
+    /// Told when the root is done: whether its mark is gone.
+    tell: Option<crossbeam_channel::Sender<bool>>,
+}
+
+/// One piece of work for a thread.
+struct Step {
+    task: Arc<Task>,
+    /// Where in the directory to go on.
+    from: u64,
+    /// Its mark said P when its parent was scanned.
+    populate: bool,
+}
+
+impl Walker {
+    /// Starts to walk.
+    pub fn start(mirror: Arc<Mirror>, mode: Mode) -> Result<Walker> {
+        let shared = Arc::new(Shared {
+            mirror,
+            mode,
+            stack: Mutex::new(Vec::new()),
+            wake: Condvar::new(),
+            stop: AtomicBool::new(false),
+            pass: AtomicU64::new(0),
+        });
+        let walker = Walker {
+            shared,
+            threads: Mutex::new(Vec::new()),
+        };
+        let workers = if mode == Mode::Pull { THREADS } else { 1 };
+        for n in 0..workers {
+            walker.spawn(format!("walk-{n}"), Shared::work)?;
+        }
+        walker.spawn("walk".to_owned(), Shared::passes)?;
+        Ok(walker)
+    }
+
+    fn spawn(&self, name: String, run: fn(&Arc<Shared>)) -> Result<()> {
+        let shared = Arc::clone(&self.shared);
+        let thread = std::thread::Builder::new()
+            .name(name)
+            .spawn(move || run(&shared))
+            .map_err(|e| Error::Unusable(format!("cannot start a thread: {e}")))?;
+        self.threads.lock().push(thread);
+        Ok(())
+    }
+
+    /// Stops to walk: what is in the engine goes on, nothing new is asked for.
+    pub fn stop(&self) {
+        self.shared.stop.store(true, Ordering::Relaxed);
+        self.shared.wake.notify_all();
+        for thread in self.threads.lock().drain(..) {
+            if thread.join().is_err() {
+                tracing::error!("a walker thread panicked; what it left is still pending");
+            }
+        }
+    }
+}
+
+impl Shared {
+    fn stopping(&self) -> bool {
+        self.stop.load(Ordering::Relaxed) || self.mirror.stopping()
+    }
+
+    /// Sleeps, unless the walker is to stop. False: it is.
+    fn pause(&self, time: Duration) -> bool {
+        let mut stack = self.stack.lock();
+        let until = std::time::Instant::now() + time;
+        while !self.stopping() && std::time::Instant::now() < until {
+            self.wake
+                .wait_until(&mut stack, until.min(std::time::Instant::now() + PAUSE.0));
+        }
+        !self.stopping()
+    }
+
+    /// One pass after another until nothing is pending.
+    fn passes(self: &Arc<Self>) {
+        let progress = Arc::clone(self.mirror.progress());
+        let mut pause = PAUSE.0;
+        loop {
+            let before = progress.files_pulled.get() + progress.dirs_populated.get();
+            match self.pass() {
+                Ok(true) => {
+                    progress.walk_done.store(true, Ordering::Relaxed);
+                    progress.complete.store(true, Ordering::Relaxed);
+                    return;
+                }
+                Ok(false) => {}
+                Err(e) => tracing::warn!("walk: {e}"),
+            }
+            if self.mode == Mode::Pull {
+                progress.walk_done.store(true, Ordering::Relaxed);
+            }
+            self.pass.fetch_add(1, Ordering::Relaxed);
+            // Work that went on meanwhile is a reason to look again soon.
+            let moved_on = progress.files_pulled.get() + progress.dirs_populated.get() != before;
+            pause = if moved_on {
+                PAUSE.0
+            } else {
+                (pause * 2).min(PAUSE.1)
+            };
+            if progress.dst_full.swap(false, Ordering::Relaxed) {
+                tracing::warn!("dst is full: the background goes on when there is room");
+                pause = pause.max(Duration::from_secs(5));
+            }
+            if !self.pause(pause) {
+                return;
+            }
+        }
+    }
+
+    /// Walks what is marked once. True when the root's mark is gone.
+    fn pass(self: &Arc<Self>) -> Result<bool> {
+        let Some(root) = self.mirror.root_dir()? else {
+            return Ok(true);
+        };
+        let (tell, told) = crossbeam_channel::bounded(1);
+        let task = Arc::new(Task {
+            dir: root,
+            parent: None,
+            left: AtomicUsize::new(1),
+            clean: AtomicBool::new(true),
+            epoch: self.mirror.epoch(),
+            tell: Some(tell),
+        });
+        self.push(vec![Step {
+            task,
+            from: 0,
+            populate: true,
+        }]);
+        loop {
+            match told.recv_timeout(Duration::from_millis(200)) {
+                Ok(gone) => return Ok(gone),
+                Err(crossbeam_channel::RecvTimeoutError::Timeout) if !self.stopping() => {}
+                // Disconnected: every task of the pass was dropped, so it was stopped.
+                Err(_) => return Ok(false),
+            }
+        }
+    }
+
+    fn push(&self, steps: Vec<Step>) {
+        self.stack.lock().extend(steps);
+        self.wake.notify_all();
+    }
+
+    fn work(self: &Arc<Self>) {
+        loop {
+            let step = {
+                let mut stack = self.stack.lock();
+                loop {
+                    if self.stopping() {
+                        stack.clear();
+                        return;
+                    }
+                    if let Some(step) = stack.pop() {
+                        break step;
+                    }
+                    self.wake.wait_for(&mut stack, PAUSE.0);
+                }
+            };
+            self.yield_to_demand();
+            let task = Arc::clone(&step.task);
+            match self.scan(step) {
+                Ok(true) => task.child_done(&self.mirror, true),
+                // The rest of the directory is another step.
+                Ok(false) => {}
+                Err(e) => {
+                    if !matches!(e, Error::Stopped) {
+                        tracing::debug!("walk: {e}");
+                    }
+                    task.child_done(&self.mirror, false);
+                }
+            }
+        }
+    }
+
+    /// Somebody waits for src: let him go first for a moment.
+    fn yield_to_demand(&self) {
+        if self.mirror.progress().waiting.get() > 0 {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// Looks at some entries of a directory. False when more are to come.
+    fn scan(self: &Arc<Self>, step: Step) -> Result<bool> {
+        let Step {
+            task,
+            from,
+            populate,
+        } = step;
+        if populate && self.mode == Mode::Pull {
+            self.mirror.populate_now(&task.dir)?;
+        }
+        let opened = self.mirror.open_dir(&task.dir)?;
+        if populate && self.mode == Mode::Sweep && self.mirror.is_pending(opened.as_fd())? {
+            task.clean.store(false, Ordering::Relaxed);
+            return Ok(true);
+        }
+        let mut entries = Vec::new();
+        let mut buf = Vec::new();
+        let at_end = dir::read_dir(opened.as_fd(), from, &mut buf, |entry| {
+            entries.push(entry);
+            entries.len() < CHUNK
+        })
+        .on("getdents64", Side::Dst, self.shown(&task.dir))?;
+        let next = entries.last().map_or(from, |e| e.next);
+        if !at_end {
+            // Below the subdirectories on the stack: they come first.
+            self.push(vec![Step {
+                task: Arc::clone(&task),
+                from: next,
+                populate: false,
+            }]);
+        }
+        let mut below = Vec::new();
+        for entry in entries {
+            if self.stopping() {
+                return Err(Error::Stopped);
+            }
+            self.look(&task, opened.as_fd(), &entry, &mut below)?;
+        }
+        self.push(below);
+        Ok(at_end)
+    }
+
+    /// One entry: a marked file goes to the engine, a marked directory to the stack.
+    fn look(
+        self: &Arc<Self>,
+        task: &Arc<Task>,
+        opened: std::os::fd::BorrowedFd<'_>,
+        entry: &Entry,
+        below: &mut Vec<Step>,
+    ) -> Result<()> {
+        let found = self
+            .mirror
+            .marked_child(&task.dir, opened, &entry.name, entry.kind)?;
+        let Some(found) = found else { return Ok(()) };
+        if found.kind == FileType::Directory {
+            task.left.fetch_add(1, Ordering::AcqRel);
+            let child = Arc::new(Task {
+                dir: found.dir,
+                parent: Some(Arc::clone(task)),
+                left: AtomicUsize::new(1),
+                clean: AtomicBool::new(true),
+                epoch: task.epoch,
+                tell: None,
+            });
+            below.push(Step {
+                task: child,
+                from: 0,
+                populate: !found.mark.populated,
+            });
+            return Ok(());
+        }
+        if self.mode == Mode::Sweep {
+            task.clean.store(false, Ordering::Relaxed);
+            return Ok(());
+        }
+        if self.pass.load(Ordering::Relaxed) == 0 && self.mirror.is_resumed() {
+            self.mirror.note_left(found.dir.ino, found.size);
+        }
+        task.left.fetch_add(1, Ordering::AcqRel);
+        let file = FileRef {
+            ino: found.dir.ino,
+            anchor: found.dir.anchor,
+            origin: found.dir.origin.as_deref().map(Origin::of),
+        };
+        let (mirror, task) = (Arc::clone(&self.mirror), Arc::clone(task));
+        let then = Box::new(move |result: Result<()>| task.child_done(&mirror, result.is_ok()));
+        self.mirror
+            .hydrate(&file, Need::Unmarked, Priority::Background, then);
+        Ok(())
+    }
+
+    fn shown(&self, dir: &DirRef) -> std::path::PathBuf {
+        dir.origin
+            .as_deref()
+            .map_or_else(Default::default, |o| o.to_path())
+    }
+}
+
+impl Task {
+    /// One of the things below is done; `clean`: nothing of it is pending any more. The last one
+    /// takes the directory's mark away and goes on with its parent.
+    fn child_done(self: &Arc<Self>, mirror: &Arc<Mirror>, clean: bool) {
+        let mut at = Arc::clone(self);
+        let mut clean = clean;
+        loop {
+            if !clean {
+                at.clean.store(false, Ordering::Release);
+            }
+            if at.left.fetch_sub(1, Ordering::AcqRel) != 1 {
+                return;
+            }
+            let gone = match at.clean.load(Ordering::Acquire) {
+                false => Some(false),
+                true => mirror.dir_done(at.as_done(mirror)),
+            };
+            // `None`: the commit thread goes on from here.
+            let Some(gone) = gone else { return };
+            match at.settled(gone) {
+                Some(parent) => (at, clean) = (parent, gone),
+                None => return,
+            }
+        }
+    }
+
+    fn as_done(self: &Arc<Self>, mirror: &Arc<Mirror>) -> DoneDir {
+        let (task, mirror) = (Arc::clone(self), Arc::clone(mirror));
+        DoneDir {
+            ino: self.dir.ino,
+            anchor: self.dir.anchor.clone(),
+            epoch: self.epoch,
+            then: Box::new(move |gone| {
+                if let Some(parent) = task.settled(gone) {
+                    parent.child_done(&mirror, gone);
+                }
+            }),
+        }
+    }
+
+    /// The parent that hears of it; the root tells the pass.
+    fn settled(&self, gone: bool) -> Option<Arc<Task>> {
+        if let Some(tell) = &self.tell {
+            // A pass that was stopped does not listen any more.
+            let _ = tell.send(gone); // Nothing is lost: the marks say it too.
+        }
+        self.parent.clone()
+    }
+}
