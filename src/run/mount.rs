@@ -33,6 +33,9 @@ use crate::walk::{Mode, Walker};
 /// How often the main loop looks around when nothing happens.
 const TICK: Duration = Duration::from_millis(200);
 
+/// `--finish` that was refused is tried again after this long.
+const FINISH_PAUSE: Duration = Duration::from_secs(10);
+
 /// What the main loop waits for.
 enum Event {
     Signal(i32),
@@ -133,7 +136,13 @@ fn serve(
     } else {
         Mode::Sweep
     };
-    let walker = Walker::start(mirror.clone(), mode)?;
+    let walker = match Walker::start(mirror.clone(), mode) {
+        Ok(walker) => walker,
+        Err(error) => {
+            session.detach()?;
+            return Err(error.into());
+        }
+    };
     tracing::info!(
         "usable: {} on {}",
         quoted(&config.src),
@@ -193,6 +202,7 @@ impl Served<'_> {
     ) -> Result<Phase, Failure> {
         let mut sampled = Instant::now();
         let mut told_degraded = false;
+        let mut finish_again: Option<Instant> = None;
         self.live.tick();
         loop {
             let event = match events.recv_timeout(TICK) {
@@ -207,12 +217,18 @@ impl Served<'_> {
             match event {
                 Some(Event::Signal(SIGHUP)) => self.log.reopen(),
                 Some(Event::Signal(SIGUSR1)) => self.line(screen),
-                Some(Event::Signal(_)) => return self.detach().map(|()| Phase::Stopping),
+                // What cannot be detached (something is mounted on top) is served on.
+                Some(Event::Signal(_)) => match self.detach() {
+                    Ok(()) => return Ok(Phase::Stopping),
+                    Err(failure) => tracing::error!("{}", failure.line),
+                },
                 Some(Event::Stop { reply }) => {
                     let detached = self.detach();
-                    answer(&reply, detached.clone().map(|()| json!({})));
-                    detached?;
-                    return Ok(Phase::Stopping);
+                    let stopped = detached.is_ok();
+                    answer(&reply, detached.map(|()| json!({})));
+                    if stopped {
+                        return Ok(Phase::Stopping);
+                    }
                 }
                 Some(Event::Finish { accept_loss, reply }) => match self.finish(accept_loss) {
                     Ok(()) => {
@@ -223,16 +239,25 @@ impl Served<'_> {
                 },
                 None => {}
             }
+            let finished = self.live.phase() == Phase::Finished;
             if self.session.is_detached() {
                 tracing::info!("unmounted by somebody else");
-                return Ok(Phase::Stopping);
+                return Ok(if finished {
+                    Phase::Finished
+                } else {
+                    Phase::Stopping
+                });
             }
-            if self.config.finish && self.mirror.progress().complete.load(Relaxed) {
+            if self.config.finish && !finished && self.mirror.progress().complete.load(Relaxed) {
                 if self.mirror.progress().errors.get() == 0 {
-                    self.finish(false)?;
-                    return Ok(Phase::Finished);
-                }
-                if !std::mem::replace(&mut told_degraded, true) {
+                    if finish_again.is_none_or(|at| Instant::now() >= at) {
+                        match self.finish(false) {
+                            Ok(()) => return Ok(Phase::Finished),
+                            Err(failure) => tracing::error!("{}", failure.line),
+                        }
+                        finish_again = Some(Instant::now() + FINISH_PAUSE);
+                    }
+                } else if !std::mem::replace(&mut told_degraded, true) {
                     tracing::warn!("not finished: {}", self.live.report().action);
                 }
             }
@@ -256,11 +281,10 @@ impl Served<'_> {
     }
 
     fn detach(&self) -> Result<(), Failure> {
-        self.live.set_phase(Phase::Stopping);
-        match self.session.is_detached() {
-            true => Ok(()),
-            false => Ok(self.session.detach()?),
+        if !self.session.is_detached() {
+            self.session.detach()?;
         }
+        Ok(())
     }
 
     /// While users still work in the mount: dst is the truth, so they notice nothing.

@@ -76,6 +76,11 @@ impl Live {
         *self.phase.lock() = phase;
     }
 
+    /// Where the main loop is.
+    pub(crate) fn phase(&self) -> Phase {
+        *self.phase.lock()
+    }
+
     /// Takes a sample for the rate; called about once a second.
     pub(crate) fn tick(&self) {
         self.rate

@@ -1,17 +1,19 @@
 //! The `sync` command: the copy on a thread of its own, progress and signals here.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
 
 use super::live::Screen;
 use super::log::Log;
+use super::out::{bytes, count, duration};
 use super::report::{Counts, Rate};
 use super::{Failure, Outcome, exit, out, preflight};
 use crate::config::{LogLevel, SyncConfig};
 use crate::progress::Progress;
-use crate::sync::SyncReport;
+use crate::sync::{Event, SyncReport};
 use crate::sys::host;
 
 /// How often the screen is drawn.
@@ -34,8 +36,15 @@ pub(super) fn run(config: SyncConfig) -> Outcome {
 
     let (done_in, done) = crossbeam_channel::bounded(1);
     let (job, counters) = (config.clone(), progress.clone());
+    let stop = Arc::new(AtomicBool::new(false));
+    let stopping = Arc::clone(&stop);
     let copy = move || {
-        let _ = done_in.send(crate::sync::run(&job, counters)); // Gone only after a signal.
+        let mut tell = |event: Event| match event {
+            Event::Line(line) => out::say(&line.to_string()),
+            Event::Error(error) => out::complain(&error.message),
+        };
+        let result = crate::sync::run(&job, counters, &stopping, &mut tell);
+        let _ = done_in.send(result); // Gone only after a second signal.
     };
     let thread = std::thread::Builder::new().name("sync".into());
     thread.spawn(copy).map_err(fail)?;
@@ -57,13 +66,12 @@ pub(super) fn run(config: SyncConfig) -> Outcome {
         let counts = Counts::of(&progress, rate.bytes_per_s());
         for signal in signals.pending() {
             match signal {
-                // Files appear whole or not at all: leaving now is safe at any moment.
+                // The first one lets what has begun become whole; files appear whole or not at
+                // all, so leaving at once is safe too.
+                SIGINT | SIGTERM if !stop.swap(true, Relaxed) => {}
                 SIGINT | SIGTERM => {
                     screen.close("INTERRUPTED", &counts);
-                    return Err(Failure::new(
-                        exit::INTERRUPTED,
-                        "interrupted; the same command goes on where it stopped",
-                    ));
+                    return Err(interrupted());
                 }
                 SIGUSR1 => screen.line("SYNC", &counts),
                 _ => {}
@@ -79,7 +87,95 @@ pub(super) fn run(config: SyncConfig) -> Outcome {
     report(&config, &result?)
 }
 
+fn interrupted() -> Failure {
+    Failure::new(
+        exit::INTERRUPTED,
+        "interrupted; the same command goes on where it stopped",
+    )
+}
+
+/// The totals, where they were asked for, and the exit code.
 fn report(config: &SyncConfig, report: &SyncReport) -> Outcome {
-    out::say(&format!("{report:?} {}", config.json));
-    Ok(exit::DONE)
+    if config.json {
+        out::say(&json(report).to_string());
+    } else if config.stats {
+        stats(report);
+    }
+    let seen = report.failed + report.vanished;
+    if report.interrupted {
+        return Err(interrupted());
+    }
+    if report.dst_full {
+        return Err(Failure::new(exit::IO, "DST is full: the copy ended early"));
+    }
+    if report.failed > 0 {
+        let line = format!("{} entries failed, see above", count(seen));
+        return Err(Failure::new(exit::SOME_FAILED, line));
+    }
+    if report.max_delete_reached {
+        let line = "--max-delete was reached: not all that is extraneous was removed";
+        return Err(Failure::new(exit::MAX_DELETE, line));
+    }
+    if report.vanished > 0 {
+        let line = format!("{} entries vanished or kept changing", count(report.vanished));
+        return Err(Failure::new(exit::VANISHED, line));
+    }
+    match config.verify {
+        true => super::verify::run(&config.src, &config.dst),
+        false => Ok(exit::DONE),
+    }
+}
+
+fn json(report: &SyncReport) -> serde_json::Value {
+    serde_json::json!({
+        "entries": report.entries,
+        "files": report.files,
+        "dirs": report.dirs,
+        "symlinks": report.symlinks,
+        "specials": report.specials,
+        "hardlinks": report.hardlinks,
+        "created": report.created,
+        "updated": report.updated,
+        "skipped": report.skipped,
+        "deleted": report.deleted,
+        "transferred": report.transferred,
+        "bytes_copied": report.bytes_copied,
+        "bytes_total": report.bytes_total,
+        "failed": report.failed,
+        "vanished": report.vanished,
+        "elapsed_s": report.elapsed.as_secs_f64(),
+        "threads": report.threads,
+        "utilisation": report.utilisation,
+    })
+}
+
+fn stats(report: &SyncReport) {
+    out::say(&format!(
+        "entries      {} ({} files, {} directories, {} symlinks, {} other)",
+        count(report.entries),
+        count(report.files),
+        count(report.dirs),
+        count(report.symlinks),
+        count(report.specials),
+    ));
+    out::say(&format!(
+        "done         {} made, {} changed, {} equal, {} links, {} removed",
+        count(report.created),
+        count(report.updated),
+        count(report.skipped),
+        count(report.hardlinks),
+        count(report.deleted),
+    ));
+    out::say(&format!(
+        "data         {} of {} copied",
+        bytes(report.bytes_copied),
+        bytes(report.bytes_total),
+    ));
+    out::say(&format!(
+        "time         {} ({:.3} s), {} threads, {:.0} % busy",
+        duration(report.elapsed),
+        report.elapsed.as_secs_f64(),
+        report.threads,
+        100.0 * report.utilisation,
+    ));
 }
