@@ -16,6 +16,7 @@ pub mod ranges;
 pub mod sys;
 
 pub mod engine;
+pub mod links;
 pub mod mark;
 pub mod meta;
 pub mod mirror;

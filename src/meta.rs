@@ -276,7 +276,7 @@ pub fn timestamps(atime: Time, mtime: Time) -> Timestamps {
 
 /// True for an xattr that a copy carries over: users', root's, labels, capabilities, POSIX ACLs.
 /// Not the live mark, and not what a file system computes (`system.nfs4_acl`, `btrfs.*`, `ceph.*`).
-fn is_copied(name: &CStr, mark: MarkName) -> bool {
+pub fn is_copied(name: &CStr, mark: MarkName) -> bool {
     let bytes = name.to_bytes();
     // xfs shows each POSIX ACL a second time, as trusted.SGI_ACL_*: not to be copied elsewhere.
     if name == mark.as_cstr() || bytes.starts_with(b"trusted.SGI_ACL_") {

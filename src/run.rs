@@ -48,6 +48,8 @@ pub(crate) mod exit {
     pub(crate) const SOME_FAILED: u8 = 23;
     /// Done, but some entries of SRC vanished or kept changing.
     pub(crate) const VANISHED: u8 = 24;
+    /// --max-delete was reached.
+    pub(crate) const MAX_DELETE: u8 = 25;
     /// SRC stopped answering.
     pub(crate) const STALLED: u8 = 30;
 }

@@ -1,14 +1,380 @@
-//! Sync: to come.
-use std::sync::Arc;
-/// To come.
-#[derive(Debug)]
-pub struct SyncReport;
-/// To come.
+//! Sync: the whole of SRC into DST, everything preserved, without a mount.
+//!
+//! Both trees are walked together by directory fds (`sys::pair`), by a crew of threads over one
+//! stack of directories (`crew`), depth first. A directory's life (`dir`):
+//!
+//!   open()    both sides; what src's directory is was captured
+//!   batch()   its names, at most a batch at once: subdirectories are made first (0700), then
+//!             files (`file`, `data`), links (`link`), symlinks and devices (`special`)
+//!   finish()  all names are there: deletions (`delete`), owner, mode, ACLs, the default ACL, times,
+//!             and +i/+a last of all. Subdirectories go on: they don't change its times.
+//!
+//! A file gets its name when it is complete (a temporary name in its directory, then rename), except
+//! in a directory that this run has made or found empty: there it is made under its own name and gets its mtime
+//! last, so that what a crash leaves there can't be taken for a complete copy by the quick check
+//! (size and mtime). That saves two journalled directory changes for each file.
+//!
+//! Nothing stops the rest: errors are told one by one and counted. Memory is bounded by batches,
+//! open directories and open link groups, never by the size of the tree.
+
+mod data;
+mod delete;
+mod dir;
+mod file;
+mod link;
+mod report;
+mod special;
+mod stamp;
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
+
+use rustix::fs::{CWD, FileType, Mode};
+use rustix::io::Errno;
+
+use crate::config::{Fsync, SyncConfig};
+use crate::crew::Crew;
+use crate::error::{Context, Error, Result, Side};
+use crate::links::LinkGroups;
+use crate::mark::MarkName;
+use crate::progress::Progress;
+use crate::sys::name::{Name, RelPath};
+use crate::sys::pair::{Place, Roots};
+use crate::sys::stat::{Stat, stat_fd};
+use crate::sys::xattr::{self, Target};
+use crate::sys::{copy, dir as sys_dir, fd, host, local};
+
+use data::{Buffers, Slice};
+use dir::Dir;
+use report::{Changes, Totals};
+
+pub use report::{Event, Line, SyncError, SyncReport};
+
+/// Pairs of directories that may be open at once.
+const PAIRS_MAX: usize = 2000;
+/// Threads for a source whose latency leaves the processors idle, unless `--jobs` says otherwise.
+const THREADS_SLOW: usize = 64;
+/// Below this a look at src is a cache hit, and more threads than twice the CPUs only get in each other's way.
+const FAST_US: u128 = 150;
+
+/// Copies all of `config.src` into `config.dst`. `on` gets lines and errors as they happen; `stop`
+/// ends the run early: what has begun is finished, so that every name stands for something whole.
+/// `Err` is only what prevents the run: a root that cannot be used.
 pub fn run(
-    _: &crate::config::SyncConfig,
-    _: Arc<crate::progress::Progress>,
-) -> crate::error::Result<SyncReport> {
-    Err(crate::error::Error::Unusable(
-        "sync is not there yet".into(),
-    ))
+    config: &SyncConfig,
+    progress: Arc<Progress>,
+    stop: &AtomicBool,
+    on: &mut dyn FnMut(Event),
+) -> Result<SyncReport> {
+    let begin = Instant::now();
+    let (roots, fresh) = open_roots(config)?;
+    let job = Job::new(config, progress, roots)?;
+    let halt = AtomicBool::new(false);
+    let cpus = host::cpus().len().max(1);
+    let mut report = SyncReport::default();
+    let first = Item::Dir {
+        place: job.roots.root(),
+        fresh,
+        shallow: false,
+    };
+    let shift = Crew::run(
+        vec![first],
+        &halt,
+        || {
+            if stop.load(Relaxed) || job.totals.dst_full.load(Relaxed) {
+                halt.store(true, Relaxed);
+            }
+            threads(config, cpus, &job.totals)
+        },
+        Buffers::new,
+        |crew: &Crew<'_, Item, Event>, buffers, item| {
+            Work { crew, job: &job }.step(buffers, item);
+        },
+        |event| {
+            note(&mut report, &event);
+            on(event);
+        },
+    );
+    report.interrupted = stop.load(Relaxed);
+    job.late_flags(|error| {
+        let event = Event::Error(error);
+        note(&mut report, &event);
+        on(event);
+    });
+    if config.fsync == Fsync::End && !config.dry_run {
+        fd::syncfs(job.roots.dst.as_fd()).on("syncfs", Side::Dst, &config.dst)?;
+    }
+    job.totals.fill(&mut report);
+    report.threads = shift.threads;
+    report.utilisation = shift.utilisation;
+    report.elapsed = begin.elapsed();
+    job.progress.walk_done.store(!report.interrupted, Relaxed);
+    job.progress
+        .complete
+        .store(!report.interrupted && report.failed == 0, Relaxed);
+    Ok(report)
+}
+
+fn note(report: &mut SyncReport, event: &Event) {
+    if let Event::Error(error) = event {
+        match error.vanished {
+            true => report.vanished += 1,
+            false => report.failed += 1,
+        }
+        if report.errors.len() < report::ERRORS_KEPT_MAX {
+            report.errors.push(error.clone());
+        }
+    }
+}
+
+/// How many threads the source deserves: two for each CPU while it answers from memory, more when
+/// they mostly wait for it (Little's law: latency times rate, 30 us of our own work per file).
+fn threads(config: &SyncConfig, cpus: usize, totals: &Totals) -> usize {
+    let asked = (config.jobs != cpus).then_some(config.jobs);
+    let us = totals.src_latency().as_micros();
+    if us < FAST_US {
+        return asked.map_or(2 * cpus, |n| n.min(2 * cpus));
+    }
+    let wanted = usize::try_from(us / 30).unwrap_or(usize::MAX);
+    wanted
+        .saturating_mul(cpus)
+        .clamp(1, asked.unwrap_or(THREADS_SLOW))
+}
+
+/// Opens both roots; makes dst's last component when it is missing (then it is fresh).
+fn open_roots(config: &SyncConfig) -> Result<(Arc<Roots>, bool)> {
+    let unusable = |what: &str, path: &Path, e: Errno| {
+        Error::Unusable(format!("{what} \"{}\": {e}", path.display()))
+    };
+    let src = host::open_dir(&config.src).map_err(|e| unusable("SRC", &config.src, e))?;
+    let (dst, fresh) = match host::open_dir(&config.dst) {
+        Ok(dst) => (dst, false),
+        Err(Errno::NOENT) if config.dry_run => (
+            host::dup(src.as_fd()).map_err(|e| unusable("SRC", &config.src, e))?,
+            true,
+        ),
+        Err(Errno::NOENT) => {
+            let made = rustix::fs::mkdirat(CWD, &config.dst, Mode::RWXU)
+                .and_then(|()| host::open_dir(&config.dst));
+            (made.map_err(|e| unusable("DST", &config.dst, e))?, true)
+        }
+        Err(e) => return Err(unusable("DST", &config.dst, e)),
+    };
+    let marked = |fd: &OwnedFd| {
+        [MarkName::Trusted, MarkName::User]
+            .iter()
+            .any(|m| matches!(m.get(Target::Open(fd.as_fd())), Ok(Some(_))))
+    };
+    if marked(&src) {
+        return Err(Error::SrcPending {
+            path: config.src.clone(),
+        });
+    }
+    if !fresh && marked(&dst) {
+        return Err(Error::Unusable(format!(
+            "DST \"{}\" is a migration that has not finished: mount it, or finish it first",
+            config.dst.display()
+        )));
+    }
+    Ok((Roots::new(src, dst, PAIRS_MAX), fresh))
+}
+
+/// What all threads share.
+struct Job<'a> {
+    config: &'a SyncConfig,
+    progress: Arc<Progress>,
+    roots: Arc<Roots>,
+    root_dev: (u32, u32),
+    totals: Totals,
+    groups: LinkGroups<Parked>,
+    /// Multi-link inodes that get +i or +a when all their names are there.
+    late: Mutex<Vec<(RelPath, u32)>>,
+    /// Effective ids: what new inodes belong to.
+    uid: u32,
+    gid: u32,
+    umask: u32,
+    /// src has inode flags (FS_IOC_GETFLAGS).
+    src_flags: bool,
+    lines: bool,
+    /// Whether FICLONE works between the two roots: unknown, yes, no.
+    clone: AtomicU8,
+    deletes_left: AtomicU64,
+    temp_count: AtomicU64,
+}
+
+/// A name that waits until the stand-in of its inode is there.
+struct Parked {
+    dir: Arc<Dir>,
+    name: Name,
+    kind: FileType,
+}
+
+/// One piece of work.
+enum Item {
+    /// A directory. `fresh`: this run has made it in dst. `shallow`: only itself, nothing in it.
+    Dir {
+        place: Place,
+        fresh: bool,
+        shallow: bool,
+    },
+    /// The rest of an open directory, from this offset in src.
+    More(Arc<Dir>, u64),
+    /// Some names of a directory that are no directories themselves.
+    Names(Arc<Dir>, Vec<sys_dir::Entry>),
+    /// A part of a large file.
+    Slice(Slice),
+}
+
+impl<'a> Job<'a> {
+    fn new(config: &'a SyncConfig, progress: Arc<Progress>, roots: Arc<Roots>) -> Result<Job<'a>> {
+        let root = stat_fd(roots.src.as_fd()).on("statx", Side::Src, &config.src)?;
+        let flags = copy::inode_flags(roots.src.as_fd());
+        Ok(Job {
+            config,
+            progress,
+            root_dev: root.key.dev,
+            totals: Totals::default(),
+            groups: LinkGroups::default(),
+            late: Mutex::default(),
+            uid: local::uid(),
+            gid: local::gid(),
+            umask: local::umask(),
+            src_flags: matches!(flags, Ok(Some(_))),
+            lines: config.itemize || config.verbose > 0,
+            clone: AtomicU8::new(0),
+            deletes_left: AtomicU64::new(config.max_delete.unwrap_or(u64::MAX)),
+            temp_count: AtomicU64::new(0),
+            roots,
+        })
+    }
+
+    /// A name that no user has, for an entry that is not complete yet.
+    fn temp_name(&self) -> Name {
+        let n = self.temp_count.fetch_add(1, Relaxed);
+        let text = format!("{}{:x}.{n:x}", delete::TEMP, std::process::id());
+        Name::new(text.as_bytes()).unwrap_or_else(|| unreachable!("no slash, no NUL"))
+    }
+
+    /// Sets +i and +a on inodes with several names: now all of them have theirs.
+    fn late_flags(&self, mut failed: impl FnMut(SyncError)) {
+        let late = std::mem::take(&mut *self.late.lock().unwrap_or_else(|e| e.into_inner()));
+        for (path, flags) in late {
+            let set = fd::open_beneath(
+                self.roots.dst.as_fd(),
+                &path,
+                rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::NONBLOCK,
+            )
+            .and_then(|fd| stamp::add_flags(fd.as_fd(), flags));
+            if let Err(errno) = set {
+                failed(SyncError::refused(&path, "flags", errno));
+            }
+        }
+    }
+}
+
+/// One step's surroundings.
+#[derive(Clone, Copy)]
+struct Work<'a, 's> {
+    crew: &'a Crew<'s, Item, Event>,
+    job: &'a Job<'a>,
+}
+
+impl Work<'_, '_> {
+    fn step(&self, buffers: &mut Buffers, item: Item) {
+        match item {
+            Item::Dir {
+                place,
+                fresh,
+                shallow,
+            } => self.dir(buffers, &place, fresh, shallow),
+            Item::More(dir, from) => self.batch(buffers, &dir, from),
+            Item::Names(dir, names) => self.names(buffers, &dir, names),
+            Item::Slice(slice) => self.slice(buffers, slice),
+        }
+    }
+
+    /// Tells one error. dst full ends the run.
+    fn fail(&self, path: &RelPath, error: &Error) {
+        if error.is_dst_full() {
+            self.job.totals.dst_full.store(true, Relaxed);
+        }
+        self.crew.tell(Event::Error(SyncError::new(path, error)));
+    }
+
+    fn refused(&self, path: &RelPath, refused: Vec<crate::meta::Refused>) {
+        for r in refused {
+            // Like every copy without privilege: what is ours stays ours.
+            if self.job.uid != 0 && r.what == "chown" && r.errno == Errno::PERM {
+                continue;
+            }
+            let error = SyncError::refused(path, &r.what, r.errno);
+            self.crew.tell(Event::Error(error));
+        }
+    }
+
+    /// One itemized line, when lines are wanted.
+    fn line(&self, update: char, kind: FileType, path: &RelPath, what: What, note: &str) {
+        if !self.job.lines {
+            return;
+        }
+        let letters = match what {
+            What::New => "+".repeat(9),
+            What::Changed(changes) => changes.letters(),
+        };
+        self.crew.tell(Event::Line(Line {
+            code: format!("{update}{}{letters}", report::type_letter(kind)),
+            path: path.to_path(),
+            is_dir: kind == FileType::Directory,
+            note: note.to_owned(),
+        }));
+    }
+
+    /// True when a src entry carries a live mark.
+    fn is_pending(&self, target: Target<'_>, names: &[std::ffi::CString]) -> bool {
+        [MarkName::Trusted, MarkName::User].iter().any(|mark| {
+            names.iter().any(|n| n.as_c_str() == mark.as_cstr())
+                && !matches!(mark.get(target), Ok(None) | Err(Errno::IO))
+        })
+    }
+
+    /// Everything about an open src file or directory but its data: xattr values are asked for only
+    /// where the list names some.
+    fn capture(&self, target: Target<'_>, stat: Stat, path: &RelPath) -> Result<crate::meta::Meta> {
+        let names = xattr::list(target).on("listxattr", Side::Src, path)?;
+        if !names.is_empty() && self.is_pending(target, &names) {
+            return Err(Error::SrcPending {
+                path: path.to_path(),
+            });
+        }
+        let mut xattrs = Vec::new();
+        for name in names {
+            if crate::meta::is_copied(&name, MarkName::Trusted)
+                && name.as_c_str() != MarkName::User.as_cstr()
+                && let Some(value) = xattr::get(target, &name).on("getxattr", Side::Src, path)?
+            {
+                xattrs.push((name, value));
+            }
+        }
+        let flags = match target {
+            Target::Open(fd) if self.job.src_flags && (stat.is_file() || stat.is_dir()) => {
+                copy::inode_flags(fd).on("FS_IOC_GETFLAGS", Side::Src, path)?
+            }
+            _ => None,
+        };
+        Ok(crate::meta::Meta {
+            stat,
+            xattrs,
+            flags: flags.unwrap_or(0) & crate::meta::COPIED_FLAGS,
+        })
+    }
+}
+
+/// What a line is about.
+#[derive(Clone, Copy)]
+enum What {
+    New,
+    Changed(Changes),
 }

@@ -117,7 +117,10 @@ fn report(config: &SyncConfig, report: &SyncReport) -> Outcome {
         return Err(Failure::new(exit::MAX_DELETE, line));
     }
     if report.vanished > 0 {
-        let line = format!("{} entries vanished or kept changing", count(report.vanished));
+        let line = format!(
+            "{} entries vanished or kept changing",
+            count(report.vanished)
+        );
         return Err(Failure::new(exit::VANISHED, line));
     }
     match config.verify {

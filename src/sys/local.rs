@@ -16,6 +16,19 @@ pub fn uid() -> u32 {
     rustix::process::geteuid().as_raw()
 }
 
+/// Effective group id.
+pub fn gid() -> u32 {
+    rustix::process::getegid().as_raw()
+}
+
+/// This process's umask. It can only be read by setting it, so another thread that creates
+/// something at this very moment creates it without one.
+pub fn umask() -> u32 {
+    let mask = rustix::process::umask(Mode::empty());
+    rustix::process::umask(mask);
+    mask.as_raw_mode()
+}
+
 /// The user at the other end of a Unix stream socket, as of its connect(2).
 pub fn peer_uid(socket: BorrowedFd<'_>) -> Result<u32> {
     Ok(rustix::net::sockopt::socket_peercred(socket)?.uid.as_raw())

@@ -1,0 +1,241 @@
+//! Data: the bytes of one file. Shared where both sides can (FICLONE), else read and written:
+//! small files at once, large ones by data extents, in parts that idle threads take over.
+
+use std::ops::Range;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicUsize, Ordering::AcqRel, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use rustix::io::Errno;
+
+use super::dir::Dir;
+use super::stamp::Born;
+use super::{Item, Work};
+use crate::config::Reflink;
+use crate::error::{Context, Error, Result, Side};
+use crate::meta::Meta;
+use crate::sys::name::Name;
+use crate::sys::stat::{FileKey, Stat};
+use crate::sys::xattr::Target;
+use crate::sys::{copy, fd};
+
+/// Files up to this size are copied by one read and one write.
+pub(super) const SMALL: usize = 256 << 10;
+/// A file with more than this left is shared with whoever has nothing to do.
+const SHARE: u64 = 8 << 20;
+/// Below this a clone costs more than the copy that it saves.
+const CLONE_MIN: u64 = 16 << 10;
+
+/// One thread's buffers.
+pub(super) struct Buffers {
+    data: Vec<u8>,
+    /// For getdents64.
+    pub(super) names: Vec<u8>,
+}
+
+impl Buffers {
+    pub(super) fn new() -> Buffers {
+        Buffers {
+            data: vec![0; SMALL],
+            names: Vec::with_capacity(32 << 10),
+        }
+    }
+
+    /// Two halves, to compare.
+    pub(super) fn two(&mut self) -> (&mut [u8], &mut [u8]) {
+        self.data.split_at_mut(SMALL / 2)
+    }
+}
+
+/// A file that is being copied.
+pub(super) struct Transfer {
+    pub(super) dir: Arc<Dir>,
+    pub(super) name: Name,
+    /// Where it is until it is complete; `None`: already under its own name.
+    pub(super) temp: Option<Name>,
+    /// What it replaces.
+    pub(super) now: Option<Stat>,
+    pub(super) src: OwnedFd,
+    pub(super) dst: OwnedFd,
+    pub(super) meta: Meta,
+    pub(super) born: Born,
+    /// Other names wait for this inode.
+    pub(super) group: Option<FileKey>,
+    /// It has fewer blocks than bytes.
+    pub(super) sparse: bool,
+    /// src was looked at after the copy: it is what it was.
+    pub(super) unchanged: bool,
+    /// Parts that are not copied yet.
+    pub(super) parts: AtomicUsize,
+    pub(super) failed: Mutex<Option<Error>>,
+}
+
+/// A part of a large file.
+pub(super) struct Slice {
+    transfer: Arc<Transfer>,
+    range: Range<u64>,
+}
+
+impl Work<'_, '_> {
+    /// Shares all extents with src, where that is wanted and possible.
+    pub(super) fn clone_whole(&self, t: &Transfer) -> Result<bool> {
+        const YES: u8 = 1;
+        const NO: u8 = 2;
+        let size = t.meta.stat.size;
+        let always = match self.job.config.reflink {
+            Reflink::Never => return Ok(false),
+            Reflink::Always => true,
+            Reflink::Auto if size < CLONE_MIN => return Ok(false),
+            Reflink::Auto => false,
+        };
+        if self.job.clone.load(Relaxed) == NO && !always {
+            return Ok(false);
+        }
+        let path = t.dir.path(&t.name);
+        let cloned = copy::clone_file(t.src.as_fd(), t.dst.as_fd())
+            .and_then(|done| match always && !done {
+                true => Err(Errno::OPNOTSUPP),
+                false => Ok(done),
+            })
+            .on("FICLONE", Side::Dst, &path)
+            .inspect_err(|_| self.abandon(t))?;
+        if t.meta.stat.key.dev == self.job.root_dev {
+            self.job.clone.store(if cloned { YES } else { NO }, Relaxed);
+        }
+        if cloned {
+            self.copied(size);
+        }
+        Ok(cloned)
+    }
+
+    /// One read, one write. A file that changed meanwhile is read again, once.
+    pub(super) fn small(&self, buffers: &mut Buffers, t: &mut Transfer) -> Result<()> {
+        for attempt in 0..2 {
+            let path = || t.dir.path(&t.name);
+            let size = usize::try_from(t.meta.stat.size).map_or(SMALL, |n| n.min(SMALL));
+            let buf = &mut buffers.data[..size];
+            let n = fd::pread_all(t.src.as_fd(), buf, 0).on("read", Side::Src, path())?;
+            fd::pwrite_all(t.dst.as_fd(), &buf[..n], 0).on("write", Side::Dst, path())?;
+            self.copied(n as u64);
+            let Some(after) = self.src_changed(t)? else {
+                t.unchanged = true;
+                break;
+            };
+            if attempt > 0 || after.size > SMALL as u64 {
+                break; // seal() sees it too, and tells.
+            }
+            let again = self.capture(Target::Open(t.src.as_fd()), after, &path());
+            copy::truncate(t.dst.as_fd(), 0).on("ftruncate", Side::Dst, path())?;
+            t.meta = again?;
+        }
+        Ok(())
+    }
+
+    /// Starts a large or sparse file here; whoever has nothing to do takes parts of it.
+    pub(super) fn large(&self, buffers: &mut Buffers, transfer: Transfer) {
+        let range = 0..transfer.meta.stat.size;
+        if !transfer.sparse {
+            // A hint for layout and an early ENOSPC; the write tells what matters.
+            let _ = copy::preallocate(transfer.dst.as_fd(), range.clone());
+        }
+        copy::advise_sequential(transfer.src.as_fd());
+        let transfer = Arc::new(transfer);
+        self.slice(buffers, Slice { transfer, range });
+    }
+
+    /// Copies a part of a file; with the last part the file is finished.
+    pub(super) fn slice(&self, buffers: &mut Buffers, slice: Slice) {
+        let Slice {
+            transfer: t,
+            mut range,
+        } = slice;
+        while range.start < range.end {
+            if lock(&t.failed).is_some() {
+                break;
+            }
+            if range.end - range.start > SHARE && self.crew.hungry() {
+                let middle = range.start + (range.end - range.start) / 2;
+                let middle = middle.next_multiple_of(1 << 20).min(range.end);
+                t.parts.fetch_add(1, Relaxed);
+                self.crew.push([Item::Slice(Slice {
+                    transfer: Arc::clone(&t),
+                    range: middle..range.end,
+                })]);
+                range.end = middle;
+            }
+            match self.chunk(buffers, &t, &range) {
+                Ok(next) => range.start = next,
+                Err(e) => {
+                    lock(&t.failed).get_or_insert(e);
+                    break;
+                }
+            }
+        }
+        if t.parts.fetch_sub(1, AcqRel) == 1 {
+            self.complete(buffers, &t);
+        }
+    }
+
+    /// Copies the next piece of data in a range; returns where to go on.
+    fn chunk(&self, buffers: &mut Buffers, t: &Transfer, range: &Range<u64>) -> Result<u64> {
+        let path = || t.dir.path(&t.name);
+        // A second signal ends the process; the first ends this file: it has no name yet.
+        if self.stopping() {
+            return Err(Error::Stopped);
+        }
+        let mut data = range.clone();
+        if t.sparse {
+            let next = copy::next_data(t.src.as_fd(), range.start, range.end);
+            match next.on("lseek", Side::Src, path())? {
+                Some(extent) => data = extent,
+                None => return Ok(range.end),
+            }
+        }
+        while data.start < data.end {
+            let len = usize::try_from(data.end - data.start).map_or(SMALL, |n| n.min(SMALL));
+            let buf = &mut buffers.data[..len];
+            let n = fd::pread_all(t.src.as_fd(), buf, data.start).on("read", Side::Src, path())?;
+            if n == 0 {
+                return Ok(range.end); // src shrank: seal() sees it.
+            }
+            let written = fd::pwrite_all(t.dst.as_fd(), &buf[..n], data.start);
+            written.on("write", Side::Dst, path())?;
+            self.copied(n as u64);
+            data.start += n as u64;
+            if self.crew.hungry() || self.stopping() {
+                break;
+            }
+        }
+        Ok(data.start)
+    }
+
+    /// All parts are done.
+    fn complete(&self, buffers: &mut Buffers, t: &Transfer) {
+        let outcome = match lock(&t.failed).take() {
+            Some(e) => {
+                self.abandon(t);
+                Err(e)
+            }
+            None => self.seal(t),
+        };
+        match (&outcome, t.group) {
+            (Ok(key), Some(group)) => self.made(buffers, &t.dir, &t.name, group, *key),
+            (Err(_), Some(group)) => self.not_made(group),
+            (_, None) => {}
+        }
+        match outcome {
+            // Not an error of this file; the run says that it was interrupted.
+            Err(Error::Stopped) => {}
+            outcome => self.stepped(
+                buffers,
+                &t.dir,
+                &t.name,
+                outcome.map(super::link::Step::Done),
+            ),
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,351 @@
+//! File: one regular file: new, replaced by a complete new one, or amended in its metadata.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
+
+use rustix::fs::{AtFlags, FileType, Mode, OFlags};
+use rustix::io::Errno;
+
+use super::data::{Buffers, SMALL, Transfer};
+use super::dir::Dir;
+use super::link::Step;
+use super::report::Changes;
+use super::stamp::{self, Born};
+use super::{What, Work};
+use crate::config::Fsync;
+use crate::error::{Context, Error, Result, Side};
+use crate::meta::{LATE_FLAGS, Meta};
+use crate::sys::name::Name;
+use crate::sys::stat::{FileKey, Stat, stat_fd};
+use crate::sys::xattr::Target;
+use crate::sys::{copy, fd};
+
+impl Work<'_, '_> {
+    /// Copies one file, or sees that nothing is to be done.
+    pub(super) fn file(&self, buffers: &mut Buffers, dir: &Arc<Dir>, name: Name) {
+        let begin = Instant::now();
+        let opened = fd::open_src(dir.pair.src.as_fd(), &name)
+            .on("openat2", Side::Src, dir.path(&name))
+            .and_then(|src| {
+                let stat = stat_fd(src.as_fd()).on("statx", Side::Src, dir.path(&name))?;
+                Ok((src, stat))
+            });
+        self.job.totals.src_took(begin.elapsed());
+        let step = match opened {
+            // It was a file when its directory was listed.
+            Ok((_, stat)) if !stat.is_file() => return self.special(buffers, dir, name),
+            Ok((src, stat)) => self.opened(buffers, dir, &name, src, stat),
+            Err(e) => Err(e),
+        };
+        self.stepped(buffers, dir, &name, step);
+    }
+
+    /// Accounts for one name of a directory.
+    pub(super) fn stepped(
+        &self,
+        buffers: &mut Buffers,
+        dir: &Arc<Dir>,
+        name: &Name,
+        step: Result<Step>,
+    ) {
+        match step {
+            Ok(Step::Elsewhere) => return,
+            Ok(Step::Done(_)) => {}
+            Err(e) => self.fail(&dir.path(name), &e),
+        }
+        self.done(buffers, dir, 1);
+    }
+
+    fn opened(
+        &self,
+        buffers: &mut Buffers,
+        dir: &Arc<Dir>,
+        name: &Name,
+        src: OwnedFd,
+        stat: Stat,
+    ) -> Result<Step> {
+        self.job.totals.files.add(1);
+        self.job.progress.files_seen.add(1);
+        self.grouped(buffers, dir, name, &stat, |buffers, group| {
+            self.job.totals.bytes_total.add(stat.size);
+            self.job.progress.bytes_seen.add(stat.size);
+            let meta = self.capture(Target::Open(src.as_fd()), stat, &dir.path(name))?;
+            let Some(now) = dir.dst_stat(name)? else {
+                return self.create(buffers, dir, name, src, meta, group, None, What::New);
+            };
+            if self.job.config.ignore_existing {
+                return Ok(self.left_alone(now.key));
+            }
+            if !now.is_file() {
+                if now.is_dir() {
+                    self.remove_other_type(dir, name)?;
+                }
+                let now = (!now.is_dir()).then_some(now);
+                return self.create(buffers, dir, name, src, meta, group, now, What::New);
+            }
+            self.existing(buffers, dir, name, src, meta, group, now)
+        })
+    }
+
+    fn left_alone(&self, key: FileKey) -> Step {
+        self.job.totals.skipped.add(1);
+        self.placed();
+        Step::Done(key)
+    }
+
+    /// dst has a file of that name.
+    #[allow(clippy::too_many_arguments)] // One file's whole state; a struct would be used once.
+    fn existing(
+        &self,
+        buffers: &mut Buffers,
+        dir: &Arc<Dir>,
+        name: &Name,
+        src: OwnedFd,
+        meta: Meta,
+        group: Option<FileKey>,
+        now: Stat,
+    ) -> Result<Step> {
+        let config = self.job.config;
+        let path = dir.path(name);
+        if config.update && now.mtime > meta.stat.mtime {
+            return Ok(self.left_alone(now.key));
+        }
+        let size = now.size != meta.stat.size;
+        let time = now.mtime != meta.stat.mtime;
+        let alone = self.job.groups.may_stand_for(&now, meta.stat.key);
+        let looks_same = !size && (!time || config.size_only || config.checksum);
+        let mut dst = None;
+        let mut same = alone && looks_same && !config.ignore_times;
+        if same {
+            let file = fd::open_src(dir.pair.dst.as_fd(), name).on("openat2", Side::Dst, &path)?;
+            same =
+                !config.checksum || self.same_bytes(buffers, &src, &file, &path, meta.stat.size)?;
+            dst = Some(file);
+        }
+        let Some(file) = dst.filter(|_| same) else {
+            let changes = Changes {
+                data: config.checksum,
+                size,
+                time,
+                mode: now.perm() != meta.stat.perm(),
+                owner: now.uid != meta.stat.uid,
+                group: now.gid != meta.stat.gid,
+                ..Changes::default()
+            };
+            let what = What::Changed(changes);
+            return self.create(buffers, dir, name, src, meta, group, Some(now), what);
+        };
+        let (was, flags) = self.dst_meta(file.as_fd(), now, &path)?;
+        let root = self.job.uid == 0;
+        let changes = stamp::changes(&meta, &was, flags && self.job.src_flags, root);
+        if !changes.any() {
+            return Ok(self.left_alone(now.key));
+        }
+        self.job.totals.updated.add(1);
+        self.line(
+            '.',
+            FileType::RegularFile,
+            &path,
+            What::Changed(changes),
+            "",
+        );
+        self.placed();
+        if config.dry_run {
+            return Ok(Step::Done(now.key));
+        }
+        if was.flags & LATE_FLAGS != 0 {
+            let cleared = stamp::clear_flags(file.as_fd(), LATE_FLAGS);
+            cleared.on("FS_IOC_SETFLAGS", Side::Dst, &path)?;
+        }
+        let refused = stamp::amend(file.as_fd(), &meta, &was, root);
+        self.refused(&path, refused);
+        self.late_flags_of(dir, name, &file, &meta)?;
+        Ok(Step::Done(now.key))
+    }
+
+    /// A new file, under its own name or a temporary one; large ones are finished elsewhere.
+    #[allow(clippy::too_many_arguments)] // One file's whole state; a struct would be used once.
+    fn create(
+        &self,
+        buffers: &mut Buffers,
+        dir: &Arc<Dir>,
+        name: &Name,
+        src: OwnedFd,
+        meta: Meta,
+        group: Option<FileKey>,
+        now: Option<Stat>,
+        what: What,
+    ) -> Result<Step> {
+        let path = dir.path(name);
+        self.line('>', FileType::RegularFile, &path, what, "");
+        match what {
+            What::New => self.job.totals.created.add(1),
+            What::Changed(_) => self.job.totals.updated.add(1),
+        }
+        self.job.totals.transferred.add(1);
+        if self.job.config.dry_run {
+            self.job.totals.bytes_copied.add(meta.stat.size);
+            return Ok(Step::Done(meta.stat.key));
+        }
+        let temp = (!dir.is_ours() || now.is_some()).then(|| self.job.temp_name());
+        let (dst, born) = self.born(dir, temp.as_ref().unwrap_or(name), &meta)?;
+        let sparse = meta.stat.blocks.saturating_mul(512) < meta.stat.size;
+        let size = meta.stat.size;
+        let mut transfer = Transfer {
+            dir: Arc::clone(dir),
+            name: name.clone(),
+            temp,
+            now,
+            src,
+            dst,
+            meta,
+            born,
+            group,
+            sparse,
+            unchanged: size == 0,
+            parts: AtomicUsize::new(1),
+            failed: Mutex::new(None),
+        };
+        if size > 0 && !self.clone_whole(&transfer)? {
+            if size > SMALL as u64 || sparse {
+                self.large(buffers, transfer);
+                return Ok(Step::Elsewhere);
+            }
+            self.small(buffers, &mut transfer)
+                .inspect_err(|_| self.abandon(&transfer))?;
+        }
+        self.seal(&transfer).map(Step::Done)
+    }
+
+    /// An empty file in dst, and what it has of owner and mode already.
+    fn born(&self, dir: &Dir, name: &Name, meta: &Meta) -> Result<(OwnedFd, Born)> {
+        let perm = meta.stat.perm();
+        // Not while the wrong owner could be let in by setuid, and not through an umask or an ACL.
+        let direct = perm & (0o7000 | self.job.umask) == 0 && !dir.inherits;
+        let mode = Mode::from_raw_mode(if direct { perm } else { 0o600 });
+        let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY;
+        let flags = flags | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let file = rustix::fs::openat(&dir.pair.dst, name.as_cstr(), flags, mode);
+        let file = file.on("openat", Side::Dst, dir.path(name))?;
+        let perm = direct.then_some(perm);
+        Ok((file, Born { perm, ..dir.born }))
+    }
+
+    /// Data is here: metadata, durability if asked for, the name.
+    pub(super) fn seal(&self, transfer: &Transfer) -> Result<FileKey> {
+        let sealed = self.sealed(transfer);
+        if sealed.is_err() {
+            self.abandon(transfer);
+        }
+        sealed
+    }
+
+    fn sealed(&self, t: &Transfer) -> Result<FileKey> {
+        let path = t.dir.path(&t.name);
+        let dst = t.dst.as_fd();
+        if t.sparse {
+            copy::truncate(dst, t.meta.stat.size).on("ftruncate", Side::Dst, &path)?;
+        }
+        let root = self.job.uid == 0;
+        if t.dir.inherits {
+            let dropped = crate::meta::drop_inherited_acl(Target::Open(dst), &t.meta);
+            dropped.on("removexattr", Side::Dst, &path)?;
+        }
+        if !t.unchanged && self.src_changed(t)?.is_some() {
+            // What was read is better than nothing; but it must not pass the next run's quick
+            // check, so it keeps the time of this copy.
+            let mut meta = t.meta.clone();
+            meta.stat.mtime = stat_fd(dst).on("statx", Side::Dst, &path)?.mtime;
+            let refused = stamp::fresh(dst, &meta, t.born, root);
+            self.refused(&path, refused);
+            let path = path.to_path();
+            self.fail(&t.dir.path(&t.name), &Error::SrcChanged { path });
+        } else {
+            let refused = stamp::fresh(dst, &t.meta, t.born, root);
+            self.refused(&path, refused);
+        }
+        if self.job.config.fsync == Fsync::File {
+            fd::fsync(dst).on("fsync", Side::Dst, &path)?;
+        }
+        if let Some(temp) = &t.temp {
+            self.publish(&t.dir, temp, &t.name, t.now.as_ref())?;
+        }
+        self.late_flags_of(&t.dir, &t.name, &t.dst, &t.meta)?;
+        self.placed();
+        self.job.progress.files_pulled.add(1);
+        // Only a group asks for it: the usual file is not looked at again.
+        match t.group {
+            Some(_) => Ok(stat_fd(dst).on("statx", Side::Dst, &path)?.key),
+            None => Ok(t.meta.stat.key),
+        }
+    }
+
+    /// +i and +a: now, or when all names are there.
+    fn late_flags_of(&self, dir: &Dir, name: &Name, file: &OwnedFd, meta: &Meta) -> Result<()> {
+        let path = dir.path(name);
+        match meta.flags & LATE_FLAGS {
+            0 => {}
+            flags if meta.stat.nlink > 1 => self.late(&path, flags),
+            flags => {
+                let set = stamp::add_flags(file.as_fd(), flags);
+                set.on("FS_IOC_SETFLAGS", Side::Dst, &path)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes back a file that is not complete.
+    pub(super) fn abandon(&self, t: &Transfer) {
+        let name = t.temp.as_ref().unwrap_or(&t.name);
+        match rustix::fs::unlinkat(&t.dir.pair.dst, name.as_cstr(), AtFlags::empty()) {
+            Ok(()) | Err(Errno::NOENT) => {}
+            // What failed before is told; what is left here is replaced by the next run.
+            Err(_) => {}
+        }
+    }
+
+    /// The bytes of both files are equal (`--checksum`).
+    fn same_bytes(
+        &self,
+        buffers: &mut Buffers,
+        src: &OwnedFd,
+        dst: &OwnedFd,
+        path: &crate::sys::name::RelPath,
+        size: u64,
+    ) -> Result<bool> {
+        let mut offset = 0;
+        while offset < size {
+            let (a, b) = buffers.two();
+            let n = fd::pread_all(src.as_fd(), a, offset).on("read", Side::Src, path)?;
+            let m = fd::pread_all(dst.as_fd(), b, offset).on("read", Side::Dst, path)?;
+            if a[..n] != b[..m] {
+                return Ok(false);
+            }
+            if n == 0 {
+                break;
+            }
+            offset += n as u64;
+        }
+        Ok(true)
+    }
+
+    /// A dry run or a clone counts like a copy.
+    pub(super) fn copied(&self, bytes: u64) {
+        self.job.totals.bytes_copied.add(bytes);
+        self.job.progress.bytes_pulled.add(bytes);
+    }
+
+    /// Looks at src again after a copy.
+    pub(super) fn src_changed(&self, t: &Transfer) -> Result<Option<Stat>> {
+        let after = stat_fd(t.src.as_fd());
+        let after = after.on("statx", Side::Src, t.dir.path(&t.name))?;
+        Ok(after.changed_since(&t.meta.stat).then_some(after))
+    }
+
+    /// The run was asked to stop.
+    pub(super) fn stopping(&self) -> bool {
+        self.crew.stopping() || self.job.totals.dst_full.load(Relaxed)
+    }
+}

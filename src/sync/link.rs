@@ -1,0 +1,219 @@
+//! Link: names of a src inode that has several. The first makes the dst inode, the others become
+//! links to it; whoever comes while it is being made is parked and nobody waits (`links`).
+
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+use rustix::fs::{AtFlags, FileType, OFlags};
+use rustix::io::Errno;
+
+use super::data::Buffers;
+use super::dir::Dir;
+use super::{Item, Parked, What, Work, stamp};
+use crate::error::{Context, Error, Printable, Result, Side};
+use crate::links::{Claim, StandIn};
+use crate::meta::LATE_FLAGS;
+use crate::sys::dir::Entry;
+use crate::sys::fd;
+use crate::sys::name::Name;
+use crate::sys::stat::{FileKey, Stat, stat_at};
+
+/// How far one name came.
+pub(super) enum Step {
+    /// In dst, as this inode (in a dry run: as src's).
+    Done(FileKey),
+    /// Others finish it: it is parked, or large and being copied.
+    Elsewhere,
+}
+
+impl Work<'_, '_> {
+    /// Makes the first name of an inode by `make`, links the others.
+    pub(super) fn grouped(
+        &self,
+        buffers: &mut Buffers,
+        dir: &Arc<Dir>,
+        name: &Name,
+        stat: &Stat,
+        make: impl FnOnce(&mut Buffers, Option<FileKey>) -> Result<Step>,
+    ) -> Result<Step> {
+        if stat.nlink < 2 {
+            return make(buffers, None);
+        }
+        let claim = self.job.groups.claim(stat.key, stat.nlink, || Parked {
+            dir: Arc::clone(dir),
+            name: name.clone(),
+            kind: stat.kind(),
+        });
+        match claim {
+            Claim::First => {}
+            Claim::Parked => return Ok(Step::Elsewhere),
+            Claim::Made(stand_in) => {
+                return self.link(dir, name, stat.kind(), stat.key, &stand_in);
+            }
+        }
+        match make(buffers, Some(stat.key)) {
+            Ok(Step::Done(key)) => {
+                self.made(buffers, dir, name, stat.key, key);
+                Ok(Step::Done(key))
+            }
+            Ok(Step::Elsewhere) => Ok(Step::Elsewhere),
+            Err(e) => {
+                self.not_made(stat.key);
+                Err(e)
+            }
+        }
+    }
+
+    /// The inode of a group is in dst: links the names that waited for it.
+    pub(super) fn made(
+        &self,
+        buffers: &mut Buffers,
+        dir: &Arc<Dir>,
+        name: &Name,
+        group: FileKey,
+        key: FileKey,
+    ) {
+        let stand_in = StandIn {
+            path: dir.path(name),
+            key,
+        };
+        for parked in self.job.groups.made(group, stand_in.clone()) {
+            let Parked { dir, name, kind } = parked;
+            if let Err(e) = self.link(&dir, &name, kind, group, &stand_in) {
+                self.fail(&dir.path(&name), &e);
+            }
+            self.done(buffers, &dir, 1);
+        }
+    }
+
+    /// The inode of a group could not be made: the names that waited try for themselves.
+    pub(super) fn not_made(&self, group: FileKey) {
+        for Parked { dir, name, kind } in self.job.groups.failed(group) {
+            let entry = Entry {
+                name,
+                ino: group.ino,
+                kind,
+                next: 0,
+            };
+            self.crew.push([Item::Names(dir, vec![entry])]);
+        }
+    }
+
+    /// One more name for the inode that stands for `group`.
+    fn link(
+        &self,
+        dir: &Dir,
+        name: &Name,
+        kind: FileType,
+        group: FileKey,
+        stand_in: &StandIn,
+    ) -> Result<Step> {
+        let path = dir.path(name);
+        let now = dir.dst_stat(name)?;
+        if let Some(now) = now {
+            // Counts the name; the inode is compared with the stand-in right below.
+            let _ = self.job.groups.may_stand_for(&now, group);
+            if now.key == stand_in.key || self.job.config.ignore_existing {
+                self.job.totals.skipped.add(1);
+                self.placed();
+                return Ok(Step::Done(stand_in.key));
+            }
+            if now.is_dir() {
+                self.remove_other_type(dir, name)?;
+            }
+        }
+        let note = format!(" => {}", Printable(stand_in.path.to_path().as_os_str()));
+        self.line('h', kind, &path, What::New, &note);
+        self.job.totals.hardlinks.add(1);
+        self.placed();
+        if self.job.config.dry_run {
+            return Ok(Step::Done(stand_in.key));
+        }
+        let on = |call, e: Errno| -> Error {
+            Error::Call {
+                call,
+                side: Side::Dst,
+                path: path.to_path(),
+                errno: e,
+            }
+        };
+        let temp = now.filter(|n| !n.is_dir()).map(|_| self.job.temp_name());
+        let new = temp.as_ref().unwrap_or(name);
+        match self.link_once(dir, new, stand_in) {
+            Ok(()) => {}
+            Err(Errno::PERM) if self.unlock(stand_in).map_err(|e| on("linkat", e))? => {
+                let again = self.link_once(dir, new, stand_in);
+                again.map_err(|e| on("linkat", e))?;
+            }
+            Err(e) => {
+                // As many names as dst can hold (EMLINK), or removed meanwhile: the next name of
+                // this inode makes another one.
+                self.job.groups.forget(group);
+                return Err(on("linkat", e));
+            }
+        }
+        if temp.is_some() {
+            self.publish(dir, new, name, now.as_ref())?;
+        }
+        Ok(Step::Done(stand_in.key))
+    }
+
+    fn link_once(&self, dir: &Dir, new: &Name, stand_in: &StandIn) -> Result<(), Errno> {
+        let (parent, old) = stand_in.path.split_last().ok_or(Errno::INVAL)?;
+        let dst = dir.pair.dst.as_fd();
+        if parent == dir.pair.path {
+            return rustix::fs::linkat(dst, old.as_cstr(), dst, new.as_cstr(), AtFlags::empty());
+        }
+        let root = self.job.roots.dst.as_fd();
+        let from = fd::open_beneath(root, &parent, OFlags::PATH | OFlags::DIRECTORY)?;
+        rustix::fs::linkat(from, old.as_cstr(), dst, new.as_cstr(), AtFlags::empty())
+    }
+
+    /// Clears +i and +a, which forbid links; they are set again at the end. False: there are none.
+    fn unlock(&self, stand_in: &StandIn) -> Result<bool, Errno> {
+        let root = self.job.roots.dst.as_fd();
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK;
+        let fd = fd::open_beneath(root, &stand_in.path, flags)?;
+        let now = crate::sys::copy::inode_flags(fd.as_fd())?.unwrap_or(0) & LATE_FLAGS;
+        if now == 0 {
+            return Ok(false);
+        }
+        stamp::clear_flags(fd.as_fd(), LATE_FLAGS)?;
+        self.late(&stand_in.path, now);
+        Ok(true)
+    }
+
+    /// Notes +i and +a of an inode with several names, for the end of the run.
+    pub(super) fn late(&self, path: &crate::sys::name::RelPath, flags: u32) {
+        let mut late = self.job.late.lock().unwrap_or_else(|e| e.into_inner());
+        late.push((path.clone(), flags));
+    }
+
+    /// Gives a complete entry its name, over whatever (no directory) has it now.
+    pub(super) fn publish(
+        &self,
+        dir: &Dir,
+        temp: &Name,
+        name: &Name,
+        now: Option<&Stat>,
+    ) -> Result<()> {
+        let dst = dir.pair.dst.as_fd();
+        if now.is_some_and(|n| n.is_file() && (n.immutable || n.append)) {
+            let cleared = fd::open_at(dst, name, OFlags::RDONLY)
+                .and_then(|fd| stamp::clear_flags(fd.as_fd(), LATE_FLAGS));
+            cleared.on("FS_IOC_SETFLAGS", Side::Dst, dir.path(name))?;
+        }
+        let renamed = rustix::fs::renameat(dst, temp.as_cstr(), dst, name.as_cstr());
+        if renamed.is_err() {
+            // The error of the rename is what counts; a name left here goes with the next run.
+            let _ = rustix::fs::unlinkat(dst, temp.as_cstr(), AtFlags::empty());
+        }
+        renamed.on("renameat", Side::Dst, dir.path(name))
+    }
+
+    /// What dst has under a name now, for the group's stand-in.
+    pub(super) fn key_of(&self, dir: &Dir, name: &Name) -> Result<FileKey> {
+        let stat = stat_at(dir.pair.dst.as_fd(), name.as_cstr());
+        Ok(stat.on("statx", Side::Dst, dir.path(name))?.key)
+    }
+}

@@ -1,0 +1,203 @@
+//! Special: symlinks, fifos, sockets and devices: made complete, replaced when they differ.
+
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+use rustix::fs::{FileType, Mode};
+use rustix::io::Errno;
+
+use super::data::Buffers;
+use super::dir::Dir;
+use super::link::Step;
+use super::report::Changes;
+use super::{What, Work, stamp};
+use crate::error::{Context, Error, Printable, Result, Side};
+use crate::meta::Meta;
+use crate::sys::name::Name;
+use crate::sys::stat::{FileKey, Stat, stat_at};
+use crate::sys::xattr::{self, Target};
+
+impl Work<'_, '_> {
+    /// Copies one entry that is neither file nor directory.
+    pub(super) fn special(&self, buffers: &mut Buffers, dir: &Arc<Dir>, name: Name) {
+        let stat = stat_at(dir.pair.src.as_fd(), name.as_cstr());
+        let step = match stat.on("statx", Side::Src, dir.path(&name)) {
+            Ok(stat) => match stat.kind() {
+                FileType::RegularFile => return self.file(buffers, dir, name),
+                FileType::Directory => Err(Error::SrcChanged {
+                    path: dir.path(&name).to_path(),
+                }),
+                _ => self.grouped(buffers, dir, &name, &stat, |_, group| {
+                    self.one_special(dir, &name, stat, group)
+                }),
+            },
+            Err(e) => Err(e),
+        };
+        self.stepped(buffers, dir, &name, step);
+    }
+
+    fn one_special(
+        &self,
+        dir: &Dir,
+        name: &Name,
+        stat: Stat,
+        group: Option<FileKey>,
+    ) -> Result<Step> {
+        match stat.kind() {
+            FileType::Symlink => self.job.totals.symlinks.add(1),
+            _ => self.job.totals.specials.add(1),
+        }
+        let path = dir.path(name);
+        let src = dir.pair.src.as_fd();
+        let meta = self.capture(Target::At(src, name), stat, &path)?;
+        let target = match stat.kind() {
+            FileType::Symlink => Some(rustix::fs::readlinkat(src, name.as_cstr(), Vec::new()).on(
+                "readlinkat",
+                Side::Src,
+                &path,
+            )?),
+            _ => None,
+        };
+        let now = dir.dst_stat(name)?;
+        let mut what = What::New;
+        if let Some(now) = &now {
+            if self.job.config.ignore_existing {
+                return Ok(self.unchanged(now.key));
+            }
+            if now.is_dir() {
+                self.remove_other_type(dir, name)?;
+            } else if self.is_same(dir, name, &meta, target.as_deref(), now)? {
+                return self.amend_special(dir, name, &meta, now);
+            } else if now.kind() == stat.kind() {
+                what = What::Changed(Changes {
+                    data: true,
+                    time: now.mtime != stat.mtime,
+                    ..Changes::default()
+                });
+            }
+        }
+        let note = target.as_ref().map_or_else(String::new, |t| {
+            let text = <std::ffi::OsStr as std::os::unix::ffi::OsStrExt>::from_bytes(t.to_bytes());
+            format!(" -> {}", Printable(text))
+        });
+        self.line('c', stat.kind(), &path, what, &note);
+        match what {
+            What::New => self.job.totals.created.add(1),
+            What::Changed(_) => self.job.totals.updated.add(1),
+        }
+        self.placed();
+        if self.job.config.dry_run {
+            return Ok(Step::Done(stat.key));
+        }
+        let now = now.filter(|n| !n.is_dir());
+        let temp = (now.is_some() || !dir.is_ours()).then(|| self.job.temp_name());
+        let new = temp.as_ref().unwrap_or(name);
+        self.make(dir, new, &stat, target.as_deref()).on(
+            if target.is_some() {
+                "symlinkat"
+            } else {
+                "mknodat"
+            },
+            Side::Dst,
+            &path,
+        )?;
+        let dst = dir.pair.dst.as_fd();
+        if dir.inherits && target.is_none() {
+            let dropped = crate::meta::drop_inherited_acl(Target::At(dst, new), &meta);
+            dropped.on("removexattr", Side::Dst, &path)?;
+        }
+        let refused = meta.apply_at(dst, new);
+        self.refused(&path, refused);
+        if temp.is_some() {
+            self.publish(dir, new, name, now.as_ref())?;
+        }
+        match group {
+            Some(_) => self.key_of(dir, name).map(Step::Done),
+            None => Ok(Step::Done(stat.key)),
+        }
+    }
+
+    fn unchanged(&self, key: FileKey) -> Step {
+        self.job.totals.skipped.add(1);
+        self.placed();
+        Step::Done(key)
+    }
+
+    /// dst has the same link target or device, in an inode that stands for no other.
+    fn is_same(
+        &self,
+        dir: &Dir,
+        name: &Name,
+        meta: &Meta,
+        target: Option<&std::ffi::CStr>,
+        now: &Stat,
+    ) -> Result<bool> {
+        let alone = self.job.groups.may_stand_for(now, meta.stat.key);
+        if !alone || now.kind() != meta.stat.kind() || now.rdev != meta.stat.rdev {
+            return Ok(false);
+        }
+        let Some(target) = target else {
+            return Ok(true);
+        };
+        let has = rustix::fs::readlinkat(&dir.pair.dst, name.as_cstr(), Vec::new());
+        let has = has.on("readlinkat", Side::Dst, dir.path(name))?;
+        Ok(has.as_c_str() == target)
+    }
+
+    fn amend_special(&self, dir: &Dir, name: &Name, meta: &Meta, now: &Stat) -> Result<Step> {
+        let path = dir.path(name);
+        let dst = Target::At(dir.pair.dst.as_fd(), name);
+        let mut was = Meta {
+            stat: *now,
+            xattrs: Vec::new(),
+            flags: 0,
+        };
+        for attr in xattr::list(dst).on("listxattr", Side::Dst, &path)? {
+            if crate::meta::is_copied(&attr, crate::mark::MarkName::Trusted)
+                && let Some(value) = xattr::get(dst, &attr).on("getxattr", Side::Dst, &path)?
+            {
+                was.xattrs.push((attr, value));
+            }
+        }
+        let changes = stamp::changes(meta, &was, false, self.job.uid == 0);
+        if !changes.any() {
+            return Ok(self.unchanged(now.key));
+        }
+        self.job.totals.updated.add(1);
+        self.line('.', now.kind(), &path, What::Changed(changes), "");
+        self.placed();
+        if self.job.config.dry_run {
+            return Ok(Step::Done(now.key));
+        }
+        for (attr, _) in &was.xattrs {
+            if meta.xattr(attr).is_none() {
+                match xattr::remove(dst, attr) {
+                    Ok(()) | Err(Errno::NODATA) => {}
+                    Err(e) => return Err(e).on("removexattr", Side::Dst, &path),
+                }
+            }
+        }
+        let refused = meta.apply_at(dir.pair.dst.as_fd(), name);
+        self.refused(&path, refused);
+        Ok(Step::Done(now.key))
+    }
+
+    fn make(
+        &self,
+        dir: &Dir,
+        name: &Name,
+        stat: &Stat,
+        target: Option<&std::ffi::CStr>,
+    ) -> Result<(), Errno> {
+        match target {
+            Some(target) => rustix::fs::symlinkat(target, &dir.pair.dst, name.as_cstr()),
+            None => rustix::fs::mknodat(
+                &dir.pair.dst,
+                name.as_cstr(),
+                stat.kind(),
+                Mode::from_raw_mode(0o600),
+                stat.rdev_encoded(),
+            ),
+        }
+    }
+}
