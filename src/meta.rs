@@ -21,6 +21,8 @@ use crate::sys::{caps, copy, fd};
 pub const CAPABILITY: &CStr = c"security.capability";
 /// A directory's ACL for what is created in it.
 pub const DEFAULT_ACL: &CStr = c"system.posix_acl_default";
+/// btrfs' compression property of a file or directory.
+const COMPRESSION: &CStr = c"btrfs.compression";
 const ACCESS_ACL: &CStr = c"system.posix_acl_access";
 
 /// FS_IMMUTABLE_FL and FS_APPEND_FL: they forbid all further work, so they are set at finish.
@@ -167,7 +169,7 @@ impl Meta {
             .partition(|(name, _)| name.as_c_str() == CAPABILITY);
         for (name, value) in others.into_iter().chain(caps) {
             if !later(name) {
-                let set = caps::with_fsetid(|| xattr::set(target, name, value));
+                let set = set_copied_xattr(target, name, value);
                 refused.note(&name.to_string_lossy(), set);
             }
         }
@@ -275,7 +277,7 @@ pub fn timestamps(atime: Time, mtime: Time) -> Timestamps {
 }
 
 /// True for an xattr that a copy carries over: users', root's, labels, capabilities, POSIX ACLs.
-/// Not the live mark, and not what a file system computes (`system.nfs4_acl`, `btrfs.*`, `ceph.*`).
+/// Not the live mark, and not what a file system computes (`system.nfs4_acl`, `ceph.*`).
 pub fn is_copied(name: &CStr, mark: MarkName) -> bool {
     let bytes = name.to_bytes();
     // xfs shows each POSIX ACL a second time, as trusted.SGI_ACL_*: not to be copied elsewhere.
@@ -287,6 +289,16 @@ pub fn is_copied(name: &CStr, mark: MarkName) -> bool {
         .any(|p| bytes.starts_with(p))
         || name == ACCESS_ACL
         || name == DEFAULT_ACL
+        || name == COMPRESSION
+}
+
+/// Sets an xattr of a copy. btrfs' compression property is kept where both sides know it: another
+/// file system without it is no loss.
+pub fn set_copied_xattr(target: Target<'_>, name: &CStr, value: &[u8]) -> Result<(), Errno> {
+    match caps::with_fsetid(|| xattr::set(target, name, value)) {
+        Err(Errno::OPNOTSUPP | Errno::INVAL) if name == COMPRESSION => Ok(()),
+        other => other,
+    }
 }
 
 fn read_xattrs(target: Target<'_>, mark: MarkName) -> Result<Vec<(CString, Vec<u8>)>, Errno> {

@@ -338,7 +338,6 @@ pub fn empty_dir(dir_fd: BorrowedFd<'_>, at: &str) -> Result<()> {
 pub fn remove(root: BorrowedFd<'_>, control: &Control) -> Result<()> {
     let before = stat::stat_fd(root).on("statx", Side::Dst, ".")?;
     empty_dir(control.links.as_fd(), ".mirrorfs/links")?;
-    crate::sys::fault::point("finish-links");
     empty_dir(control.flags.as_fd(), ".mirrorfs/flags")?;
     for name in [c"links", c"flags"] {
         rustix::fs::unlinkat(control.dir.as_fd(), name, AtFlags::REMOVEDIR).on(

@@ -2,8 +2,9 @@
 //!
 //!   scan     every inode of dst is looked at: nothing is pending (I2 is not taken on trust here)
 //!   sync     syncfs
+//!   links    the anchors' names
 //!   flags    +i and +a, which would have forbidden everything before
-//!   control  links, ledger, identity, then the directory itself
+//!   control  ledger, identity, then the directory itself; the root's own +i after that
 //!
 //! A crash between any two steps leaves either a migration that finish can end, or a plain tree.
 
@@ -162,10 +163,16 @@ impl Finisher<'_> {
         }
         fd::syncfs(self.root).on("syncfs", Side::Dst, ".")?;
         fault::point("finish-synced");
-        self.set_late_flags()?;
+        // Before the flags: +i would keep the anchors' names.
+        control::empty_dir(self.control.links.as_fd(), ".mirrorfs/links")?;
+        fault::point("finish-links");
+        let root_flags = self.set_late_flags()?;
         fault::point("finish-flags");
         control::remove(self.root, self.control)?;
         fault::point("finish-control");
+        if root_flags != 0 {
+            self.add_flags(self.root, root_flags)?;
+        }
         fd::syncfs(self.root).on("syncfs", Side::Dst, ".")
     }
 
@@ -201,8 +208,14 @@ impl Finisher<'_> {
         Ok(())
     }
 
-    fn set_late_flags(&self) -> Result<()> {
+    /// Sets +i and +a; the root's come back: they would keep the control directory.
+    fn set_late_flags(&self) -> Result<u32> {
         let at = ".mirrorfs/flags";
+        let root_ino = stat::stat_fd(self.root)
+            .on("statx", Side::Dst, ".")?
+            .key
+            .ino;
+        let mut root_flags = 0;
         for entry in dir::list(self.control.flags.as_fd()).on("getdents64", Side::Dst, at)? {
             let Some((late, handle)) = parse_flags(&entry.name) else {
                 continue;
@@ -213,15 +226,26 @@ impl Finisher<'_> {
                 Err(Errno::STALE | Errno::NOENT) => continue,
                 Err(e) => return Err(e).on("open_by_handle_at", Side::Dst, at),
             };
-            let now = copy::inode_flags(opened.as_fd()).on("FS_IOC_GETFLAGS", Side::Dst, at)?;
-            match copy::set_inode_flags(opened.as_fd(), now.unwrap_or(0) | late) {
-                Ok(()) => {}
-                // Flags are kept where both file systems know them.
-                Err(Errno::OPNOTSUPP | Errno::NOTTY | Errno::INVAL) => {}
-                Err(e) => return Err(e).on("FS_IOC_SETFLAGS", Side::Dst, at),
+            let ino = stat::stat_fd(opened.as_fd())
+                .on("statx", Side::Dst, at)?
+                .key
+                .ino;
+            match ino == root_ino {
+                true => root_flags = late,
+                false => self.add_flags(opened.as_fd(), late)?,
             }
         }
-        Ok(())
+        Ok(root_flags)
+    }
+
+    fn add_flags(&self, opened: BorrowedFd<'_>, late: u32) -> Result<()> {
+        let at = ".mirrorfs/flags";
+        let now = copy::inode_flags(opened).on("FS_IOC_GETFLAGS", Side::Dst, at)?;
+        match copy::set_inode_flags(opened, now.unwrap_or(0) | late) {
+            // Flags are kept where both file systems know them.
+            Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOTTY | Errno::INVAL) => Ok(()),
+            Err(e) => Err(e).on("FS_IOC_SETFLAGS", Side::Dst, at),
+        }
     }
 }
 

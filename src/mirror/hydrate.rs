@@ -14,7 +14,7 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
@@ -399,8 +399,27 @@ impl Mirror {
                 self.refused(path, &meta::Refused { what, errno });
             }
         }
+        self.reserve_like_src(hydration, copied, dst.as_fd(), &src, &name)?;
         let (atime, mtime) = mark.times.unwrap_or((copied.src.atime, copied.src.mtime));
         meta::set_times_fd(dst.as_fd(), atime, mtime).on("utimensat", Side::Dst, path)
+    }
+
+    /// Room that src's file has without data in it (fallocate) is part of what it is.
+    fn reserve_like_src(
+        &self,
+        hydration: &Hydration,
+        copied: &Copied,
+        dst: BorrowedFd<'_>,
+        src: &SrcDir,
+        name: &Name,
+    ) -> Result<()> {
+        let path = &hydration.path;
+        let there = stat::stat_fd(dst).on("statx", Side::Dst, path)?;
+        if copied.src.blocks <= there.blocks + RESERVE_BLOCKS {
+            return Ok(());
+        }
+        let file = fd::open_src(src.fd.as_fd(), name).on("open", Side::Src, path)?;
+        copy::reserve_like(file.as_fd(), dst, copied.src.size).on("fallocate", Side::Dst, path)
     }
 
     /// Makes a landed file writable soon: on a pool thread, because it waits for the device.
@@ -695,6 +714,9 @@ impl Hydration {
 }
 
 type Prepared = (Arc<OwnedFd>, Arc<SrcDir>, Name);
+
+/// Fewer missing blocks (of 512 bytes) than this are the file systems' own business.
+const RESERVE_BLOCKS: u64 = 128;
 
 /// Range pulls are widened to this unit, bytes: the kernel's largest readahead on FUSE is near it.
 const RANGE_UNIT: u64 = 256 * 1024;

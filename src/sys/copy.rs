@@ -79,6 +79,72 @@ pub fn preallocate(fd: BorrowedFd<'_>, range: Range<u64>) -> Result<()> {
     }
 }
 
+/// Gives `dst` the room that `src` has without data in it: unwritten extents inside `size`, as
+/// fallocate(2) makes them. Where src's file system does not tell (no FIEMAP) nothing is done.
+pub fn reserve_like(src: BorrowedFd<'_>, dst: BorrowedFd<'_>, size: u64) -> Result<()> {
+    let mut from = 0;
+    while from < size {
+        let extents = match extents(src, from, size - from) {
+            Err(Errno::OPNOTSUPP | Errno::NOTTY | Errno::NOSYS | Errno::INVAL) => return Ok(()),
+            other => other?,
+        };
+        let Some(last) = extents.last() else {
+            return Ok(());
+        };
+        from = last.logical.saturating_add(last.length).max(from + 1);
+        for e in extents.iter().filter(|e| e.flags & EXTENT_UNWRITTEN != 0) {
+            preallocate(dst, e.logical..e.logical.saturating_add(e.length).min(size))?;
+        }
+    }
+    Ok(())
+}
+
+const EXTENT_UNWRITTEN: u32 = 0x800;
+const EXTENTS_MAX: usize = 128;
+
+/// `struct fiemap_extent`.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct Extent {
+    logical: u64,
+    physical: u64,
+    length: u64,
+    reserved: [u64; 2],
+    flags: u32,
+    reserved_flags: [u32; 3],
+}
+
+/// `struct fiemap` with room for a fixed number of extents.
+#[repr(C)]
+struct Fiemap {
+    start: u64,
+    length: u64,
+    flags: u32,
+    mapped: u32,
+    count: u32,
+    reserved: u32,
+    extents: [Extent; EXTENTS_MAX],
+}
+
+/// Some extents of a file from `start` on (ioctl FS_IOC_FIEMAP, without a sync of src).
+fn extents(fd: BorrowedFd<'_>, start: u64, length: u64) -> Result<Vec<Extent>> {
+    const FS_IOC_FIEMAP: libc::c_ulong = 0xc020_660b;
+    let mut map = Fiemap {
+        start,
+        length,
+        flags: 0,
+        mapped: 0,
+        count: EXTENTS_MAX as u32,
+        reserved: 0,
+        extents: [Extent::default(); EXTENTS_MAX],
+    };
+    // SAFETY: `map` is a struct fiemap followed by as many extents as `count` says; it lives for the
+    // whole call, and the fd is open (borrowed).
+    let ret = unsafe { libc::ioctl(fd.as_raw_fd(), FS_IOC_FIEMAP as _, &raw mut map) };
+    super::check(libc::c_long::from(ret))?;
+    Ok(map.extents[..(map.mapped as usize).min(EXTENTS_MAX)].to_vec())
+}
+
 /// fallocate(2) with the mode that a user asked for.
 pub fn fallocate(fd: BorrowedFd<'_>, mode: i32, offset: u64, len: u64) -> Result<()> {
     let flags = FallocateFlags::from_bits_retain(mode.cast_unsigned());

@@ -17,8 +17,8 @@ pub const POINTS: &[&str] = &[
     "rename-done",
     "dir-unmark",
     "finish-synced",
-    "finish-flags",
     "finish-links",
+    "finish-flags",
     "finish-control",
 ];
 
