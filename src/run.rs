@@ -123,7 +123,7 @@ fn dispatch(command: Command) -> Outcome {
         Command::Mount(args) => mount::run(args.config().map_err(usage)?),
         Command::Sync(args) => sync::run(args.config().map_err(usage)?),
         Command::Status(args) => status::run(args.path.as_deref(), args.json),
-        Command::Verify(args) => verify::run(&args.src, &args.dst),
+        Command::Verify(args) => verify::run(&args.src, &args.dst, false),
         Command::Finish(args) => finish::run(&args.path, args.accept_loss),
         Command::Errors(args) => errors::run(&args.path, errors::Format::of(&args)),
         Command::Completions(args) => {

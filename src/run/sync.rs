@@ -124,7 +124,7 @@ fn report(config: &SyncConfig, report: &SyncReport) -> Outcome {
         return Err(Failure::new(exit::VANISHED, line));
     }
     match config.verify {
-        true => super::verify::run(&config.src, &config.dst),
+        true => super::verify::run(&config.src, &config.dst, config.one_file_system),
         false => Ok(exit::DONE),
     }
 }

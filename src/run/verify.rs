@@ -12,7 +12,7 @@ use crate::sys::host;
 use crate::verify::{Difference, VerifyOptions, VerifyReport, verify};
 
 /// `mirrorfs verify`.
-pub(super) fn run(src: &Path, dst: &Path) -> Outcome {
+pub(super) fn run(src: &Path, dst: &Path, one_file_system: bool) -> Outcome {
     preflight::verify(src, dst)?;
     host::raise_nofile();
     let stop = Arc::new(AtomicBool::new(false));
@@ -28,6 +28,7 @@ pub(super) fn run(src: &Path, dst: &Path) -> Outcome {
     }
     let options = VerifyOptions {
         stop,
+        one_file_system,
         ..VerifyOptions::default()
     };
     let mut print = |difference: Difference| out::say(&difference.to_string());
