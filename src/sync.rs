@@ -378,3 +378,6 @@ enum What {
     New,
     Changed(Changes),
 }
+
+#[cfg(test)]
+mod tests;

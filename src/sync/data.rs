@@ -132,15 +132,23 @@ impl Work<'_, '_> {
     }
 
     /// Starts a large or sparse file here; whoever has nothing to do takes parts of it.
-    pub(super) fn large(&self, buffers: &mut Buffers, transfer: Transfer) {
-        let range = 0..transfer.meta.stat.size;
-        if !transfer.sparse {
+    pub(super) fn large(&self, buffers: &mut Buffers, transfer: Transfer) -> Result<()> {
+        let size = transfer.meta.stat.size;
+        if transfer.sparse {
+            // Its size first: a write that extends a file makes xfs preallocate behind it, and the
+            // next one makes that fill the hole.
+            copy::truncate(transfer.dst.as_fd(), size)
+                .on("ftruncate", Side::Dst, transfer.dir.path(&transfer.name))
+                .inspect_err(|_| self.abandon(&transfer))?;
+        } else {
             // A hint for layout and an early ENOSPC; the write tells what matters.
-            let _ = copy::preallocate(transfer.dst.as_fd(), range.clone());
+            let _ = copy::preallocate(transfer.dst.as_fd(), 0..size);
         }
         copy::advise_sequential(transfer.src.as_fd());
         let transfer = Arc::new(transfer);
+        let range = 0..size;
         self.slice(buffers, Slice { transfer, range });
+        Ok(())
     }
 
     /// Copies a part of a file; with the last part the file is finished.
@@ -223,16 +231,8 @@ impl Work<'_, '_> {
             (Err(_), Some(group)) => self.not_made(group),
             (_, None) => {}
         }
-        match outcome {
-            // Not an error of this file; the run says that it was interrupted.
-            Err(Error::Stopped) => {}
-            outcome => self.stepped(
-                buffers,
-                &t.dir,
-                &t.name,
-                outcome.map(super::link::Step::Done),
-            ),
-        }
+        let step = outcome.map(super::link::Step::Done);
+        self.stepped(buffers, &t.dir, &t.name, step);
     }
 }
 

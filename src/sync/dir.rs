@@ -278,6 +278,7 @@ impl Work<'_, '_> {
             None => {}
         }
         if self.job.config.dry_run {
+            self.job.totals.created.add(1);
             return Ok(true);
         }
         match rustix::fs::mkdirat(&dir.pair.dst, name.as_cstr(), Mode::RWXU) {

@@ -53,6 +53,8 @@ impl Work<'_, '_> {
         match step {
             Ok(Step::Elsewhere) => return,
             Ok(Step::Done(_)) => {}
+            // Not an error of this entry; the run says that it was interrupted.
+            Err(Error::Stopped) => return,
             Err(e) => self.fail(&dir.path(name), &e),
         }
         self.done(buffers, dir, 1);
@@ -210,7 +212,7 @@ impl Work<'_, '_> {
         };
         if size > 0 && !self.clone_whole(&transfer)? {
             if size > SMALL as u64 || sparse {
-                self.large(buffers, transfer);
+                self.large(buffers, transfer)?;
                 return Ok(Step::Elsewhere);
             }
             self.small(buffers, &mut transfer)
@@ -245,9 +247,6 @@ impl Work<'_, '_> {
     fn sealed(&self, t: &Transfer) -> Result<FileKey> {
         let path = t.dir.path(&t.name);
         let dst = t.dst.as_fd();
-        if t.sparse {
-            copy::truncate(dst, t.meta.stat.size).on("ftruncate", Side::Dst, &path)?;
-        }
         let root = self.job.uid == 0;
         if t.dir.inherits {
             let dropped = crate::meta::drop_inherited_acl(Target::Open(dst), &t.meta);
@@ -317,7 +316,19 @@ impl Work<'_, '_> {
     ) -> Result<bool> {
         let mut offset = 0;
         while offset < size {
+            if self.stopping() {
+                return Err(Error::Stopped);
+            }
+            // Where both have a hole nothing is read: only from the nearer data on.
+            let data = |fd: &OwnedFd, side| {
+                let next = copy::next_data(fd.as_fd(), offset, size).on("lseek", side, path)?;
+                Ok(next.map_or(size, |extent| extent.start))
+            };
+            offset = data(src, Side::Src)?.min(data(dst, Side::Dst)?);
+            let left = usize::try_from(size - offset).unwrap_or(usize::MAX);
             let (a, b) = buffers.two();
+            let len = a.len().min(left);
+            let (a, b) = (&mut a[..len], &mut b[..len]);
             let n = fd::pread_all(src.as_fd(), a, offset).on("read", Side::Src, path)?;
             let m = fd::pread_all(dst.as_fd(), b, offset).on("read", Side::Dst, path)?;
             if a[..n] != b[..m] {

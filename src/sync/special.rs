@@ -81,12 +81,15 @@ impl Work<'_, '_> {
             format!(" -> {}", Printable(text))
         });
         self.line('c', stat.kind(), &path, what, &note);
-        match what {
-            What::New => self.job.totals.created.add(1),
-            What::Changed(_) => self.job.totals.updated.add(1),
-        }
-        self.placed();
+        let count = || {
+            self.placed();
+            match what {
+                What::New => self.job.totals.created.add(1),
+                What::Changed(_) => self.job.totals.updated.add(1),
+            }
+        };
         if self.job.config.dry_run {
+            count();
             return Ok(Step::Done(stat.key));
         }
         let now = now.filter(|n| !n.is_dir());
@@ -111,6 +114,7 @@ impl Work<'_, '_> {
         if temp.is_some() {
             self.publish(dir, new, name, now.as_ref())?;
         }
+        count();
         match group {
             Some(_) => self.key_of(dir, name).map(Step::Done),
             None => Ok(Step::Done(stat.key)),

@@ -1,0 +1,263 @@
+//! What sync promises, on real trees.
+
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+
+use super::*;
+use crate::verify::{Difference, VerifyOptions, verify};
+
+/// A src and a dst that does not exist yet.
+struct Trees {
+    _dir: tempfile::TempDir,
+    src: PathBuf,
+    dst: PathBuf,
+}
+
+fn trees() -> Trees {
+    let dir = tempfile::tempdir().expect("a directory");
+    let (src, dst) = (dir.path().join("src"), dir.path().join("dst"));
+    fs::create_dir_all(src.join("a/b")).expect("mkdir");
+    fs::write(src.join("a/b/large"), vec![7u8; 3 << 20]).expect("write");
+    fs::write(src.join("a/x"), b"x").expect("write");
+    fs::write(src.join("empty"), b"").expect("write");
+    fs::hard_link(src.join("a/x"), src.join("y")).expect("link");
+    fs::hard_link(src.join("a/x"), src.join("a/b/z")).expect("link");
+    symlink("nowhere", src.join("a/l")).expect("symlink");
+    let hole = fs::File::create(src.join("hole")).expect("create");
+    hole.set_len(1 << 40).expect("truncate");
+    fs::set_permissions(src.join("a"), fs::Permissions::from_mode(0o2750)).expect("chmod");
+    Trees {
+        _dir: dir,
+        src,
+        dst,
+    }
+}
+
+impl Trees {
+    fn config(&self) -> SyncConfig {
+        SyncConfig {
+            itemize: true,
+            fsync: Fsync::Never,
+            ..SyncConfig::new(&self.src, &self.dst)
+        }
+    }
+
+    fn sync(&self) -> (SyncReport, Vec<String>) {
+        sync(&self.config())
+    }
+
+    fn differences(&self) -> Vec<String> {
+        let mut all = Vec::new();
+        let mut on = |d: Difference| all.push(d.to_string());
+        verify(&self.src, &self.dst, &VerifyOptions::default(), &mut on).expect("verify");
+        all
+    }
+}
+
+fn sync(config: &SyncConfig) -> (SyncReport, Vec<String>) {
+    let mut lines = Vec::new();
+    let stop = AtomicBool::new(false);
+    let report = run(config, Arc::default(), &stop, &mut |event| match event {
+        Event::Line(line) => lines.push(line.to_string()),
+        Event::Error(error) => lines.push(error.to_string()),
+    });
+    lines.sort();
+    (report.expect("sync"), lines)
+}
+
+fn set_mtime(path: &Path, sec: i64) {
+    let time = crate::sys::stat::Time { sec, nsec: 5 };
+    let times = crate::meta::timestamps(time, time);
+    let flags = rustix::fs::AtFlags::SYMLINK_NOFOLLOW;
+    rustix::fs::utimensat(CWD, path, &times, flags).expect("utimensat");
+}
+
+#[test]
+fn a_copy_is_equal_and_a_second_run_changes_nothing() {
+    let t = trees();
+    let (first, _) = t.sync();
+    assert_eq!((first.failed, first.vanished), (0, 0));
+    assert_eq!(first.hardlinks, 2);
+    assert_eq!(t.differences(), [] as [String; 0]);
+    let hole = fs::metadata(t.dst.join("hole")).expect("stat");
+    assert_eq!(hole.blocks(), 0);
+    let (second, lines) = t.sync();
+    assert_eq!(lines, [] as [String; 0]);
+    assert_eq!((second.created, second.updated), (0, 0));
+    assert_eq!(second.skipped, second.entries);
+}
+
+#[test]
+fn what_changed_is_replaced_and_only_that() {
+    let t = trees();
+    t.sync();
+    let other = fs::metadata(t.dst.join("a/x")).expect("stat");
+    fs::write(t.src.join("a/b/large"), b"short").expect("write");
+    fs::set_permissions(t.src.join("empty"), fs::Permissions::from_mode(0o640)).expect("chmod");
+    fs::remove_file(t.src.join("a/l")).expect("unlink");
+    symlink("elsewhere", t.src.join("a/l")).expect("symlink");
+    let (report, lines) = t.sync();
+    assert_eq!(t.differences(), [] as [String; 0]);
+    assert_eq!(report.transferred, 1);
+    assert!(
+        lines.contains(&">f.st...... a/b/large".to_owned()),
+        "{lines:?}"
+    );
+    assert!(lines.contains(&".f...p..... empty".to_owned()), "{lines:?}");
+    let after = fs::metadata(t.dst.join("a/x")).expect("stat");
+    assert_eq!(
+        (after.ino(), after.ctime_nsec()),
+        (other.ino(), other.ctime_nsec())
+    );
+}
+
+#[test]
+fn delete_removes_what_src_lacks_and_never_the_control_directory() {
+    let t = trees();
+    t.sync();
+    fs::create_dir_all(t.dst.join("old/deep/er")).expect("mkdir");
+    fs::write(t.dst.join("old/deep/er/f"), b"x").expect("write");
+    fs::create_dir(t.dst.join(".mirrorfs")).expect("mkdir");
+    fs::write(t.dst.join(".mirrorfs-tmp.1.2"), b"x").expect("write");
+    let kept = t.sync().0;
+    assert!(t.dst.join("old").exists());
+    assert_eq!(kept.deleted, 1);
+    assert!(!t.dst.join(".mirrorfs-tmp.1.2").exists());
+    let limited = SyncConfig {
+        delete: true,
+        max_delete: Some(1),
+        ..t.config()
+    };
+    assert!(sync(&limited).0.max_delete_reached);
+    let all = SyncConfig {
+        delete: true,
+        ..t.config()
+    };
+    assert_eq!(sync(&all).0.failed, 0);
+    assert!(!t.dst.join("old").exists());
+    assert!(t.dst.join(".mirrorfs").exists());
+}
+
+#[test]
+fn a_dry_run_says_what_would_be_done_and_does_nothing() {
+    let t = trees();
+    let dry = SyncConfig {
+        dry_run: true,
+        delete: true,
+        ..t.config()
+    };
+    let (report, said) = sync(&dry);
+    assert!(!t.dst.exists());
+    let (real, did) = t.sync();
+    assert_eq!(report.created, real.created);
+    assert_eq!(report.hardlinks, real.hardlinks);
+    assert_eq!(said.len(), did.len());
+    fs::write(t.dst.join("extra"), b"").expect("write");
+    let (_, said) = sync(&dry);
+    assert_eq!(said, ["*deleting   extra", ".d..t...... ./"]);
+    assert!(t.dst.join("extra").exists());
+}
+
+#[test]
+fn checksum_finds_what_size_and_mtime_hide() {
+    let t = trees();
+    t.sync();
+    let at = t.dst.join("a/b/large");
+    let mtime = fs::metadata(&at).expect("stat");
+    let mut bytes = vec![7u8; 3 << 20];
+    bytes[1 << 20] = 8;
+    fs::write(&at, bytes).expect("write");
+    let time = crate::sys::stat::Time {
+        sec: mtime.mtime(),
+        nsec: mtime.mtime_nsec() as u32,
+    };
+    let times = crate::meta::timestamps(time, time);
+    rustix::fs::utimensat(CWD, &at, &times, rustix::fs::AtFlags::empty()).expect("utimensat");
+    assert_eq!(t.sync().0.transferred, 0);
+    let checksum = SyncConfig {
+        checksum: true,
+        ..t.config()
+    };
+    assert_eq!(sync(&checksum).0.transferred, 1);
+    assert_eq!(t.differences(), [] as [String; 0]);
+}
+
+#[test]
+fn update_leaves_alone_what_is_newer_in_dst() {
+    let t = trees();
+    t.sync();
+    fs::write(t.dst.join("empty"), b"newer").expect("write");
+    set_mtime(&t.src.join("empty"), 1000);
+    let update = SyncConfig {
+        update: true,
+        ..t.config()
+    };
+    sync(&update);
+    assert_eq!(fs::read(t.dst.join("empty")).expect("read"), b"newer");
+    t.sync();
+    assert_eq!(fs::read(t.dst.join("empty")).expect("read"), b"");
+}
+
+#[test]
+fn wrong_link_groups_in_dst_are_put_right() {
+    let t = trees();
+    t.sync();
+    // One name of the group is a copy; a file of its own is a link to the group.
+    fs::remove_file(t.dst.join("y")).expect("unlink");
+    fs::copy(t.dst.join("a/x"), t.dst.join("y")).expect("copy");
+    fs::remove_file(t.dst.join("empty")).expect("unlink");
+    fs::hard_link(t.dst.join("a/b/large"), t.dst.join("empty")).expect("link");
+    t.sync();
+    assert_eq!(t.differences(), [] as [String; 0]);
+}
+
+#[test]
+fn another_type_is_replaced_a_directory_only_with_delete() {
+    let t = trees();
+    fs::create_dir_all(t.dst.join("y/in")).expect("mkdir");
+    fs::write(t.dst.join("a"), b"a file").expect("write");
+    let (report, _) = t.sync();
+    assert_eq!(report.failed, 1);
+    assert!(t.dst.join("y/in").exists());
+    assert!(t.dst.join("a/b/large").exists());
+    let delete = SyncConfig {
+        delete: true,
+        ..t.config()
+    };
+    assert_eq!(sync(&delete).0.failed, 0);
+    assert_eq!(t.differences(), [] as [String; 0]);
+}
+
+#[test]
+fn a_src_that_is_itself_half_migrated_is_refused() {
+    let t = trees();
+    let dir = host::open_dir(&t.src).expect("open");
+    let mark = crate::mark::Mark::populated();
+    MarkName::User
+        .set(Target::Open(dir.as_fd()), &mark)
+        .expect("setxattr");
+    let stop = AtomicBool::new(false);
+    let result = run(&t.config(), Arc::default(), &stop, &mut |_| {});
+    assert!(matches!(result, Err(Error::SrcPending { .. })));
+    assert!(fs::read_dir(&t.dst).map_or(0, Iterator::count) == 0);
+}
+
+#[test]
+fn a_directory_larger_than_a_batch_keeps_its_times_and_loses_what_is_extraneous() {
+    let t = trees();
+    for i in 0..6000 {
+        fs::write(t.src.join(format!("a/b/{i}")), b"").expect("write");
+    }
+    t.sync();
+    assert_eq!(t.differences(), [] as [String; 0]);
+    fs::write(t.dst.join("a/b/extra"), b"").expect("write");
+    fs::write(t.src.join("a/b/17"), b"17").expect("write");
+    let delete = SyncConfig {
+        delete: true,
+        ..t.config()
+    };
+    let (report, lines) = sync(&delete);
+    assert_eq!((report.deleted, report.transferred), (1, 1), "{lines:?}");
+    assert_eq!(t.differences(), [] as [String; 0]);
+}
