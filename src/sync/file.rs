@@ -322,7 +322,7 @@ impl Work<'_, '_> {
             // Where both have a hole nothing is read: only from the nearer data on.
             let data = |fd: &OwnedFd, side| {
                 let next = copy::next_data(fd.as_fd(), offset, size).on("lseek", side, path)?;
-                Ok(next.map_or(size, |extent| extent.start))
+                Ok::<u64, Error>(next.map_or(size, |extent| extent.start))
             };
             offset = data(src, Side::Src)?.min(data(dst, Side::Dst)?);
             let left = usize::try_from(size - offset).unwrap_or(usize::MAX);
