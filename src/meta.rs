@@ -117,15 +117,7 @@ impl Meta {
         refused.note("chown", rustix::fs::fchown(fd, Some(uid), Some(gid)));
         refused.note("chmod", chmod_fd(fd, self.stat.perm()));
         self.apply_xattrs(Target::Fd(fd), acl, &mut refused);
-        let early = self.flags & !LATE_FLAGS;
-        if early != 0 {
-            let now = copy::inode_flags(fd).ok().flatten().unwrap_or(0);
-            // Flags are kept where both sides know them: a file system without them is no loss.
-            match copy::set_inode_flags(fd, now | early) {
-                Err(Errno::OPNOTSUPP | Errno::NOTTY | Errno::INVAL) => {}
-                other => refused.note("flags", other),
-            }
-        }
+        self.apply_flags(fd, &mut refused);
         self.apply_times_fd(fd, &mut refused);
         refused.0
     }
@@ -154,6 +146,21 @@ impl Meta {
             refused.note_times(self.stat.mtime, now.mtime);
         }
         refused.0
+    }
+
+    /// Exactly src's flags: dirsync, nodump and others are inherited from the directory.
+    fn apply_flags(&self, fd: BorrowedFd<'_>, refused: &mut Refusals) {
+        // Flags are kept where both sides know them: a file system without them is no loss.
+        let Ok(Some(now)) = copy::inode_flags(fd) else {
+            return;
+        };
+        let want = now & !COPIED_FLAGS | self.flags & !LATE_FLAGS;
+        if want != now {
+            match copy::set_inode_flags(fd, want) {
+                Err(Errno::OPNOTSUPP | Errno::NOTTY | Errno::INVAL) => {}
+                other => refused.note("flags", other),
+            }
+        }
     }
 
     fn ids(&self) -> (Uid, Gid) {

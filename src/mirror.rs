@@ -97,10 +97,9 @@ impl Mirror {
     /// `Error::Unusable` (one line) when SRC or DST cannot be used; nothing was changed then.
     pub fn open(config: &MountConfig, progress: Arc<Progress>) -> Result<Arc<Mirror>> {
         host::raise_nofile();
-        let mark = if caps::have_sys_admin() {
-            MarkName::Trusted
-        } else {
-            MarkName::User
+        let mark = match config.rootless || !caps::have_sys_admin() {
+            true => MarkName::User,
+            false => MarkName::Trusted,
         };
         let src_path = absolute(&config.src)?;
         let dst_path = absolute(&config.dst)?;

@@ -64,6 +64,8 @@ pub struct Progress {
     pub walk_done: AtomicBool,
     /// Nothing is pending.
     pub complete: AtomicBool,
+    /// Whole passes of the walker changed nothing any more: what is left needs somebody.
+    pub stuck: AtomicBool,
     /// The walker waits for room in dst.
     pub dst_full: AtomicBool,
     /// The background is paused or was never started.

@@ -163,6 +163,9 @@ impl Shared {
             self.pass.fetch_add(1, Ordering::Relaxed);
             // Work that went on meanwhile is a reason to look again soon.
             let moved_on = progress.files_pulled.get() + progress.dirs_populated.get() != before;
+            progress
+                .stuck
+                .store(!moved_on && progress.errors.get() > 0, Ordering::Relaxed);
             pause = if moved_on {
                 PAUSE.0
             } else {

@@ -46,7 +46,8 @@ class Model:
         self.top, self.rng = top, rng
         self.names = {}
         self.gone = set()
-        self.flight = None
+        self.flight_ = None
+        self.log = []           # all that was begun, for the story of a violation
         inodes = {}
         for rel in [top] + [top + '/' + n for n in lab.tree(src + '/' + top)]:
             l = lab.look(src + '/' + rel)
@@ -56,6 +57,21 @@ class Model:
                 if n.kind == stat.S_IFREG:
                     n.data = lab.read(src + '/' + rel)
             self.names[rel] = n
+
+    @property
+    def flight(self):
+        return self.flight_
+
+    @flight.setter
+    def flight(self, op):
+        self.flight_ = op
+        if op:
+            self.log.append([x if not isinstance(x, bytes) else len(x) for x in op])
+
+    def story(self, path):
+        """What was done to a name, and the kills between."""
+        return '; '.join(str(op) for op in self.log if op == ['kill'] or any(isinstance(x, str) and (
+            x == path or path.startswith(x + '/')) for x in op[1:]))[-600:]
 
     def pick(self, kind):
         all_ = [p for p, n in self.names.items() if n.kind == kind and p != self.top]
@@ -185,6 +201,8 @@ class Lab:
         else:
             self.mount.kill()
         self.n['kills'] += 1
+        for m in self.models:
+            m.log.append(['kill'])
 
     def worker(self, m):
         while not self.killed.is_set():
@@ -197,8 +215,7 @@ class Lab:
                 # send_signal comes before the event: the daemon may be dead a moment earlier.
                 if e.errno in lab.DEAD and self.killed.wait(2):
                     return
-                self.say('%s: %s' % (m.flight and m.flight[0], e))
-                m.flight = m.flight or None
+                self.say('%s: %s: %s' % (m.flight and m.flight[0], e, m.flight and m.story(m.flight[1])))
                 return
             except Violation as e:
                 self.say(str(e))
@@ -422,7 +439,7 @@ class Lab:
             for p in m.gone:
                 self.n['delete_checks'] += 1
                 if os.path.lexists(self.p(p)):
-                    self.say('after a kill: %s came back' % p)
+                    self.say('after a kill: %s came back: %s' % (p, m.story(p)))
 
     def settle(self, m):
         """What was in flight has happened or not: the model takes over which."""
@@ -469,6 +486,9 @@ class Lab:
         if kind in ('create', 'mkdir', 'symlink', 'link'):
             m.touched_dir(f[2] if kind == 'link' else p)
 
+    def story(self, path):
+        return next(m.story(path) for m in self.models if m.top == path.split('/')[0])
+
     def compare_all(self):
         """The whole of dst, raw, with the model."""
         for t in lab.traces(self.dst):
@@ -478,9 +498,9 @@ class Lab:
             want.update(m.names)
         got = lab.tree(self.dst)
         for p in sorted(set(want) - set(got)):
-            self.say('after finish: %s is missing' % p)
+            self.say('after finish: %s is missing: %s' % (p, self.story(p)))
         for p in sorted(set(got) - set(want)):
-            self.say('after finish: %s should not be there' % p)
+            self.say('after finish: %s should not be there: %s' % (p, self.story(p)))
         inodes = {}
         for p in sorted(set(want) & set(got)):
             n, l = want[p], lab.look(self.dst + '/' + p)
@@ -488,13 +508,13 @@ class Lab:
             for k, a, b in (('kind', n.kind, l['kind']), ('mode', n.mode, l['mode']), ('target', n.target, l['target']),
                             ('xattrs', n.xattrs, l['xattrs']), ('mtime', n.mtime, l['mtime'])):
                 if a != b and not (k == 'mtime' and a is None):
-                    self.say('after finish: %s: %s: %r, should be %r' % (p, k, b, a))
+                    self.say('after finish: %s: %s: %r, should be %r: %s' % (p, k, b, a, self.story(p)))
             if n.kind != stat.S_IFDIR and inodes.setdefault(id(n), l['ino']) != l['ino']:
                 self.say('after finish: %s is not linked with its other names' % p)
             if n.kind == stat.S_IFREG:
                 b = lab.read(self.dst + '/' + p)
                 if b != n.data:
-                    self.say('after finish: %s: %s' % (p, differ(b, n.data)))
+                    self.say('after finish: %s: %s: %s' % (p, differ(b, n.data), self.story(p)))
         if len(set(inodes.values())) != len(inodes):
             self.say('after finish: names are linked that should not be')
 

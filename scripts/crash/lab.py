@@ -59,13 +59,13 @@ def own_namespace():
             libc.umount2(os.fsencode(at), 2)
 
 
-def device_at(path):
-    """The device of the FUSE mount on top at a path, or None. Never touches the mount."""
-    found = None
+def mounted_at(path):
+    """True when the mount on top at a path is a FUSE mount. Never touches the mount."""
+    found = False
     for line in open('/proc/self/mountinfo'):
         left, _, right = line.partition(' - ')
         if left.split()[4] == path:
-            found = left.split()[2] if right.startswith('fuse') else None
+            found = right.startswith('fuse')
     return found
 
 
@@ -87,18 +87,23 @@ class Mount:
 
     def __init__(self, src, dst, at, log, args=(), wait=60):
         self.at = at
-        before = device_at(at)
         with open(log, 'ab') as out:
             self.proc = subprocess.Popen([binary(), 'mount', '-f', *args, src, dst, at], stdin=subprocess.DEVNULL,
                                          stdout=out, stderr=out, preexec_fn=lambda: libc.prctl(1, signal.SIGKILL))
-        self.before = before
         self.log = log
         if wait:
             self.wait_ready(wait)
 
     def ready(self):
-        now = device_at(self.at)
-        return now is not None and now != self.before
+        # A dead mount may still be there, and its device number may be the next one's: only statfs always asks.
+        # In this order: where statfs works the dead one is gone.
+        try:
+            os.statvfs(self.at)
+            return mounted_at(self.at)
+        except OSError as e:
+            if e.errno not in DEAD:
+                raise
+            return False
 
     def wait_ready(self, limit):
         end = time.monotonic() + limit
@@ -148,7 +153,7 @@ class Mount:
 
     def stop(self):
         """Away with it, whatever it does."""
-        while device_at(self.at) is not None and libc.umount2(os.fsencode(self.at), 2) == 0:
+        while mounted_at(self.at) and libc.umount2(os.fsencode(self.at), 2) == 0:
             pass
         try:
             self.proc.wait(5)

@@ -127,6 +127,7 @@ impl Live {
             Phase::Serving if is(&self.progress.complete) && counts.errors == 0 => State::Complete,
             Phase::Serving if is(&self.progress.complete) => State::Degraded,
             Phase::Serving if is(&self.progress.dst_full) => State::Degraded,
+            Phase::Serving if is(&self.progress.stuck) => State::Degraded,
             Phase::Serving if is(&self.progress.paused) => State::Paused,
             Phase::Serving if counts.walk_done => State::Migrating,
             Phase::Serving => State::Walking,

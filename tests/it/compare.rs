@@ -280,6 +280,10 @@ fn xattrs(dir: BorrowedFd<'_>, name: &[u8]) -> Result<BTreeMap<String, String>, 
     };
     let mut all = BTreeMap::new();
     for name in list[..n].split(|b| *b == 0).filter(|n| !n.is_empty()) {
+        // How xfs stores the ACLs that it also lists under their own names.
+        if name.starts_with(b"trusted.SGI_ACL_") {
+            continue;
+        }
         let mut value = vec![0; 64 << 10];
         let n = match rustix::fs::lgetxattr(&path, name, &mut value) {
             // btrfs lists its compression property on some files that then have none.

@@ -166,6 +166,7 @@ fn work<'a>(m: &Mounted, plain: &Path, steps: &'a [Step], fault: &str) -> &'a [S
         match step(&m.at) {
             Ok(()) => step(plain).unwrap(),
             Err(e) => {
+                eprintln!("{fault}: step {i} of the last {}: {e}", steps.len());
                 assert!(
                     is_dead(&e),
                     "{fault}: step {} of the last {}: {e}",

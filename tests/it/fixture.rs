@@ -252,7 +252,6 @@ fn isolate() {
 
 /// One line of mountinfo.
 pub(crate) struct Mount {
-    pub(crate) device: String,
     pub(crate) at: PathBuf,
     pub(crate) kind: String,
     pub(crate) source: String,
@@ -267,7 +266,6 @@ pub(crate) fn mounts() -> Vec<Mount> {
             let left: Vec<_> = left.split(' ').collect();
             let mut right = right.split(' ');
             Mount {
-                device: left[2].to_owned(),
                 at: left[4].replace("\\040", " ").into(),
                 kind: right.next().unwrap().to_owned(),
                 source: right.next().unwrap().to_owned(),
@@ -453,7 +451,6 @@ impl World {
         let mut child = raw::die_with_parent(&mut command).spawn().unwrap();
         let pid = child.id();
         let watchdog = Watchdog::start(pid, WATCHDOG);
-        let before = fuse_mount_at(&self.at).map(|m| m.device);
         let end = Instant::now() + LIMIT;
         loop {
             if let Some(status) = child.try_wait().unwrap() {
@@ -462,9 +459,9 @@ impl World {
                     .unwrap_or_else(|| 128 + status.signal().unwrap_or(0));
                 return Err((code, fs::read_to_string(&log).unwrap_or_default()));
             }
-            // A dead mount may still be there: a new device number is the new mount.
-            let now = fuse_mount_at(&self.at).map(|m| m.device);
-            if now.is_some() && (now != before || fs::symlink_metadata(&self.at).is_ok()) {
+            // A dead mount may still be there, and its device number may be the next one's: only
+            // statfs always asks the daemon. In this order: where it works the dead one is gone.
+            if rustix::fs::statvfs(&self.at).is_ok() && fuse_mount_at(&self.at).is_some() {
                 break;
             }
             if Instant::now() > end {
