@@ -44,7 +44,7 @@ use crate::config::MountConfig;
 use crate::engine::{Engine, EngineConfig};
 use crate::error::{Context, Error, Result, Side};
 use crate::mark::MarkName;
-use crate::meta::Refused;
+use crate::meta::{DefaultAcl, Meta, Refused};
 use crate::progress::Progress;
 use crate::sys::name::RelPath;
 use crate::sys::xattr::Target;
@@ -153,6 +153,7 @@ impl Mirror {
             invalidate: OnceLock::new(),
             committer: Mutex::new(None),
         });
+        mirror.stamp_root()?;
         let committing = Arc::clone(&mirror);
         let thread = std::thread::Builder::new()
             .name("commit".into())
@@ -160,6 +161,21 @@ impl Mirror {
             .map_err(|e| Error::Unusable(format!("cannot start a thread: {e}")))?;
         *mirror.committer.lock() = Some(thread);
         Ok(mirror)
+    }
+
+    /// Until it is populated the root has the attributes of whatever directory DST was: give it
+    /// src's at once, since everybody looks at it first.
+    fn stamp_root(&self) -> Result<()> {
+        let root = self.nodes.get(ROOT).on("lookup", Side::Dst, ".")?;
+        if !root.is_pending_dir() {
+            return Ok(());
+        }
+        let src = self.source.dir(&Arc::new(RelPath::root()))?;
+        let meta = Meta::capture_fd(src.capture, src.fd.as_fd()).on("statx", Side::Src, ".")?;
+        for refused in meta.apply_fd(self.dst.as_fd(), DefaultAcl::Later) {
+            self.refused(&RelPath::root(), &refused);
+        }
+        Ok(())
     }
 
     /// Counters for status.

@@ -48,10 +48,10 @@ def make():
 def timed(*cmd):
     # A fork of a small process and one wait: what a user at a shell would see.
     t = time.perf_counter()
-    p = subprocess.run(cmd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=120)
+    p = subprocess.run(cmd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120)
     t = time.perf_counter() - t
     if p.returncode:
-        raise SystemExit('%s: %s' % (' '.join(cmd), p.stderr.decode(errors='replace')))
+        raise SystemExit('%s: %s' % (' '.join(cmd), p.stdout.decode(errors='replace')))
     return t, p.stdout
 
 

@@ -104,6 +104,11 @@ impl Commit {
         self.arrived(&mut queue);
     }
 
+    /// True while the directory has all its names but its mark still says P.
+    pub(super) fn is_publishing(&self, ino: Ino) -> bool {
+        self.queue.lock().gates.get(&ino) == Some(&NOT_YET)
+    }
+
     /// Calls `then` when a change in the directory cannot be undone by a crash any more (D6).
     pub(super) fn when_published(&self, ino: Ino, then: Waiter) {
         let mut queue = self.queue.lock();

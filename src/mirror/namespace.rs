@@ -492,16 +492,20 @@ impl Mirror {
             .on("getxattr", Side::Dst, shown())?;
         let Some(mark) = mark else { return Ok(false) };
         if mark.origin.is_none() {
-            let origin = node
-                .origin()
-                .ok_or(Errno::STALE)
-                .on("origin", Side::Dst, shown())?;
-            let mark = Mark {
-                origin: Some(origin.path()),
-                ..mark
-            };
-            self.replace_mark(fd, &mark)
-                .on("setxattr", Side::Dst, shown())?;
+            match node.origin() {
+                Some(origin) => {
+                    let mark = Mark {
+                        origin: Some(origin.path()),
+                        ..mark
+                    };
+                    self.replace_mark(fd, &mark)
+                        .on("setxattr", Side::Dst, shown())?;
+                }
+                // A user's directory, marked because something pending was moved below it: that
+                // carries its own origin.
+                None if mark.populated => {}
+                None => return Err(Errno::STALE).on("origin", Side::Dst, shown()),
+            }
         }
         Ok(true)
     }

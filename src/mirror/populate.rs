@@ -23,10 +23,10 @@ use super::source::SrcDir;
 use crate::engine::job::Priority;
 use crate::error::{Context, Error, Result, Side};
 use crate::mark::Mark;
-use crate::meta::{DefaultAcl, Meta};
+use crate::meta::{DEFAULT_ACL, DefaultAcl, Meta};
 use crate::sys::name::{Name, RelPath};
 use crate::sys::stat::{self, Time};
-use crate::sys::xattr::Target;
+use crate::sys::xattr::{self, Target};
 use crate::sys::{dir, fault};
 
 /// How often a src directory that changes while it is listed is listed again.
@@ -191,12 +191,20 @@ impl Mirror {
         {
             self.ledger.settle(origin);
         }
+        if result.is_ok() && self.nodes.find_same(dir.ino, &dir.anchor).is_some() {
+            // Its link count and size are others now, and its times are src's.
+            self.invalidate(dir.ino);
+        }
         for waiter in self.populates.take(dir.ino) {
             waiter(result.clone());
         }
     }
 
     fn populate(self: &Arc<Self>, dir: &DirRef) -> Result<()> {
+        if self.commit.is_publishing(dir.ino) {
+            // Every name is here; the mark is still P until its barrier (D6).
+            return self.note_phase(dir, Phase::Populated);
+        }
         let opened = self.open_dir(dir)?;
         let shown = dir.origin.as_deref().cloned().unwrap_or_default();
         let mark = self
@@ -219,6 +227,11 @@ impl Mirror {
             return Err(Error::SrcPending {
                 path: origin.to_path(),
             });
+        }
+        // An earlier copy, or a crash after it was set: children would inherit it (D8).
+        match xattr::remove(Target::Fd(opened.as_fd()), DEFAULT_ACL) {
+            Ok(()) | Err(Errno::NODATA | Errno::OPNOTSUPP) => {}
+            Err(e) => return Err(e).on("removexattr", Side::Dst, &shown),
         }
         let placer = Placer::new(self, &src, opened.as_fd(), dir.ino == super::node::ROOT)?;
         let meta = self.place_all(dir, &src, &placer)?;

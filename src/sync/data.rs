@@ -142,7 +142,7 @@ impl Work<'_, '_> {
                 .inspect_err(|_| self.abandon(&transfer))?;
         } else {
             // A hint for layout and an early ENOSPC; the write tells what matters.
-            let _ = copy::preallocate(transfer.dst.as_fd(), 0..size);
+            let _ = copy::preallocate(transfer.dst.as_fd(), 0..size); // A hint.
         }
         copy::advise_sequential(transfer.src.as_fd());
         let transfer = Arc::new(transfer);

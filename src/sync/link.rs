@@ -112,7 +112,7 @@ impl Work<'_, '_> {
         let now = dir.dst_stat(name)?;
         if let Some(now) = now {
             // Counts the name; the inode is compared with the stand-in right below.
-            let _ = self.job.groups.may_stand_for(&now, group);
+            let _ = self.job.groups.may_stand_for(&now, group); // Only counts the name.
             if now.key == stand_in.key || self.job.config.ignore_existing {
                 self.job.totals.skipped.add(1);
                 self.placed();
@@ -206,7 +206,7 @@ impl Work<'_, '_> {
         let renamed = rustix::fs::renameat(dst, temp.as_cstr(), dst, name.as_cstr());
         if renamed.is_err() {
             // The error of the rename is what counts; a name left here goes with the next run.
-            let _ = rustix::fs::unlinkat(dst, temp.as_cstr(), AtFlags::empty());
+            let _ = rustix::fs::unlinkat(dst, temp.as_cstr(), AtFlags::empty()); // As said.
         }
         renamed.on("renameat", Side::Dst, dir.path(name))
     }

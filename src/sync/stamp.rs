@@ -59,7 +59,8 @@ pub(super) fn fresh(fd: BorrowedFd<'_>, meta: &Meta, born: Born, root: bool) -> 
 /// Without privilege: the group at least, if we are a member.
 fn own_group(fd: BorrowedFd<'_>, meta: &Meta) {
     // EPERM: not a member; like every copy without privilege the file keeps our own group.
-    let _ = rustix::fs::fchown(fd, None, Some(Gid::from_raw(meta.stat.gid)));
+    let group = Some(Gid::from_raw(meta.stat.gid));
+    let _ = rustix::fs::fchown(fd, None, group); // As said.
     let _ = meta::chmod_fd(fd, meta.stat.perm()); // chown cleared setgid; a failure was told.
 }
 
