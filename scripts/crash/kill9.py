@@ -187,6 +187,9 @@ class Lab:
         self.start(rng.choice([[], [], ['--no-background']]))
         if rng.random() < 0.7:
             self.check_known()
+        else:
+            for m in self.models:
+                self.settle(m)
         threads = [threading.Thread(target=self.worker, args=(m,)) for m in self.models]
         for t in threads:
             t.start()
