@@ -9,173 +9,30 @@ mod listing;
 mod passthrough;
 mod reply;
 pub mod session;
+mod shared;
 
 use std::ffi::{CString, OsStr};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
-use std::time::{Duration, SystemTime};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::SystemTime;
 
 use fuser::{
     BsdFileFlags, CopyFileRangeFlags, Errno, FileHandle, Filesystem, FopenFlags, INodeNo,
-    InitFlags, KernelConfig, LockOwner, Notifier, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate,
-    ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen,
-    ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
+    InitFlags, KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData,
+    ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs,
+    ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 use rustix::fs::OFlags;
 
 use crate::error::Result;
-use crate::mirror::{Access, Attr, Change, Creator, Entry, Ino, Locate, Make, Mirror, Node};
+use crate::mirror::{Access, Change, Creator, Make};
 use crate::sys::caps;
 use crate::sys::name::Name;
-use handles::{Handles, Listing, OpenFile};
-use passthrough::{Backings, IoMode};
-use reply::{TTL, errno, file_attr, generation, is_volatile, raw, stamp};
-
-/// What handlers and their continuations share.
-pub(crate) struct Shared {
-    mirror: Arc<Mirror>,
-    files: Handles<OpenFile>,
-    listings: Handles<Listing>,
-    backings: Backings,
-    notifier: OnceLock<Notifier>,
-    /// The mount is detached: dst changes behind the kernel's back from now on.
-    expired: AtomicBool,
-}
-
-impl Shared {
-    fn new(mirror: Arc<Mirror>) -> Shared {
-        Shared {
-            mirror,
-            files: Handles::default(),
-            listings: Handles::default(),
-            backings: Backings::default(),
-            notifier: OnceLock::new(),
-            expired: AtomicBool::new(false),
-        }
-    }
-
-    fn set_notifier(&self, notifier: Notifier) {
-        // Called once, right after the handshake.
-        let _ = self.notifier.set(notifier); // A second one would be the same channel.
-    }
-
-    fn expire(&self) {
-        self.expired.store(true, Ordering::Relaxed);
-    }
-
-    fn entry_ttl(&self) -> Duration {
-        if self.expired.load(Ordering::Relaxed) {
-            Duration::ZERO
-        } else {
-            TTL
-        }
-    }
-
-    fn attr_ttl(&self, ino: Ino, attr: &Attr) -> Duration {
-        let hidden = attr.stat.is_file() && self.backings.has_hidden_writers(ino);
-        if hidden || is_volatile(attr) {
-            Duration::ZERO
-        } else {
-            self.entry_ttl()
-        }
-    }
-
-    fn node(&self, ino: INodeNo) -> Result<Arc<Node>, Errno> {
-        self.mirror.nodes().get(ino.0).map_err(raw)
-    }
-
-    fn reply_entry(&self, what: &str, result: Result<Entry>, reply: ReplyEntry) {
-        match result {
-            Ok(entry) => {
-                let (ino, attr) = (entry.node.ino, &entry.attr);
-                let ttl = self.attr_ttl(ino, attr);
-                let shown = file_attr(ino, attr);
-                reply.entry_with_ttls(&ttl, &self.entry_ttl(), &shown, generation(&entry.node));
-            }
-            Err(e) => reply.error(errno(what, &e)),
-        }
-    }
-
-    fn reply_attr(&self, what: &str, node: &Node, result: Result<Attr>, reply: ReplyAttr) {
-        match result {
-            Ok(attr) => {
-                let shown = file_attr(self.mirror.shown_ino(node, &attr), &attr);
-                reply.attr(&self.attr_ttl(node.ino, &attr), &shown);
-            }
-            Err(e) => reply.error(errno(what, &e)),
-        }
-    }
-
-    /// Counts a handle that is about to be given out.
-    fn insert_file(&self, node: Arc<Node>, file: OwnedFd, mode: IoMode, write: bool) -> FileHandle {
-        node.opens.fetch_add(1, Ordering::Relaxed);
-        self.files.insert(OpenFile {
-            node,
-            file: Arc::new(file),
-            mode,
-            write,
-        })
-    }
-
-    /// What a shared mapping changes through passthrough is seen by nobody: the attributes that the
-    /// kernel has are void when such a handle comes and when it goes.
-    fn void_attributes(&self, ino: Ino, mode: &IoMode, write: bool) {
-        if write
-            && matches!(mode, IoMode::Passthrough(_))
-            && let Some(notifier) = self.notifier.get()
-            && let Err(e) = notifier.inval_inode(INodeNo(ino), -1, 0)
-        {
-            tracing::debug!("invalidate inode {ino}: {e}");
-        }
-    }
-
-    fn reply_open(
-        &self,
-        node: Arc<Node>,
-        file: OwnedFd,
-        locate: Locate,
-        write: bool,
-        reply: ReplyOpen,
-    ) {
-        let ino = node.ino;
-        // The backing file keeps this thread's credentials: without CAP_FSETID a user's write
-        // clears setuid, as it must.
-        let register = || caps::without_fsetid(|| reply.open_backing(file.as_fd()));
-        let mode = self.backings.decide(ino, locate, write, register);
-        self.void_attributes(ino, &mode, write);
-        let handle = self.insert_file(node, file, mode.clone(), write);
-        match &mode {
-            IoMode::Cached => reply.opened(handle, FopenFlags::empty()),
-            IoMode::Passthrough(id) => reply.opened_passthrough(handle, FopenFlags::empty(), id),
-        }
-    }
-
-    fn reply_create(&self, entry: &Entry, file: OwnedFd, reply: ReplyCreate) {
-        let ino = entry.node.ino;
-        let register = || caps::without_fsetid(|| reply.open_backing(file.as_fd()));
-        let mode = self.backings.decide(ino, Locate::Here, true, register);
-        let handle = self.insert_file(Arc::clone(&entry.node), file, mode.clone(), true);
-        let ttl = self.attr_ttl(ino, &entry.attr);
-        let shown = file_attr(ino, &entry.attr);
-        let generation = generation(&entry.node);
-        match &mode {
-            IoMode::Cached => reply.created(&ttl, &shown, generation, handle, FopenFlags::empty()),
-            IoMode::Passthrough(id) => {
-                reply.created_passthrough(
-                    &ttl,
-                    &shown,
-                    generation,
-                    handle,
-                    FopenFlags::empty(),
-                    id,
-                );
-            }
-        }
-    }
-}
+use reply::{errno, raw, reply_empty, reply_raw, reply_xattr, stamp};
+use shared::Shared;
 
 /// A mirror as fuser wants it.
 pub struct MirrorFs {
@@ -183,7 +40,7 @@ pub struct MirrorFs {
 }
 
 impl MirrorFs {
-    pub(crate) fn new(shared: Arc<Shared>) -> MirrorFs {
+    fn new(shared: Arc<Shared>) -> MirrorFs {
         MirrorFs { shared }
     }
 
@@ -205,29 +62,6 @@ fn creator(req: &Request, umask: u32) -> Creator {
         uid: req.uid(),
         gid: req.gid(),
         umask,
-    }
-}
-
-fn reply_empty(what: &str, result: Result<()>, reply: ReplyEmpty) {
-    match result {
-        Ok(()) => reply.ok(),
-        Err(e) => reply.error(errno(what, &e)),
-    }
-}
-
-fn reply_raw(result: Result<(), rustix::io::Errno>, reply: ReplyEmpty) {
-    match result {
-        Ok(()) => reply.ok(),
-        Err(e) => reply.error(raw(e)),
-    }
-}
-
-fn reply_xattr(result: Result<Vec<u8>, rustix::io::Errno>, size: u32, reply: ReplyXattr) {
-    match result {
-        Ok(value) if size == 0 => reply.size(value.len() as u32),
-        Ok(value) if value.len() > size as usize => reply.error(Errno::ERANGE),
-        Ok(value) => reply.data(&value),
-        Err(e) => reply.error(raw(e)),
     }
 }
 

@@ -18,6 +18,8 @@ mod namespace;
 mod node;
 mod place;
 mod populate;
+mod ranged;
+mod settle;
 mod source;
 
 use std::os::fd::{AsFd, OwnedFd};
@@ -33,11 +35,12 @@ pub use commit::DoneDir;
 pub use control::CONTROL;
 pub use file::{Locate, user_errno};
 pub use finish::{Survey, finish_offline, read_ledger, survey};
-pub use hydrate::{FileRef, Need, ReadDone};
+pub use hydrate::{FileRef, Need};
 pub use ledger::LedgerEntry;
 pub use namespace::{Creator, Entry, Make};
 pub use node::{Anchor, Ino, Node, NodeTable, Origin, Phase, ROOT};
 pub use populate::{Access, DirRef, Marked, Waiter};
+pub use ranged::ReadDone;
 pub use source::SrcInfo;
 
 use crate::config::MountConfig;
@@ -258,6 +261,14 @@ impl Mirror {
     fn fail(&self, path: &RelPath, error: &Error) {
         self.ledger.record(path, error);
         self.progress.errors.set(self.ledger.len() as u64);
+    }
+
+    /// A later try succeeded.
+    fn settle_ledger(&self, path: &RelPath) {
+        if self.progress.errors.get() > 0 {
+            self.ledger.settle(path);
+            self.progress.errors.set(self.ledger.len() as u64);
+        }
     }
 
     /// Records metadata that dst would not take. A rootless daemon's chown is no news.

@@ -17,9 +17,8 @@ impl Counter {
     /// Subtracts `n` from a gauge.
     pub fn sub(&self, n: u64) {
         // A gauge that was started below what is taken from it must not wrap to a huge number.
-        let _ = self
-            .0
-            .fetch_update(Relaxed, Relaxed, |v| Some(v.saturating_sub(n))); // Always Some.
+        let floor = |v: u64| Some(v.saturating_sub(n));
+        self.0.fetch_update(Relaxed, Relaxed, floor).ok();
     }
 
     /// The value now.

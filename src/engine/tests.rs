@@ -425,10 +425,11 @@ fn a_full_dst_is_an_error_of_dst() {
     });
     assert!(last.expect("1.2 MB do not fit").is_dst_full());
     b.engine.stop();
-    let _ = std::process::Command::new("umount")
+    let umount = std::process::Command::new("umount")
         .arg("-l")
         .arg(&dst)
-        .status(); // Best effort.
+        .status();
+    assert!(umount.is_ok_and(|s| s.success()));
 }
 
 #[test]

@@ -8,9 +8,9 @@ use std::sync::Arc;
 
 use fuser::{Errno, FileHandle, INodeNo, ReplyDirectory, ReplyDirectoryPlus};
 
-use super::Shared;
 use super::handles::{Ahead, Listing};
 use super::reply::{file_attr, file_type, generation, raw};
+use super::shared::Shared;
 use crate::engine::job::Priority;
 use crate::error::Result;
 use crate::mirror::{Attr, CONTROL, Ino, Node, ROOT};

@@ -3,9 +3,9 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use fuser::{FileAttr, FileType, Generation, INodeNo, TimeOrNow};
+use fuser::{FileAttr, FileType, Generation, INodeNo, ReplyEmpty, ReplyXattr, TimeOrNow};
 
-use crate::error::{Error, Side};
+use crate::error::{Error, Result, Side};
 use crate::mirror::{Attr, Ino, Node, Stamp, user_errno};
 use crate::sys::stat::Time;
 
@@ -112,6 +112,33 @@ pub(super) fn errno(what: &str, error: &Error) -> fuser::Errno {
 /// The protocol's form of an errno.
 pub(super) fn raw(errno: rustix::io::Errno) -> fuser::Errno {
     fuser::Errno::from_i32(errno.raw_os_error())
+}
+
+pub(super) fn reply_empty(what: &str, result: Result<()>, reply: ReplyEmpty) {
+    match result {
+        Ok(()) => reply.ok(),
+        Err(e) => reply.error(errno(what, &e)),
+    }
+}
+
+pub(super) fn reply_raw(result: Result<(), rustix::io::Errno>, reply: ReplyEmpty) {
+    match result {
+        Ok(()) => reply.ok(),
+        Err(e) => reply.error(raw(e)),
+    }
+}
+
+pub(super) fn reply_xattr(
+    result: Result<Vec<u8>, rustix::io::Errno>,
+    size: u32,
+    reply: ReplyXattr,
+) {
+    match result {
+        Ok(value) if size == 0 => reply.size(value.len() as u32),
+        Ok(value) if value.len() > size as usize => reply.error(fuser::Errno::ERANGE),
+        Ok(value) => reply.data(&value),
+        Err(e) => reply.error(raw(e)),
+    }
 }
 
 #[cfg(test)]

@@ -14,7 +14,8 @@ use std::thread::JoinHandle;
 use fuser::{Config, INodeNo, Notifier, SessionACL};
 use parking_lot::Mutex;
 
-use super::{MirrorFs, Shared};
+use super::MirrorFs;
+use super::shared::Shared;
 use crate::config::MountConfig;
 use crate::error::{Context, Error, Result, Side};
 use crate::mirror::{Ino, Invalidate, Mirror};

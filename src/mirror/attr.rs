@@ -220,8 +220,15 @@ impl Mirror {
             return self.when_populated(node.ino, Access::Change, then);
         }
         match (node.is_pending_file(), change.size) {
-            (true, Some(0)) => self.truncate_pending(node, Box::new(then)),
-            (true, None) => then(Ok(())),
+            (true, Some(0)) => {
+                let (mirror, held) = (Arc::clone(self), Arc::clone(node));
+                let truncate = move |ready: Result<()>| match ready {
+                    Ok(()) => mirror.truncate_pending(&held, Box::new(then)),
+                    Err(e) => then(Err(e)),
+                };
+                self.when_parent_published(node, Box::new(truncate));
+            }
+            (true, None) => self.when_parent_published(node, Box::new(then)),
             _ => self.when_hydrated(node, Need::Write, then),
         }
     }
@@ -386,6 +393,7 @@ impl Mirror {
             (false, true) if capability && self.has_pending_capability(node) => {
                 self.when_hydrated(node, Need::Read, then)
             }
+            (true, true) => self.when_parent_published(node, Box::new(then)),
             _ => then(Ok(())),
         }
     }

@@ -31,6 +31,8 @@ use crate::sys::{fault, fd};
 const GATHER: Duration = Duration::from_millis(500);
 /// How long a round without files waits.
 const GATHER_DIRS: Duration = Duration::from_millis(20);
+/// How long a round that failed is put off.
+const RETRY: Duration = Duration::from_secs(1);
 /// A round starts at once with this many files.
 const BATCH_MAX: usize = 4096;
 
@@ -98,6 +100,21 @@ impl Commit {
         self.arrived(&mut queue);
     }
 
+    fn publish_again(&self, publish: Publish) {
+        let mut queue = self.queue.lock();
+        queue.publishes.push(publish);
+        queue.first = Some(Instant::now() + RETRY);
+    }
+
+    /// A file without its mark whose removal is not durable yet.
+    pub(super) fn unmarked_again(&self, hydration: Arc<Hydration>) {
+        let mut queue = self.queue.lock();
+        let round = queue.round;
+        hydration.state.lock().stage = Stage::Unmarked(round);
+        queue.unmarked.push((round, hydration));
+        self.arrived(&mut queue);
+    }
+
     fn dir_later(&self, dir: DoneDir) {
         let mut queue = self.queue.lock();
         queue.dirs.push(dir);
@@ -107,6 +124,16 @@ impl Commit {
     /// True while the directory has all its names but its mark still says P.
     pub(super) fn is_publishing(&self, ino: Ino) -> bool {
         self.queue.lock().gates.get(&ino) == Some(&NOT_YET)
+    }
+
+    /// True while no directory waits for its publication: always, except on btrfs.
+    pub(super) fn has_no_gates(&self) -> bool {
+        self.queue.lock().gates.is_empty()
+    }
+
+    /// True while the directory's publication is not durable.
+    pub(super) fn is_gated(&self, ino: Ino) -> bool {
+        self.queue.lock().gates.contains_key(&ino)
     }
 
     /// Calls `then` when a change in the directory cannot be undone by a crash any more (D6).
@@ -256,7 +283,10 @@ impl Mirror {
             if let Err(errno) = result
                 && errno != Errno::STALE
             {
-                tracing::warn!("publish a directory: setxattr dst: {errno}");
+                // The gate stays closed: a change below a P would be stamped over (D5).
+                tracing::warn!("publish a directory: setxattr dst: {errno}; it is tried again");
+                self.commit.publish_again(publish);
+                continue;
             }
             self.commit
                 .queue
@@ -368,7 +398,7 @@ impl Mirror {
         let mut queue = self.commit.queue.lock();
         queue.publishes.extend(round.publishes);
         if !queue.publishes.is_empty() {
-            queue.first = Some(Instant::now() + Duration::from_secs(1));
+            queue.first = Some(Instant::now() + RETRY);
         }
     }
 }

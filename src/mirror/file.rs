@@ -7,8 +7,9 @@ use rustix::fs::OFlags;
 use rustix::io::Errno;
 
 use super::Mirror;
-use super::hydrate::{Need, ReadDone};
+use super::hydrate::Need;
 use super::node::Node;
+use super::ranged::ReadDone;
 use crate::engine::job::Priority;
 use crate::error::{Context, Error, Result, Side};
 use crate::sys::host::FsStat;

@@ -14,7 +14,7 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
@@ -26,14 +26,14 @@ use rustix::io::Errno;
 use super::Mirror;
 use super::node::{Anchor, Ino, Node, Origin, Phase};
 use super::populate::{Waiter, no_origin};
-use super::source::{SrcDir, SrcInfo};
+use super::ranged::RangeJob;
+use super::source::SrcDir;
 use crate::engine::job::{Completion, Copied, CopyJob, Durability, Priority, Span};
 use crate::error::{Context, Error, Result, Side};
-use crate::meta::{self, CAPABILITY};
 use crate::ranges::RangeSet;
+use crate::sys::fault;
 use crate::sys::name::{Name, RelPath};
-use crate::sys::xattr::{self, Target};
-use crate::sys::{caps, copy, fault, fd, stat};
+use crate::sys::xattr::Target;
 
 /// A pending file, as the walker and the table know it.
 #[derive(Debug, Clone)]
@@ -74,43 +74,27 @@ pub(super) enum Stage {
 /// One file that is being hydrated, until its mark's removal is durable.
 pub struct Hydration {
     pub(super) file: FileRef,
-    path: RelPath,
+    pub(super) path: RelPath,
     pub(super) state: Mutex<State>,
 }
 
 pub(super) struct State {
     pub(super) stage: Stage,
     /// The lane in which the whole file was asked of the engine.
-    asked: Option<Priority>,
+    pub(super) asked: Option<Priority>,
     /// Range jobs under way: the file cannot land before they end (I6).
-    ranges: Vec<RangeJob>,
-    whole: Option<Copied>,
-    present: RangeSet,
-    dst: Option<Arc<OwnedFd>>,
-    src: Option<(Arc<SrcDir>, Name)>,
-    readers: Vec<Waiter>,
-    writers: Vec<Waiter>,
-    settled: Vec<Waiter>,
-    started: Instant,
+    pub(super) ranges: Vec<RangeJob>,
+    pub(super) whole: Option<Copied>,
+    pub(super) present: RangeSet,
+    pub(super) dst: Option<Arc<OwnedFd>>,
+    pub(super) src: Option<(Arc<SrcDir>, Name)>,
+    pub(super) readers: Vec<Waiter>,
+    pub(super) writers: Vec<Waiter>,
+    pub(super) settled: Vec<Waiter>,
+    pub(super) started: Instant,
     pub(super) bytes: u64,
-    next_range: u64,
+    pub(super) next_range: u64,
 }
-
-struct RangeJob {
-    id: u64,
-    range: Range<u64>,
-    bytes: Vec<u8>,
-    got: RangeSet,
-    readers: Vec<RangeReader>,
-}
-
-struct RangeReader {
-    range: Range<u64>,
-    then: ReadDone,
-}
-
-/// Told the bytes of a read, once.
-pub type ReadDone = Box<dyn FnOnce(Result<Vec<u8>>) + Send>;
 
 /// All hydrations that are not over.
 #[derive(Default)]
@@ -139,7 +123,7 @@ impl Hydrations {
         }
     }
 
-    fn join(&self, file: &FileRef) -> (Arc<Hydration>, bool) {
+    pub(super) fn join(&self, file: &FileRef) -> (Arc<Hydration>, bool) {
         let mut table = self.table.lock();
         if let Some(found) = table.get(&file.ino)
             && found.file.anchor.same_inode(&file.anchor)
@@ -195,16 +179,32 @@ impl Mirror {
         // In this order: a hydration is in the table before the node stops being pending.
         let pending = node.is_pending_file();
         let settled = || self.hydrations.find(node.ino, &node.anchor).is_none();
-        if !pending && (need == Need::Read || settled()) {
+        if !pending && need == Need::Read {
             return then(Ok(()));
         }
+        if !pending && settled() {
+            return self.when_parent_published(node, Box::new(then));
+        }
+        let file = FileRef::of(node);
+        if need == Need::Write {
+            let mirror = Arc::clone(self);
+            let go: Waiter = Box::new(move |ready| match ready {
+                Ok(()) => mirror.hydrate_waiting(&file, need, Box::new(then)),
+                Err(e) => then(Err(e)),
+            });
+            return self.when_parent_published(node, go);
+        }
+        self.hydrate_waiting(&file, need, Box::new(then));
+    }
+
+    fn hydrate_waiting(self: &Arc<Self>, file: &FileRef, need: Need, then: Waiter) {
         self.progress.waiting.add(1);
         let mirror = Arc::clone(self);
         let then: Waiter = Box::new(move |result| {
             mirror.progress.waiting.sub(1);
             then(result);
         });
-        self.hydrate(&FileRef::of(node), need, Priority::Demand, then);
+        self.hydrate(file, need, Priority::Demand, then);
     }
 
     /// Hydrates a file and calls `then` when it can be read or written.
@@ -244,7 +244,7 @@ impl Mirror {
 
     /// Opens both sides and submits the whole-file job: here if src's directory is open already or
     /// nobody waits (a walker thread), else on a pool thread.
-    fn start(self: &Arc<Self>, hydration: &Arc<Hydration>, priority: Priority) {
+    pub(super) fn start(self: &Arc<Self>, hydration: &Arc<Hydration>, priority: Priority) {
         let origin_dir = hydration.file.origin.as_ref().map(|o| Arc::clone(&o.dir));
         let at_hand = origin_dir.is_none_or(|d| self.source.cached_dir(&d).is_some());
         let (mirror, hydration) = (Arc::clone(self), Arc::clone(hydration));
@@ -262,7 +262,7 @@ impl Mirror {
 
     /// Opens src's directory and dst's file for a hydration, once. `None`: there is nothing to do,
     /// the file was unmarked before this hydration began (a walker's look was too old).
-    fn prepare(&self, hydration: &Hydration) -> Result<Option<Prepared>> {
+    pub(super) fn prepare(&self, hydration: &Hydration) -> Result<Option<Prepared>> {
         let path = &hydration.path;
         {
             let state = hydration.state.lock();
@@ -332,7 +332,7 @@ impl Mirror {
     }
 
     /// The file carries no mark any more: everybody who waits can go on.
-    fn already_done(&self, hydration: &Arc<Hydration>) {
+    pub(super) fn already_done(&self, hydration: &Arc<Hydration>) {
         // Unless it is being truncated: that ends by itself.
         if hydration.state.lock().stage == Stage::Queued {
             self.note_file_phase(&hydration.file, Phase::Unmarked);
@@ -341,7 +341,7 @@ impl Mirror {
     }
 
     /// The last job has ended: restore what writing disturbed, then wake the readers.
-    fn land(self: &Arc<Self>, hydration: &Arc<Hydration>, copied: Copied) {
+    pub(super) fn land(self: &Arc<Self>, hydration: &Arc<Hydration>, copied: Copied) {
         if let Err(e) = self.restore(hydration, &copied) {
             return self.fail_hydration(hydration, e);
         }
@@ -353,7 +353,7 @@ impl Mirror {
         if known.is_some_and(|k| k.size != copied.src.size || k.mtime != copied.src.mtime) {
             self.invalidate(ino);
         }
-        self.ledger.settle(&hydration.path);
+        self.settle_ledger(&hydration.path);
         let mut state = hydration.state.lock();
         state.stage = Stage::Landed;
         state.bytes = copied.src.size;
@@ -373,100 +373,6 @@ impl Mirror {
         }
     }
 
-    /// D7 and D9: security.capability from src, then times: the user's where he set them.
-    fn restore(&self, hydration: &Hydration, copied: &Copied) -> Result<()> {
-        let path = &hydration.path;
-        let (dst, src) = {
-            let state = hydration.state.lock();
-            (state.dst.clone(), state.src.clone())
-        };
-        let (Some(dst), Some((src, name))) = (dst, src) else {
-            return Err(no_origin(path));
-        };
-        let target = Target::Fd(dst.as_fd());
-        let _guard = self.lock_mark(hydration.file.ino);
-        let mark = self
-            .mark
-            .get(target)
-            .on("getxattr", Side::Dst, path)?
-            .unwrap_or_default();
-        if mark.capability {
-            let value = xattr::get(Target::At(src.fd.as_fd(), &name), CAPABILITY);
-            if let Some(value) = value.on("getxattr", Side::Src, path)?
-                && let Err(errno) = xattr::set(target, CAPABILITY, &value)
-            {
-                let what = CAPABILITY.to_string_lossy().into_owned();
-                self.refused(path, &meta::Refused { what, errno });
-            }
-        }
-        self.reserve_like_src(hydration, copied, dst.as_fd(), &src, &name)?;
-        let (atime, mtime) = mark.times.unwrap_or((copied.src.atime, copied.src.mtime));
-        meta::set_times_fd(dst.as_fd(), atime, mtime).on("utimensat", Side::Dst, path)
-    }
-
-    /// Room that src's file has without data in it (fallocate) is part of what it is.
-    fn reserve_like_src(
-        &self,
-        hydration: &Hydration,
-        copied: &Copied,
-        dst: BorrowedFd<'_>,
-        src: &SrcDir,
-        name: &Name,
-    ) -> Result<()> {
-        let path = &hydration.path;
-        let there = stat::stat_fd(dst).on("statx", Side::Dst, path)?;
-        if copied.src.blocks <= there.blocks + RESERVE_BLOCKS {
-            return Ok(());
-        }
-        let file = fd::open_src(src.fd.as_fd(), name).on("open", Side::Src, path)?;
-        copy::reserve_like(file.as_fd(), dst, copied.src.size).on("fallocate", Side::Dst, path)
-    }
-
-    /// Makes a landed file writable soon: on a pool thread, because it waits for the device.
-    fn settle_soon(self: &Arc<Self>, hydration: &Arc<Hydration>) {
-        let (mirror, hydration) = (Arc::clone(self), Arc::clone(hydration));
-        let task = move || {
-            let unmarked = {
-                let mut state = hydration.state.lock();
-                match state.stage {
-                    Stage::Landed => {
-                        state.stage = Stage::Settling;
-                        false
-                    }
-                    Stage::Unmarked(_) => {
-                        state.stage = Stage::Settling;
-                        true
-                    }
-                    // Another writer's task does it, or the hydration failed and told everybody.
-                    _ => return,
-                }
-            };
-            let result = mirror.settle(&hydration, unmarked);
-            match result {
-                Ok(()) => mirror.end(&hydration, Ok(())),
-                Err(e) => mirror.fail_hydration(&hydration, e),
-            }
-        };
-        self.engine.pool().run(Priority::Demand, Box::new(task));
-    }
-
-    /// D2: fdatasync; removexattr; fsync.
-    fn settle(&self, hydration: &Hydration, unmarked: bool) -> Result<()> {
-        let path = &hydration.path;
-        let file = hydration.file.anchor.open(self.dst.as_fd(), OFlags::RDONLY);
-        let file = file.on("open", Side::Dst, path)?;
-        if !unmarked {
-            fd::fdatasync(file.as_fd()).on("fdatasync", Side::Dst, path)?;
-            fault::point("hydrate-durable");
-            self.mark
-                .remove(Target::Fd(file.as_fd()))
-                .on("removexattr", Side::Dst, path)?;
-            fault::point("hydrate-unmarked");
-            self.count_pulled(hydration.state.lock().bytes);
-        }
-        fd::fsync(file.as_fd()).on("fsync", Side::Dst, path)
-    }
-
     /// One more file is complete and durable.
     pub(super) fn count_pulled(&self, bytes: u64) {
         self.progress.files_pulled.add(1);
@@ -474,14 +380,21 @@ impl Mirror {
         self.progress.bytes_left.sub(bytes);
     }
 
-    /// The hydration is over: everybody who still waits is told.
+    /// The hydration is over: everybody who still waits is told. Readers of ranges are answered
+    /// from dst when it is whole.
     pub(super) fn end(&self, hydration: &Arc<Hydration>, result: Result<()>) {
         self.hydrations.remove(hydration);
         let mut state = hydration.state.lock();
         state.stage = Stage::Over;
         let waiters = state.take_waiters();
+        let ranges = std::mem::take(&mut state.ranges);
         drop(state);
         waiters.into_iter().for_each(|w| w(result.clone()));
+        for reader in ranges.into_iter().flat_map(|r| r.readers) {
+            self.progress.waiting.sub(1);
+            let read = || self.read_here(&hydration.file, &hydration.path, reader.range);
+            (reader.then)(result.clone().and_then(|()| read()));
+        }
     }
 
     /// Everybody who waits for the whole file is told why not. Range jobs that still run keep the
@@ -493,6 +406,10 @@ impl Mirror {
             self.fail(&hydration.path, &error);
         }
         let mut state = hydration.state.lock();
+        // The mark is still there: whoever comes next must find the file pending.
+        if matches!(state.stage, Stage::Landed | Stage::Settling) {
+            self.note_file_phase(&hydration.file, Phase::Pending);
+        }
         if state.ranges.is_empty() {
             drop(state);
             return self.end(hydration, Err(error));
@@ -505,202 +422,9 @@ impl Mirror {
         waiters.into_iter().for_each(|w| w(Err(error.clone())));
     }
 
-    fn note_file_phase(&self, file: &FileRef, phase: Phase) {
+    pub(super) fn note_file_phase(&self, file: &FileRef, phase: Phase) {
         if let Some(node) = self.nodes.find_same(file.ino, &file.anchor) {
             node.set_phase(phase);
-        }
-    }
-
-    /// D3: a pending file loses all its data: nothing is read from src. Calls `then` when it can be
-    /// written. A hydration that has begun is waited for instead.
-    pub fn truncate_pending(self: &Arc<Self>, node: &Arc<Node>, then: Waiter) {
-        let (hydration, _) = self.hydrations.join(&FileRef::of(node));
-        let mut state = hydration.state.lock();
-        if state.stage != Stage::Queued || !state.ranges.is_empty() {
-            drop(state);
-            let (mirror, held) = (Arc::clone(self), Arc::clone(node));
-            return self.when_hydrated(node, Need::Write, move |result| {
-                then(result.and_then(|()| mirror.truncate_now(&held)));
-            });
-        }
-        state.stage = Stage::Truncating;
-        drop(state);
-        let (mirror, node) = (Arc::clone(self), Arc::clone(node));
-        let task = move || {
-            let result = mirror.truncate_and_unmark(&hydration.file, &hydration.path);
-            match result {
-                Ok(bytes) => {
-                    mirror.progress.bytes_left.sub(bytes);
-                    mirror.progress.files_pulled.add(1);
-                    node.set_phase(Phase::Unmarked);
-                    mirror.source.unlearn(node.ino);
-                    mirror.end(&hydration, Ok(()));
-                    then(Ok(()));
-                }
-                Err(e) => {
-                    mirror.fail_hydration(&hydration, e.clone());
-                    then(Err(e));
-                }
-            }
-        };
-        self.engine.pool().run(Priority::Demand, Box::new(task));
-    }
-
-    fn truncate_and_unmark(&self, file: &FileRef, path: &RelPath) -> Result<u64> {
-        let opened =
-            file.anchor
-                .open(self.dst.as_fd(), OFlags::RDWR)
-                .on("open", Side::Dst, path)?;
-        let before = stat::stat_fd(opened.as_fd()).on("statx", Side::Dst, path)?;
-        caps::without_fsetid(|| copy::truncate(opened.as_fd(), 0)).on(
-            "ftruncate",
-            Side::Dst,
-            path,
-        )?;
-        self.mark
-            .remove(Target::Fd(opened.as_fd()))
-            .on("removexattr", Side::Dst, path)?;
-        fd::fsync(opened.as_fd()).on("fsync", Side::Dst, path)?;
-        Ok(before.size)
-    }
-
-    fn truncate_now(&self, node: &Node) -> Result<()> {
-        let opened =
-            self.nodes
-                .open(node, OFlags::WRONLY)
-                .on("open", Side::Dst, node.display_name())?;
-        caps::without_fsetid(|| copy::truncate(opened.as_fd(), 0)).on(
-            "ftruncate",
-            Side::Dst,
-            node.display_name(),
-        )
-    }
-
-    /// Reads a range of a file that may be pending: what is here from dst, the rest from src, and
-    /// the answer does not wait until it is stored. `then` is called once.
-    pub fn read_range(
-        self: &Arc<Self>,
-        node: &Node,
-        info: SrcInfo,
-        range: Range<u64>,
-        then: ReadDone,
-    ) {
-        let file = FileRef::of(node);
-        let (hydration, _) = self.hydrations.join(&file);
-        let range = range.start.min(info.size)..range.end.min(info.size);
-        // The rest follows, unless dst has no room for it.
-        let room = !self.progress.dst_full.load(Ordering::Relaxed);
-        let (job, whole) = {
-            let mut state = hydration.state.lock();
-            if state.stage == Stage::Over {
-                drop(state);
-                return match node.is_pending_file() {
-                    true => self.read_range(node, info, range, then),
-                    false => then(self.read_here(&file, &hydration.path, range)),
-                };
-            }
-            if state.stage == Stage::Truncating {
-                let (mirror, path) = (Arc::clone(self), hydration.path.clone());
-                return state.writers.push(Box::new(move |ready| {
-                    then(ready.and_then(|()| mirror.read_here(&file, &path, range)));
-                }));
-            }
-            let here = !matches!(state.stage, Stage::Queued | Stage::Copying);
-            if here || state.present.contains(&range) {
-                drop(state);
-                return then(self.read_here(&file, &hydration.path, range));
-            }
-            let job = state.wait_for_range(range, info.size, then);
-            (job, room && state.ask(Priority::Background))
-        };
-        self.progress.waiting.add(1);
-        if let Some((id, wanted)) = job {
-            let (mirror, hydration) = (Arc::clone(self), Arc::clone(&hydration));
-            let at_hand = hydration.state.lock().src.is_some();
-            let go = move || mirror.submit_range(&hydration, id, wanted);
-            match at_hand {
-                true => go(),
-                false => self.engine.pool().run(Priority::Demand, Box::new(go)),
-            }
-        }
-        if whole {
-            let (mirror, hydration) = (Arc::clone(self), Arc::clone(&hydration));
-            let go = move || mirror.start(&hydration, Priority::Background);
-            self.engine.pool().run(Priority::Demand, Box::new(go));
-        }
-    }
-
-    fn read_here(&self, file: &FileRef, path: &RelPath, range: Range<u64>) -> Result<Vec<u8>> {
-        let opened =
-            file.anchor
-                .open(self.dst.as_fd(), OFlags::RDONLY)
-                .on("open", Side::Dst, path)?;
-        let mut bytes = vec![0; (range.end - range.start) as usize];
-        let n =
-            fd::pread_all(opened.as_fd(), &mut bytes, range.start).on("read", Side::Dst, path)?;
-        bytes.truncate(n);
-        Ok(bytes)
-    }
-
-    fn submit_range(self: &Arc<Self>, hydration: &Arc<Hydration>, id: u64, range: Range<u64>) {
-        let result = self.prepare(hydration).and_then(|prepared| {
-            let Some((dst, src, name)) = prepared else {
-                self.already_done(hydration);
-                return Ok(());
-            };
-            let (mirror, hydration) = (Arc::clone(self), Arc::clone(hydration));
-            self.engine.submit(CopyJob {
-                src_dir: Arc::clone(&src.fd),
-                src_name: name,
-                dst,
-                span: Span::Range(range),
-                priority: Priority::Demand,
-                durability: Durability::Later,
-                path: hydration.path.clone(),
-                done: Box::new(Part {
-                    mirror,
-                    hydration,
-                    id,
-                }),
-            })
-        });
-        if let Err(e) = result {
-            self.range_done(hydration, id, Err(e));
-        }
-    }
-
-    fn range_done(self: &Arc<Self>, hydration: &Arc<Hydration>, id: u64, result: Result<()>) {
-        if let Err(e) = &result {
-            match e.is_dst_full() {
-                true => self.progress.dst_full.store(true, Ordering::Relaxed),
-                false => self.fail(&hydration.path, e),
-            }
-        }
-        let (left, whole) = {
-            let mut state = hydration.state.lock();
-            let at = state.ranges.iter().position(|r| r.id == id);
-            let left = at
-                .map(|at| state.ranges.swap_remove(at).readers)
-                .unwrap_or_default();
-            (left, state.whole_if_last())
-        };
-        let idle = {
-            let state = hydration.state.lock();
-            state.stage == Stage::Queued && state.asked.is_none() && state.ranges.is_empty()
-        };
-        for reader in left {
-            self.progress.waiting.sub(1);
-            match &result {
-                Ok(()) => {
-                    (reader.then)(self.read_here(&hydration.file, &hydration.path, reader.range))
-                }
-                Err(e) => (reader.then)(Err(e.clone())),
-            }
-        }
-        if let Some(copied) = whole {
-            self.land(hydration, copied);
-        } else if idle {
-            self.end(hydration, Err(Error::Stopped));
         }
     }
 }
@@ -715,15 +439,9 @@ impl Hydration {
 
 type Prepared = (Arc<OwnedFd>, Arc<SrcDir>, Name);
 
-/// Fewer missing blocks (of 512 bytes) than this are the file systems' own business.
-const RESERVE_BLOCKS: u64 = 128;
-
-/// Range pulls are widened to this unit, bytes: the kernel's largest readahead on FUSE is near it.
-const RANGE_UNIT: u64 = 256 * 1024;
-
 impl State {
     /// True when the whole file has to be asked of the engine (again, in a faster lane).
-    fn ask(&mut self, priority: Priority) -> bool {
+    pub(super) fn ask(&mut self, priority: Priority) -> bool {
         let faster = priority == Priority::Demand && self.asked == Some(Priority::Background);
         let ask = self.asked.is_none() || faster && self.stage == Stage::Queued;
         if ask {
@@ -732,7 +450,7 @@ impl State {
         ask
     }
 
-    fn take_waiters(&mut self) -> Vec<Waiter> {
+    pub(super) fn take_waiters(&mut self) -> Vec<Waiter> {
         let mut waiters = std::mem::take(&mut self.readers);
         waiters.append(&mut self.writers);
         waiters.append(&mut self.settled);
@@ -747,42 +465,8 @@ impl State {
         !self.writers.is_empty()
     }
 
-    /// Adds a reader to a range job that covers its range; a new job's id and range come back.
-    fn wait_for_range(
-        &mut self,
-        range: Range<u64>,
-        size: u64,
-        then: ReadDone,
-    ) -> Option<(u64, Range<u64>)> {
-        let reader = RangeReader {
-            range: range.clone(),
-            then,
-        };
-        let covers = |r: &RangeJob| r.range.start <= range.start && range.end <= r.range.end;
-        if let Some(job) = self
-            .ranges
-            .iter_mut()
-            .find(|r| covers(r) && !r.got.contains(&range))
-        {
-            job.readers.push(reader);
-            return None;
-        }
-        let start = range.start / RANGE_UNIT * RANGE_UNIT;
-        let end = range.end.next_multiple_of(RANGE_UNIT).min(size);
-        let id = self.next_range;
-        self.next_range += 1;
-        self.ranges.push(RangeJob {
-            id,
-            range: start..end,
-            bytes: vec![0; (end - start) as usize],
-            got: RangeSet::new(),
-            readers: vec![reader],
-        });
-        Some((id, start..end))
-    }
-
     /// The whole job's outcome, when every job of the file has ended: then it can land.
-    fn whole_if_last(&mut self) -> Option<Copied> {
+    pub(super) fn whole_if_last(&mut self) -> Option<Copied> {
         if self.stage != Stage::Copying || !self.ranges.is_empty() {
             return None;
         }
@@ -825,66 +509,5 @@ impl Completion for Whole {
             }
             Err(e) => self.mirror.fail_hydration(&self.hydration, e),
         }
-    }
-}
-
-/// A range job's report.
-struct Part {
-    mirror: Arc<Mirror>,
-    hydration: Arc<Hydration>,
-    id: u64,
-}
-
-impl Completion for Part {
-    fn data(&mut self, offset: u64, bytes: &[u8]) {
-        let ready = {
-            let mut state = self.hydration.state.lock();
-            let Some(job) = state.ranges.iter_mut().find(|r| r.id == self.id) else {
-                return;
-            };
-            job.take_bytes(offset, bytes)
-        };
-        for (reader, bytes) in ready {
-            self.mirror.progress.waiting.sub(1);
-            self.mirror.progress.demand_bytes.add(bytes.len() as u64);
-            (reader.then)(Ok(bytes));
-        }
-    }
-
-    fn landed(&mut self, range: Range<u64>) {
-        self.hydration.state.lock().present.insert(range);
-    }
-
-    fn done(self: Box<Self>, outcome: Result<Copied>) {
-        self.mirror
-            .range_done(&self.hydration, self.id, outcome.map(|_| ()));
-    }
-}
-
-impl RangeJob {
-    /// Stores bytes that were read from src; gives back the readers that have all of theirs now.
-    fn take_bytes(&mut self, offset: u64, bytes: &[u8]) -> Vec<(RangeReader, Vec<u8>)> {
-        let Some(at) = offset.checked_sub(self.range.start) else {
-            return Vec::new();
-        };
-        let at = at as usize;
-        let Some(room) = self.bytes.get_mut(at..at + bytes.len()) else {
-            return Vec::new();
-        };
-        room.copy_from_slice(bytes);
-        self.got.insert(offset..offset + bytes.len() as u64);
-        let (ready, wait): (Vec<_>, Vec<_>) = std::mem::take(&mut self.readers)
-            .into_iter()
-            .partition(|r| self.got.contains(&r.range));
-        self.readers = wait;
-        let part = |r: &Range<u64>| {
-            let start = (r.start - self.range.start) as usize;
-            self.bytes[start..start + (r.end - r.start) as usize].to_vec()
-        };
-        ready
-            .into_iter()
-            .map(|r| (part(&r.range), r))
-            .map(|(b, r)| (r, b))
-            .collect()
     }
 }

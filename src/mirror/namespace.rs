@@ -310,7 +310,12 @@ impl Mirror {
             Ok(node) => mirror.with_entry(node, then),
             Err(e) => then(Err(e)),
         };
-        self.when_populated(parent, Access::Change, link);
+        let mirror = Arc::clone(self);
+        let gate = move |ready: Result<()>| match ready {
+            Ok(()) => mirror.when_populated(parent, Access::Change, link),
+            Err(e) => link(Err(e)),
+        };
+        self.when_parent_published(node, Box::new(gate));
     }
 
     fn link_now(&self, node: &Arc<Node>, parent: Ino, name: &Name) -> Result<Arc<Node>> {
@@ -517,7 +522,11 @@ impl Mirror {
         let mut at = Some(Arc::clone(dir));
         while let Some(node) = at {
             let place = node.place();
-            if node.phase() == Phase::Unmarked {
+            let shown = node.display_name();
+            let opened = self.nodes.dir(&node).on("open", Side::Dst, &shown)?;
+            // The disk, not the node, has the last word on what is marked.
+            let mark = self.mark.get(Target::Fd(opened.as_fd()));
+            if mark.on("getxattr", Side::Dst, &shown)?.is_none() {
                 unmarked.push(node);
             }
             at = match place {

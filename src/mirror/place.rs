@@ -76,7 +76,7 @@ impl<'a> Placer<'a> {
         match placed {
             Ok(()) => {
                 self.mirror.progress.entries_placed.add(1);
-                self.mirror.ledger.settle(&path);
+                self.mirror.settle_ledger(&path);
                 Ok(())
             }
             Err(e) if cannot_hold(&e) => {
@@ -317,10 +317,8 @@ impl<'a> Placer<'a> {
             Ok(()) => Ok(true),
             Err(Errno::NOENT) => {
                 // The table outlived the file: somebody emptied the control directory.
-                let _ = self
-                    .mirror
-                    .anchors
-                    .withdraw(&self.mirror.control.links, key); // Already gone.
+                let links = &self.mirror.control.links;
+                let _ = self.mirror.anchors.withdraw(links, key); // Its file is gone already.
                 Ok(false)
             }
             Err(e) => Err(e).on("link", Side::Dst, path),

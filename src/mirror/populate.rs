@@ -17,7 +17,7 @@ use rustix::io::Errno;
 
 use super::Mirror;
 use super::control::CONTROL;
-use super::node::{Anchor, Ino, Origin, Phase};
+use super::node::{Anchor, Ino, Node, Origin, Phase};
 use super::place::Placer;
 use super::source::SrcDir;
 use crate::engine::job::Priority;
@@ -135,14 +135,14 @@ impl Mirror {
         if !node.is_pending_dir() {
             return match access {
                 Access::Look => then(Ok(())),
-                Access::Change => self.commit.when_published(ino, Box::new(then)),
+                Access::Change => self.when_published(ino, Box::new(then)),
             };
         }
         let mirror = Arc::clone(self);
         let after: Waiter = match access {
             Access::Look => Box::new(then),
             Access::Change => Box::new(move |ready| match ready {
-                Ok(()) => mirror.commit.when_published(ino, Box::new(then)),
+                Ok(()) => mirror.when_published(ino, Box::new(then)),
                 Err(e) => then(Err(e)),
             }),
         };
@@ -162,6 +162,42 @@ impl Mirror {
             mirror.progress.waiting.sub(1);
         };
         self.engine.pool().run(Priority::Demand, Box::new(task));
+    }
+
+    /// Calls `then` when a change in the directory cannot be undone by a crash: its own publication
+    /// and those above it are durable (D6). At once, except on btrfs.
+    pub(super) fn when_published(self: &Arc<Self>, ino: Ino, then: Waiter) {
+        let Some(gated) = self.gated_at_or_above(ino) else {
+            return then(Ok(()));
+        };
+        let mirror = Arc::clone(self);
+        let again = move |ready| match ready {
+            Ok(()) => mirror.when_published(ino, then),
+            Err(e) => then(Err(e)),
+        };
+        self.commit.when_published(gated, Box::new(again));
+    }
+
+    fn gated_at_or_above(&self, ino: Ino) -> Option<Ino> {
+        if self.commit.has_no_gates() {
+            return None;
+        }
+        let mut at = Some(ino);
+        while let Some(ino) = at {
+            if self.commit.is_gated(ino) {
+                return Some(ino);
+            }
+            at = self.nodes.find(ino)?.place().map(|p| p.parent);
+        }
+        None
+    }
+
+    /// As `when_published`, for a change of the inode itself: the directory that it was found in.
+    pub(super) fn when_parent_published(self: &Arc<Self>, node: &Node, then: Waiter) {
+        match node.place() {
+            Some(place) => self.when_published(place.parent, then),
+            None => then(Ok(())),
+        }
     }
 
     /// Populates a directory on the calling thread, or waits for whoever does it already.
@@ -185,11 +221,6 @@ impl Mirror {
             && !matches!(e, Error::Stopped)
         {
             self.fail(origin, e);
-        }
-        if result.is_ok()
-            && let Some(origin) = &dir.origin
-        {
-            self.ledger.settle(origin);
         }
         if result.is_ok() && self.nodes.find_same(dir.ino, &dir.anchor).is_some() {
             // Its link count and size are others now, and its times are src's.
@@ -234,6 +265,7 @@ impl Mirror {
             Err(e) => return Err(e).on("removexattr", Side::Dst, &shown),
         }
         let placer = Placer::new(self, &src, opened.as_fd(), dir.ino == super::node::ROOT)?;
+        self.settle_ledger(origin);
         let meta = self.place_all(dir, &src, &placer)?;
         for refused in meta.apply_fd(opened.as_fd(), DefaultAcl::Now) {
             self.refused(origin, &refused);

@@ -665,20 +665,17 @@ impl Drop for Mounted {
         if thread::panicking() {
             eprintln!("log of the mount: {}", self.log());
         }
-        if let Some(mut child) = self.child.take() {
-            // A detached mount ends its daemon; a daemon that does not end is killed.
-            if fuse_mount_at(&self.at).is_some() {
-                let _ = rustix::mount::unmount(&self.at, UnmountFlags::DETACH);
-            }
-            if wait_child(&mut child, Duration::from_secs(5)).is_none() {
-                child.kill().unwrap();
-                child.wait().unwrap();
-            }
+        // Without a child it was killed on purpose, and its dead mount is what the next one meets.
+        let Some(mut child) = self.child.take() else {
+            return;
+        };
+        // A detached mount ends its daemon; a daemon that does not end is killed.
+        if fuse_mount_at(&self.at).is_some() {
+            let _ = rustix::mount::unmount(&self.at, UnmountFlags::DETACH);
         }
-        while fuse_mount_at(&self.at).is_some() {
-            if rustix::mount::unmount(&self.at, UnmountFlags::DETACH).is_err() {
-                break;
-            }
+        if wait_child(&mut child, Duration::from_secs(5)).is_none() {
+            child.kill().unwrap();
+            child.wait().unwrap();
         }
     }
 }

@@ -1,0 +1,272 @@
+//! Ranged reads: a pending file's bytes for whoever cannot wait for the whole of it.
+//!
+//! A range job pulls the unit around what was asked for, in the demand lane, and answers from the
+//! bytes as they come from src, before they are stored. Its file cannot land while it runs (I6).
+
+use std::ops::Range;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use rustix::fs::OFlags;
+
+use super::Mirror;
+use super::hydrate::{FileRef, Hydration, Stage, State};
+use super::node::Node;
+use super::source::SrcInfo;
+use crate::engine::job::{Completion, Copied, CopyJob, Durability, Priority, Span};
+use crate::error::{Context, Error, Result, Side};
+use crate::ranges::RangeSet;
+use crate::sys::fd;
+use crate::sys::name::RelPath;
+
+/// Range pulls are widened to this unit, bytes: the kernel's largest readahead on FUSE is near it.
+const RANGE_UNIT: u64 = 256 * 1024;
+
+pub(super) struct RangeJob {
+    id: u64,
+    range: Range<u64>,
+    bytes: Vec<u8>,
+    got: RangeSet,
+    pub(super) readers: Vec<RangeReader>,
+}
+
+pub(super) struct RangeReader {
+    pub(super) range: Range<u64>,
+    pub(super) then: ReadDone,
+}
+
+/// Told the bytes of a read, once.
+pub type ReadDone = Box<dyn FnOnce(Result<Vec<u8>>) + Send>;
+
+impl Mirror {
+    /// Reads a range of a file that may be pending: what is here from dst, the rest from src, and
+    /// the answer does not wait until it is stored. `then` is called once.
+    pub fn read_range(
+        self: &Arc<Self>,
+        node: &Node,
+        info: SrcInfo,
+        range: Range<u64>,
+        then: ReadDone,
+    ) {
+        let file = FileRef::of(node);
+        let (hydration, _) = self.hydrations.join(&file);
+        let range = range.start.min(info.size)..range.end.min(info.size);
+        // The rest follows, unless dst has no room for it.
+        let room = !self.progress.dst_full.load(Ordering::Relaxed);
+        let (job, whole) = {
+            let mut state = hydration.state.lock();
+            if state.stage == Stage::Over {
+                drop(state);
+                return match node.is_pending_file() {
+                    true => self.read_range(node, info, range, then),
+                    false => then(self.read_here(&file, &hydration.path, range)),
+                };
+            }
+            if state.stage == Stage::Truncating {
+                let (mirror, path) = (Arc::clone(self), hydration.path.clone());
+                return state.writers.push(Box::new(move |ready| {
+                    then(ready.and_then(|()| mirror.read_here(&file, &path, range)));
+                }));
+            }
+            let here = !matches!(state.stage, Stage::Queued | Stage::Copying);
+            if here || state.present.contains(&range) {
+                drop(state);
+                return then(self.read_here(&file, &hydration.path, range));
+            }
+            let job = state.wait_for_range(range, info.size, then);
+            (job, room && state.ask(Priority::Background))
+        };
+        self.progress.waiting.add(1);
+        if let Some((id, wanted)) = job {
+            let (mirror, hydration) = (Arc::clone(self), Arc::clone(&hydration));
+            let at_hand = hydration.state.lock().src.is_some();
+            let go = move || mirror.submit_range(&hydration, id, wanted);
+            match at_hand {
+                true => go(),
+                false => self.engine.pool().run(Priority::Demand, Box::new(go)),
+            }
+        }
+        if whole {
+            let (mirror, hydration) = (Arc::clone(self), Arc::clone(&hydration));
+            let go = move || mirror.start(&hydration, Priority::Background);
+            self.engine.pool().run(Priority::Demand, Box::new(go));
+        }
+    }
+
+    pub(super) fn read_here(
+        &self,
+        file: &FileRef,
+        path: &RelPath,
+        range: Range<u64>,
+    ) -> Result<Vec<u8>> {
+        let opened =
+            file.anchor
+                .open(self.dst.as_fd(), OFlags::RDONLY)
+                .on("open", Side::Dst, path)?;
+        let mut bytes = vec![0; (range.end - range.start) as usize];
+        let n =
+            fd::pread_all(opened.as_fd(), &mut bytes, range.start).on("read", Side::Dst, path)?;
+        bytes.truncate(n);
+        Ok(bytes)
+    }
+
+    fn submit_range(self: &Arc<Self>, hydration: &Arc<Hydration>, id: u64, range: Range<u64>) {
+        let result = self.prepare(hydration).and_then(|prepared| {
+            let Some((dst, src, name)) = prepared else {
+                self.already_done(hydration);
+                return Ok(());
+            };
+            let (mirror, hydration) = (Arc::clone(self), Arc::clone(hydration));
+            self.engine.submit(CopyJob {
+                src_dir: Arc::clone(&src.fd),
+                src_name: name,
+                dst,
+                span: Span::Range(range),
+                priority: Priority::Demand,
+                durability: Durability::Later,
+                path: hydration.path.clone(),
+                done: Box::new(Part {
+                    mirror,
+                    hydration,
+                    id,
+                }),
+            })
+        });
+        if let Err(e) = result {
+            self.range_done(hydration, id, Err(e));
+        }
+    }
+
+    fn range_done(self: &Arc<Self>, hydration: &Arc<Hydration>, id: u64, result: Result<()>) {
+        if let Err(e) = &result {
+            match e.is_dst_full() {
+                true => self.progress.dst_full.store(true, Ordering::Relaxed),
+                false => self.fail(&hydration.path, e),
+            }
+        }
+        let (left, whole) = {
+            let mut state = hydration.state.lock();
+            let at = state.ranges.iter().position(|r| r.id == id);
+            let left = at
+                .map(|at| state.ranges.swap_remove(at).readers)
+                .unwrap_or_default();
+            (left, state.whole_if_last())
+        };
+        let idle = {
+            let state = hydration.state.lock();
+            state.stage == Stage::Queued && state.asked.is_none() && state.ranges.is_empty()
+        };
+        for reader in left {
+            self.progress.waiting.sub(1);
+            match &result {
+                Ok(()) => {
+                    (reader.then)(self.read_here(&hydration.file, &hydration.path, reader.range))
+                }
+                Err(e) => (reader.then)(Err(e.clone())),
+            }
+        }
+        if let Some(copied) = whole {
+            self.land(hydration, copied);
+        } else if idle {
+            self.end(hydration, Err(Error::Stopped));
+        }
+    }
+}
+
+impl State {
+    /// Adds a reader to a range job that covers its range; a new job's id and range come back.
+    fn wait_for_range(
+        &mut self,
+        range: Range<u64>,
+        size: u64,
+        then: ReadDone,
+    ) -> Option<(u64, Range<u64>)> {
+        let reader = RangeReader {
+            range: range.clone(),
+            then,
+        };
+        let covers = |r: &RangeJob| r.range.start <= range.start && range.end <= r.range.end;
+        if let Some(job) = self
+            .ranges
+            .iter_mut()
+            .find(|r| covers(r) && !r.got.contains(&range))
+        {
+            job.readers.push(reader);
+            return None;
+        }
+        let start = range.start / RANGE_UNIT * RANGE_UNIT;
+        let end = range.end.next_multiple_of(RANGE_UNIT).min(size);
+        let id = self.next_range;
+        self.next_range += 1;
+        self.ranges.push(RangeJob {
+            id,
+            range: start..end,
+            bytes: vec![0; (end - start) as usize],
+            got: RangeSet::new(),
+            readers: vec![reader],
+        });
+        Some((id, start..end))
+    }
+}
+
+/// A range job's report.
+struct Part {
+    mirror: Arc<Mirror>,
+    hydration: Arc<Hydration>,
+    id: u64,
+}
+
+impl Completion for Part {
+    fn data(&mut self, offset: u64, bytes: &[u8]) {
+        let ready = {
+            let mut state = self.hydration.state.lock();
+            let Some(job) = state.ranges.iter_mut().find(|r| r.id == self.id) else {
+                return;
+            };
+            job.take_bytes(offset, bytes)
+        };
+        for (reader, bytes) in ready {
+            self.mirror.progress.waiting.sub(1);
+            self.mirror.progress.demand_bytes.add(bytes.len() as u64);
+            (reader.then)(Ok(bytes));
+        }
+    }
+
+    fn landed(&mut self, range: Range<u64>) {
+        self.hydration.state.lock().present.insert(range);
+    }
+
+    fn done(self: Box<Self>, outcome: Result<Copied>) {
+        self.mirror
+            .range_done(&self.hydration, self.id, outcome.map(|_| ()));
+    }
+}
+
+impl RangeJob {
+    /// Stores bytes that were read from src; gives back the readers that have all of theirs now.
+    fn take_bytes(&mut self, offset: u64, bytes: &[u8]) -> Vec<(RangeReader, Vec<u8>)> {
+        let Some(at) = offset.checked_sub(self.range.start) else {
+            return Vec::new();
+        };
+        let at = at as usize;
+        let Some(room) = self.bytes.get_mut(at..at + bytes.len()) else {
+            return Vec::new();
+        };
+        room.copy_from_slice(bytes);
+        self.got.insert(offset..offset + bytes.len() as u64);
+        let (ready, wait): (Vec<_>, Vec<_>) = std::mem::take(&mut self.readers)
+            .into_iter()
+            .partition(|r| self.got.contains(&r.range));
+        self.readers = wait;
+        let part = |r: &Range<u64>| {
+            let start = (r.start - self.range.start) as usize;
+            self.bytes[start..start + (r.end - r.start) as usize].to_vec()
+        };
+        ready
+            .into_iter()
+            .map(|r| (part(&r.range), r))
+            .map(|(b, r)| (r, b))
+            .collect()
+    }
+}
