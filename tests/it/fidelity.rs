@@ -78,7 +78,12 @@ fn reading_everything_gives_an_equal_tree(kind: &str) {
     let m = w.mount_lazy();
     // The mount shows src's tree while everything is pending, and while it is read.
     compare::expect_equal(&before, &compare::manifest_without_content(&m.at));
-    compare::expect_equal(&before, &compare::manifest(&m.at));
+    // xfs gives a file that just grew more blocks for a while.
+    let ignore = Ignore {
+        allocated: true,
+        ..Ignore::default()
+    };
+    compare::expect_equal_with(&before, &compare::manifest(&m.at), ignore);
     // Of a file that is all hole the comparer reads nothing.
     for (path, entry) in before.entries() {
         if entry.kind == rustix::fs::FileType::RegularFile
