@@ -1,5 +1,7 @@
 //! Copies a tree with everything preserved: `cargo run --release --example sync -- SRC DST`.
 
+#![allow(clippy::print_stdout)] // A program's output.
+
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 

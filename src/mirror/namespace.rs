@@ -23,7 +23,7 @@ use super::populate::{Access, origin_of};
 use crate::error::{Context, Error, Result, Side};
 use crate::mark::Mark;
 use crate::sys::name::Name;
-use crate::sys::stat::{self, Stat};
+use crate::sys::stat;
 use crate::sys::xattr::Target;
 use crate::sys::{caps, fault, fd};
 
@@ -568,11 +568,6 @@ impl Mirror {
     /// Opens a directory for listing: an fd with an offset of its own.
     pub fn open_listing(&self, node: &Node) -> Result<OwnedFd, Errno> {
         self.nodes.open(node, OFlags::RDONLY | OFlags::DIRECTORY)
-    }
-
-    /// statx of an inode that was just made, for callers that hold a directory.
-    pub fn stat_child(&self, dir: BorrowedFd<'_>, name: &Name) -> Result<Stat, Errno> {
-        stat::stat_at(dir, name.as_cstr())
     }
 }
 

@@ -218,6 +218,20 @@ struct Part {
 }
 
 impl Completion for Part {
+    /// The whole-file job may have been faster: then the readers are answered from dst, and nothing
+    /// is written a second time (which would undo a clone's sharing).
+    fn begin(&mut self) -> bool {
+        let here = {
+            let state = self.hydration.state.lock();
+            let job = state.ranges.iter().find(|r| r.id == self.id);
+            job.is_some_and(|job| state.present.contains(&job.range))
+        };
+        if here {
+            self.mirror.range_done(&self.hydration, self.id, Ok(()));
+        }
+        !here
+    }
+
     fn data(&mut self, offset: u64, bytes: &[u8]) {
         let ready = {
             let mut state = self.hydration.state.lock();

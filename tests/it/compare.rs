@@ -207,7 +207,7 @@ fn entry(dir: BorrowedFd<'_>, name: &[u8], stat: &Stat, path: &[u8], content: bo
             FileType::CharacterDevice | FileType::BlockDevice => stat.st_rdev,
             _ => 0,
         },
-        nlink: if is_dir { 0 } else { stat.st_nlink as u64 },
+        nlink: if is_dir { 0 } else { stat.st_nlink },
         ino: stat.st_ino,
         target: match kind {
             FileType::Symlink => rustix::fs::readlinkat(dir, name, Vec::new())
@@ -345,7 +345,7 @@ fn compare_entries(path: &str, a: &Entry, b: &Entry, ignore: Ignore, found: &mut
         .map_or(0, |d| d.as_secs());
     let recent = |sec: i64| sec.abs_diff(now as i64) < 3600;
     let both_recent = recent(a.mtime.0) && recent(b.mtime.0);
-    if !ignore.mtime && !(ignore.recent_mtime && both_recent) {
+    if !(ignore.mtime || ignore.recent_mtime && both_recent) {
         same!(mtime);
     }
     // readlink changes a symlink's access time and nothing can be done about it.

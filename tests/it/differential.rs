@@ -264,18 +264,18 @@ fn random_op(r: &mut Random, as_root: bool) -> Op {
             let flags = *r.one_of(&[none, none, XattrFlags::CREATE, XattrFlags::REPLACE]);
             Op::SetXattr {
                 path: path(r),
-                key: *r.one_of::<&'static str>(&keys),
+                key: r.one_of::<&'static str>(&keys),
                 len: len.min(300),
                 flags,
             }
         }
         31 => Op::GetXattr {
             path: path(r),
-            key: *r.one_of::<&'static str>(&keys),
+            key: r.one_of::<&'static str>(&keys),
         },
         32 => Op::RemoveXattr {
             path: path(r),
-            key: *r.one_of::<&'static str>(&keys),
+            key: r.one_of::<&'static str>(&keys),
         },
         33 => Op::ListXattr { path: path(r) },
         34 | 35 => Op::Stat { path: path(r) },

@@ -466,6 +466,7 @@ fn copy_file_range_from_and_into_pending_files_copies_the_bytes() {
             let to = OpenOptions::new()
                 .write(true)
                 .create(true)
+                .truncate(false)
                 .open(at.join(to))
                 .unwrap();
             let (mut a, mut b, mut left) = (100, 50, len);

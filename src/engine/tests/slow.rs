@@ -90,7 +90,10 @@ impl Filesystem for SlowFs {
 }
 
 /// A bench whose src is a SlowFs; `None` where nothing can be mounted.
-fn slow_bench(config: &EngineConfig) -> Option<(Bench, Arc<Mutex<Vec<ReplyData>>>, Unmount)> {
+/// A bench over a slow source, the replies that it holds back, and what unmounts it.
+type SlowBench = (Bench, Arc<Mutex<Vec<ReplyData>>>, Unmount);
+
+fn slow_bench(config: &EngineConfig) -> Option<SlowBench> {
     let dir = tempfile::tempdir().expect("tempdir");
     let src = dir.path().join("src");
     std::fs::create_dir(&src).expect("mkdir");
