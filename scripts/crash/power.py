@@ -320,7 +320,7 @@ def main():
     if sys.argv[1] == 'prepare':
         os.makedirs(where + '/src', exist_ok=True)
         if not os.listdir(where + '/src'):
-            lab.fill_src(where + '/src', 'power', 2, 90, big=1)
+            lab.fill_src(where + '/src', 'power', 2, 250, big=1)
         return 0
     return write(where) if sys.argv[1] == 'write' else check(where)
 

@@ -175,7 +175,13 @@ fn offset(r: &mut Random) -> u64 {
 }
 
 fn random_op(r: &mut Random, as_root: bool) -> Op {
-    let keys = ["user.a", "user.b", "user.long name", "trusted.mirrorfs.no"];
+    let keys = [
+        "user.a",
+        "user.b",
+        "user.long name",
+        "trusted.mirrorfs.no",
+        "other",
+    ];
     let mode = *r.one_of(&MODES[..if as_root { 5 } else { 6 }]);
     let slot = r.below(SLOTS as u64) as usize;
     let len = *r.one_of(&[0, 1, 10, 4096, 5000, 70_000]);

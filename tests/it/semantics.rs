@@ -214,6 +214,51 @@ fn looking_at_a_pending_file_shows_srcs_size_blocks_and_holes_and_copies_nothing
 }
 
 #[test]
+fn looking_at_an_unpopulated_directory_shows_its_metadata_and_places_none_of_its_entries() {
+    let no = u32::MAX;
+    let default = acl(&[(1, 7, no), (4, 5, no), (32, 0, no)]);
+    let Some(w) = world(|d| {
+        let dir = d.dir("dir");
+        for i in 0..500 {
+            dir.file(format!("entry {i}"), b"x");
+        }
+        dir.xattr(".", "user.x", b"of the directory");
+        dir.xattr(".", "system.posix_acl_default", &default);
+    }) else {
+        return;
+    };
+    let m = w.mount_lazy();
+    let (a, b) = (w.src.join("dir"), m.path("dir"));
+    // What `ls -l` asks about every directory that it lists.
+    for key in [
+        "security.selinux",
+        "system.posix_acl_access",
+        "system.posix_acl_default",
+        "user.x",
+    ] {
+        assert_eq!(told(get_xattr(&a, key)), told(get_xattr(&b, key)), "{key}");
+    }
+    let list = |path: &Path| {
+        let mut names = [0; 4096];
+        let n = rustix::fs::llistxattr(path, &mut names).unwrap();
+        let mut names: Vec<_> = names[..n].split(|b| *b == 0).map(<[u8]>::to_vec).collect();
+        names.sort();
+        names
+    };
+    assert_eq!(list(&a), list(&b));
+    let (x, y) = (a.metadata().unwrap(), b.metadata().unwrap());
+    assert_eq!(
+        (x.mode(), x.mtime(), x.mtime_nsec()),
+        (y.mode(), y.mtime(), y.mtime_nsec())
+    );
+    assert_eq!(
+        fs::read_dir(w.dst.join("dir")).unwrap().count(),
+        0,
+        "nobody looked inside"
+    );
+}
+
+#[test]
 fn inode_numbers_stay_the_same_through_hydration_restart_and_finish() {
     let Some(w) = world(some_files) else { return };
     let w = w.over();
