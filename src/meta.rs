@@ -108,15 +108,15 @@ impl Meta {
             .map(|(_, v)| v.as_slice())
     }
 
-    /// Applies everything to an open file or directory of dst, except the data, the mark, the
-    /// flags of [`LATE_FLAGS`] and, for a directory that gets its children later, the default ACL
-    /// (`DefaultAcl::Later`: children would inherit it).
-    pub fn apply_fd(&self, fd: BorrowedFd<'_>, acl: DefaultAcl) -> Vec<Refused> {
+    /// Applies everything to an open file or directory of dst, except the data, the mark and the
+    /// flags of [`LATE_FLAGS`]. Whoever makes children in the directory takes its default ACL away
+    /// before and applies again after: they would inherit it, and disturb its times (D8).
+    pub fn apply_fd(&self, fd: BorrowedFd<'_>) -> Vec<Refused> {
         let mut refused = Refusals::default();
         let (uid, gid) = self.ids();
         refused.note("chown", rustix::fs::fchown(fd, Some(uid), Some(gid)));
         refused.note("chmod", chmod_fd(fd, self.stat.perm()));
-        self.apply_xattrs(Target::Fd(fd), acl, &mut refused);
+        self.apply_xattrs(Target::Fd(fd), &mut refused);
         self.apply_flags(fd, &mut refused);
         self.apply_times_fd(fd, &mut refused);
         refused.0
@@ -136,7 +136,7 @@ impl Meta {
             let set = || rustix::fs::chmodat(dir, name.as_cstr(), mode, AtFlags::empty());
             refused.note("chmod", caps::with_fsetid(set));
         }
-        self.apply_xattrs(Target::At(dir, name), DefaultAcl::Now, &mut refused);
+        self.apply_xattrs(Target::At(dir, name), &mut refused);
         let times = timestamps(self.stat.atime, self.stat.mtime);
         refused.note(
             "utimensat",
@@ -167,18 +167,15 @@ impl Meta {
         (Uid::from_raw(self.stat.uid), Gid::from_raw(self.stat.gid))
     }
 
-    fn apply_xattrs(&self, target: Target<'_>, acl: DefaultAcl, refused: &mut Refusals) {
-        let later = |name: &CStr| acl == DefaultAcl::Later && name == DEFAULT_ACL;
+    fn apply_xattrs(&self, target: Target<'_>, refused: &mut Refusals) {
         // Capabilities last: setting an ACL or a label must not be able to disturb them.
         let (caps, others): (Vec<_>, Vec<_>) = self
             .xattrs
             .iter()
             .partition(|(name, _)| name.as_c_str() == CAPABILITY);
         for (name, value) in others.into_iter().chain(caps) {
-            if !later(name) {
-                let set = set_copied_xattr(target, name, value);
-                refused.note(&name.to_string_lossy(), set);
-            }
+            let set = set_copied_xattr(target, name, value);
+            refused.note(&name.to_string_lossy(), set);
         }
     }
 
@@ -195,15 +192,6 @@ impl Meta {
             refused.note_times(mtime, now.mtime);
         }
     }
-}
-
-/// When a directory gets its default ACL.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum DefaultAcl {
-    /// With the other xattrs.
-    Now,
-    /// After its children: they would inherit it (D8).
-    Later,
 }
 
 #[derive(Default)]

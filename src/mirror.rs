@@ -47,7 +47,7 @@ use crate::config::MountConfig;
 use crate::engine::{Engine, EngineConfig};
 use crate::error::{Context, Error, Result, Side};
 use crate::mark::MarkName;
-use crate::meta::{DefaultAcl, Meta, Refused};
+use crate::meta::{Meta, Refused};
 use crate::progress::Progress;
 use crate::sys::name::RelPath;
 use crate::sys::xattr::Target;
@@ -175,7 +175,7 @@ impl Mirror {
         }
         let src = self.source.dir(&Arc::new(RelPath::root()))?;
         let meta = Meta::capture_fd(src.capture, src.fd.as_fd()).on("statx", Side::Src, ".")?;
-        for refused in meta.apply_fd(self.dst.as_fd(), DefaultAcl::Later) {
+        for refused in meta.apply_fd(self.dst.as_fd()) {
             self.refused(&RelPath::root(), &refused);
         }
         Ok(())

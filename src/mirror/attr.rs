@@ -373,8 +373,8 @@ impl Mirror {
         name == self.mark.as_cstr()
     }
 
-    /// Calls `then` when the inode's xattrs are all here: a directory's default ACL comes with its
-    /// names, a file's security.capability with its data.
+    /// Calls `then` when the inode's xattrs are all here: a directory that is being populated is
+    /// without its default ACL for a moment, a file gets security.capability with its data.
     fn when_xattrs(
         self: &Arc<Self>,
         node: &Arc<Node>,
@@ -383,8 +383,11 @@ impl Mirror {
         then: impl FnOnce(Result<()>) + Send + 'static,
     ) {
         if node.kind == FileType::Directory {
-            let access = if change { Access::Change } else { Access::Look };
-            return self.when_populated(node.ino, access, then);
+            let placing = self.populates.times(node.ino).is_some();
+            return match change || placing {
+                true => self.when_populated(node.ino, access_for(change), then),
+                false => then(Ok(())),
+            };
         }
         let capability = name.is_some_and(|n| n == CAPABILITY);
         match (change, node.is_pending_file()) {
@@ -419,7 +422,7 @@ impl Mirror {
         self.when_xattrs(node, Some(name), false, move |ready| {
             then(ready.map_err(|e| e.errno()).and_then(|()| {
                 let opened = mirror.nodes.open(&held, OFlags::PATH)?;
-                xattr::get(Target::Fd(opened.as_fd()), &wanted)?.ok_or(Errno::NODATA)
+                xattr::get_exact(Target::Fd(opened.as_fd()), &wanted)
             }));
         });
     }
@@ -501,6 +504,10 @@ impl Mirror {
             node.ino
         }
     }
+}
+
+fn access_for(change: bool) -> Access {
+    if change { Access::Change } else { Access::Look }
 }
 
 fn now() -> Time {

@@ -93,6 +93,14 @@ impl Anchors {
         Ok(())
     }
 
+    /// Somebody else has just published the key: takes over what is there.
+    pub fn learn(&self, links: &OwnedFd, key: LinkKey, src_nlink: u32) -> Result<(), Errno> {
+        let name = anchor_name(key, src_nlink).ok_or(Errno::INVAL)?;
+        let dst_ino = stat::stat_at(links.as_fd(), name.as_cstr())?.key.ino;
+        self.note(key, dst_ino, src_nlink);
+        Ok(())
+    }
+
     /// Publishes an inode that has a name already (symlinks and devices have no nameless form).
     pub fn publish_name(
         &self,

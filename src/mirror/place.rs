@@ -17,7 +17,7 @@ use super::node::Anchor;
 use super::source::{SrcDir, SrcInfo};
 use crate::error::{Context, Error, Result, Side};
 use crate::mark::Mark;
-use crate::meta::{self, CAPABILITY, DefaultAcl, LATE_FLAGS, Meta};
+use crate::meta::{self, CAPABILITY, LATE_FLAGS, Meta};
 use crate::sys::name::{Name, RelPath};
 use crate::sys::stat::{self, Stat};
 use crate::sys::xattr::Target;
@@ -137,7 +137,7 @@ impl<'a> Placer<'a> {
             ) {
                 Ok(()) => {}
                 // Another populate was faster: its inode stands for this one.
-                Err(Errno::EXIST) if self.link_to_anchor(key, name, path)? => return Ok(()),
+                Err(Errno::EXIST) => return self.link_to_others(key, stat.nlink, name, path),
                 Err(e) => return Err(e).on("linkat", Side::Dst, path),
             }
         }
@@ -232,7 +232,7 @@ impl<'a> Placer<'a> {
         if mark.is_some_and(|m| m.populated) {
             return Ok(());
         }
-        let refused = meta.apply_fd(opened.as_fd(), DefaultAcl::Later);
+        let refused = meta.apply_fd(opened.as_fd());
         refused.iter().for_each(|r| self.mirror.refused(path, r));
         self.mirror
             .mark
@@ -291,9 +291,7 @@ impl<'a> Placer<'a> {
                 .publish_name(links, key, stat.nlink, self.dst, name)
             {
                 Ok(()) => {}
-                Err(Errno::EXIST) => {
-                    self.link_to_anchor(key, name, path)?;
-                }
+                Err(Errno::EXIST) => return self.link_to_others(key, stat.nlink, name, path),
                 Err(e) => return Err(e).on("linkat", Side::Dst, path),
             }
         }
@@ -325,6 +323,17 @@ impl<'a> Placer<'a> {
         }
     }
 
+    /// As `link_to_anchor`, with an anchor that another thread has just published.
+    fn link_to_others(&self, key: LinkKey, nlink: u32, name: &Name, path: &RelPath) -> Result<()> {
+        let links = &self.mirror.control.links;
+        let learned = self.mirror.anchors.learn(links, key, nlink);
+        learned.on("statx", Side::Dst, ".mirrorfs/links")?;
+        match self.link_to_anchor(key, name, path)? {
+            true => Ok(()),
+            false => Err(Errno::STALE).on("link", Side::Dst, path),
+        }
+    }
+
     fn capture(&self, name: &Name, path: &RelPath, stat: Stat) -> Result<Meta> {
         let meta = Meta::capture(self.src.capture, self.src.fd.as_fd(), name, stat);
         meta.on("listxattr", Side::Src, path)
@@ -334,7 +343,7 @@ impl<'a> Placer<'a> {
         if self.mirror.control.identity.adopt {
             meta::drop_inherited_acl(Target::Fd(fd), meta).on("removexattr", Side::Dst, path)?;
         }
-        for refused in meta.apply_fd(fd, DefaultAcl::Now) {
+        for refused in meta.apply_fd(fd) {
             self.mirror.refused(path, &refused);
         }
         Ok(())

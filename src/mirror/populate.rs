@@ -23,7 +23,7 @@ use super::source::SrcDir;
 use crate::engine::job::Priority;
 use crate::error::{Context, Error, Result, Side};
 use crate::mark::Mark;
-use crate::meta::{DEFAULT_ACL, DefaultAcl, Meta};
+use crate::meta::{DEFAULT_ACL, Meta};
 use crate::sys::name::{Name, RelPath};
 use crate::sys::stat::{self, Time};
 use crate::sys::xattr::{self, Target};
@@ -267,7 +267,7 @@ impl Mirror {
         let placer = Placer::new(self, &src, opened.as_fd(), dir.ino == super::node::ROOT)?;
         self.settle_ledger(origin);
         let meta = self.place_all(dir, &src, &placer)?;
-        for refused in meta.apply_fd(opened.as_fd(), DefaultAcl::Now) {
+        for refused in meta.apply_fd(opened.as_fd()) {
             self.refused(origin, &refused);
         }
         placer.note_late_flags(&meta, opened.as_fd())?;

@@ -7,7 +7,7 @@ use rustix::fs::{Gid, Uid};
 use rustix::io::Errno;
 
 use super::report::Changes;
-use crate::meta::{self, COPIED_FLAGS, DefaultAcl, LATE_FLAGS, Meta, Refused};
+use crate::meta::{self, COPIED_FLAGS, LATE_FLAGS, Meta, Refused};
 use crate::sys::copy;
 use crate::sys::xattr::{self, Target};
 
@@ -25,7 +25,7 @@ pub(super) struct Born {
 pub(super) fn fresh(fd: BorrowedFd<'_>, meta: &Meta, born: Born, root: bool) -> Vec<Refused> {
     let usual_time = (0..=i64::from(i32::MAX)).contains(&meta.stat.mtime.sec);
     if !meta.xattrs.is_empty() || meta.flags & !LATE_FLAGS != 0 || !usual_time {
-        let refused = meta.apply_fd(fd, DefaultAcl::Now);
+        let refused = meta.apply_fd(fd);
         if !root {
             own_group(fd, meta);
         }
@@ -115,7 +115,7 @@ pub(super) fn amend(fd: BorrowedFd<'_>, src: &Meta, dst: &Meta, root: bool) -> V
         let what = "flags".to_owned();
         refused.push(Refused { what, errno });
     }
-    refused.extend(src.apply_fd(fd, DefaultAcl::Now));
+    refused.extend(src.apply_fd(fd));
     if !root {
         own_group(fd, src);
     }

@@ -69,6 +69,15 @@ pub fn list(target: Target<'_>) -> Result<Vec<CString>> {
 
 /// The value; `None` when there is no such attribute (ENODATA, EOPNOTSUPP).
 pub fn get(target: Target<'_>, name: &CStr) -> Result<Option<Vec<u8>>> {
+    match get_exact(target, name) {
+        Ok(value) => Ok(Some(value)),
+        Err(Errno::NODATA | Errno::OPNOTSUPP) => Ok(None),
+        Err(e) => Err(e),
+    }
+}
+
+/// The value; every errno as the kernel gave it.
+pub fn get_exact(target: Target<'_>, name: &CStr) -> Result<Vec<u8>> {
     let path = target.path();
     let call = |buf: &mut [u8]| match target {
         Target::Open(fd) => rustix::fs::fgetxattr(fd, name, buf),
@@ -77,14 +86,13 @@ pub fn get(target: Target<'_>, name: &CStr) -> Result<Option<Vec<u8>>> {
     };
     let mut small = [0u8; 512];
     match call(&mut small) {
-        Ok(n) => Ok(Some(small[..n].to_vec())),
+        Ok(n) => Ok(small[..n].to_vec()),
         Err(Errno::RANGE) => {
             let mut big = vec![0u8; MAX];
             let n = call(&mut big)?;
             big.truncate(n);
-            Ok(Some(big))
+            Ok(big)
         }
-        Err(Errno::NODATA | Errno::OPNOTSUPP) => Ok(None),
         Err(e) => Err(e),
     }
 }
