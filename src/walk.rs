@@ -25,11 +25,14 @@ use crate::engine::job::Priority;
 use crate::error::{Context, Error, Result, Side};
 use crate::mirror::{DirRef, DoneDir, FileRef, Mirror, Need, Origin};
 use crate::sys::dir::{self, Entry};
+use crate::sys::host;
 
 /// Entries of one directory that are looked at before its subdirectories are walked.
 const CHUNK: usize = 1024;
 /// Threads: they wait for src, so more than CPUs.
 const THREADS: usize = 4;
+/// Session threads, which users wait for, take the CPU from walker threads at once.
+const NICE: i32 = 15;
 /// The pause after a pass that left something, growing up to the second.
 const PAUSE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
 
@@ -108,7 +111,10 @@ impl Walker {
         let shared = Arc::clone(&self.shared);
         let thread = std::thread::Builder::new()
             .name(name)
-            .spawn(move || run(&shared))
+            .spawn(move || {
+                host::be_nice(NICE);
+                run(&shared);
+            })
             .map_err(|e| Error::Unusable(format!("cannot start a thread: {e}")))?;
         self.threads.lock().push(thread);
         Ok(())

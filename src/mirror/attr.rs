@@ -19,7 +19,7 @@ use super::source::SrcInfo;
 use crate::engine::job::Priority;
 use crate::error::{Context, Error, Result, Side};
 use crate::mark::Mark;
-use crate::meta::{self, CAPABILITY};
+use crate::meta::{self, CAPABILITY, DEFAULT_ACL};
 use crate::sys::stat::{self, Stat, Time};
 use crate::sys::xattr::{self, Target};
 use crate::sys::{caps, copy};
@@ -373,8 +373,8 @@ impl Mirror {
         name == self.mark.as_cstr()
     }
 
-    /// Calls `then` when the inode's xattrs are all here: a directory that is being populated is
-    /// without its default ACL for a moment, a file gets security.capability with its data.
+    /// Calls `then` when the inode's xattrs are all here: a directory has them from the start, a file
+    /// gets security.capability with its data.
     fn when_xattrs(
         self: &Arc<Self>,
         node: &Arc<Node>,
@@ -383,9 +383,8 @@ impl Mirror {
         then: impl FnOnce(Result<()>) + Send + 'static,
     ) {
         if node.kind == FileType::Directory {
-            let placing = self.populates.times(node.ino).is_some();
-            return match change || placing {
-                true => self.when_populated(node.ino, access_for(change), then),
+            return match change {
+                true => self.when_populated(node.ino, Access::Change, then),
                 false => then(Ok(())),
             };
         }
@@ -422,7 +421,14 @@ impl Mirror {
         self.when_xattrs(node, Some(name), false, move |ready| {
             then(ready.map_err(|e| e.errno()).and_then(|()| {
                 let opened = mirror.nodes.open(&held, OFlags::PATH)?;
-                xattr::get_exact(Target::Fd(opened.as_fd()), &wanted)
+                let value = xattr::get_exact(Target::Fd(opened.as_fd()), &wanted);
+                match (value, wanted.as_c_str() == DEFAULT_ACL) {
+                    // Set aside for the moment, perhaps.
+                    (Err(Errno::NODATA), true) => {
+                        mirror.populates.default_acl(held.ino).ok_or(Errno::NODATA)
+                    }
+                    (value, _) => value,
+                }
             }));
         });
     }
@@ -439,6 +445,10 @@ impl Mirror {
                 let opened = mirror.nodes.open(&held, OFlags::PATH)?;
                 let mut names = xattr::list(Target::Fd(opened.as_fd()))?;
                 names.retain(|n| !mirror.is_hidden(n));
+                let acl = DEFAULT_ACL.to_owned();
+                if !names.contains(&acl) && mirror.populates.default_acl(held.ino).is_some() {
+                    names.push(acl);
+                }
                 let due = CAPABILITY.to_owned();
                 if held.is_pending_file()
                     && mirror.has_pending_capability(&held)
@@ -504,10 +514,6 @@ impl Mirror {
             node.ino
         }
     }
-}
-
-fn access_for(change: bool) -> Access {
-    if change { Access::Change } else { Access::Look }
 }
 
 fn now() -> Time {

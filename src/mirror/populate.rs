@@ -72,6 +72,8 @@ pub struct Marked {
 pub struct Placing {
     /// The times that it will have: placing children disturbs them meanwhile.
     times: Option<(Time, Time)>,
+    /// Its default ACL, set aside while its children are made.
+    default_acl: Option<Vec<u8>>,
     waiters: Vec<Waiter>,
 }
 
@@ -98,10 +100,22 @@ impl Populates {
             ino,
             Placing {
                 times: None,
+                default_acl: None,
                 waiters: vec![waiter],
             },
         );
         false
+    }
+
+    /// The default ACL of a directory in work.
+    pub fn default_acl(&self, ino: Ino) -> Option<Vec<u8>> {
+        self.running.lock().get(&ino)?.default_acl.clone()
+    }
+
+    fn set_default_acl(&self, ino: Ino, acl: Vec<u8>) {
+        if let Some(placing) = self.running.lock().get_mut(&ino) {
+            placing.default_acl = Some(acl);
+        }
     }
 
     fn set_times(&self, ino: Ino, times: (Time, Time)) {
@@ -259,11 +273,8 @@ impl Mirror {
                 path: origin.to_path(),
             });
         }
-        // An earlier copy, or a crash after it was set: children would inherit it (D8).
-        match xattr::remove(Target::Fd(opened.as_fd()), DEFAULT_ACL) {
-            Ok(()) | Err(Errno::NODATA | Errno::OPNOTSUPP) => {}
-            Err(e) => return Err(e).on("removexattr", Side::Dst, &shown),
-        }
+        self.set_acl_aside(dir.ino, opened.as_fd())
+            .on("removexattr", Side::Dst, &shown)?;
         let placer = Placer::new(self, &src, opened.as_fd(), dir.ino == super::node::ROOT)?;
         self.settle_ledger(origin);
         let meta = self.place_all(dir, &src, &placer)?;
@@ -272,6 +283,17 @@ impl Mirror {
         }
         placer.note_late_flags(&meta, opened.as_fd())?;
         self.publish(dir, &opened, origin, placer.recorded_origin(&opened)?)
+    }
+
+    /// The default ACL comes back when all children are made: they would inherit it (D8). Until then
+    /// whoever asks for it is answered from memory.
+    fn set_acl_aside(&self, ino: Ino, opened: BorrowedFd<'_>) -> Result<(), Errno> {
+        let target = Target::Fd(opened);
+        if let Some(acl) = xattr::get(target, DEFAULT_ACL)? {
+            self.populates.set_default_acl(ino, acl);
+            xattr::remove(target, DEFAULT_ACL)?;
+        }
+        Ok(())
     }
 
     /// Places every name of a src directory. One that changes meanwhile is listed again; one that

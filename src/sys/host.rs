@@ -97,6 +97,14 @@ pub fn pin_to_cpu(cpu: usize) {
     let _ = rustix::thread::sched_setaffinity(None, &set); // Slower, not wrong.
 }
 
+/// Lowers the calling thread's share of a CPU that others want too (nice(2); Linux keeps the value
+/// per thread). On an idle CPU nothing changes.
+pub fn be_nice(nice: i32) {
+    let me = rustix::thread::gettid();
+    // A hint: without it foreground requests wait longer for a busy CPU.
+    rustix::process::setpriority_process(Some(me), nice).ok();
+}
+
 /// What fork(2) returned.
 #[derive(Debug)]
 pub enum Forked {
