@@ -179,7 +179,12 @@ fn the_kits_nasty_tree_comes_over_whole(kind: &str) {
     // xfs gives a src that grew more blocks than its data needs: only a dst with more is wrong.
     let holes = ["--holes", "more"];
     python(&compare, &[&w.src, &w.dst], &holes).expect_code(0);
-    w.expect_no_trace();
+    // It goes down 2,200 directories by recursion.
+    std::thread::scope(|scope| {
+        let deep = std::thread::Builder::new().stack_size(512 << 20);
+        let look = deep.spawn_scoped(scope, || w.expect_no_trace()).unwrap();
+        look.join().unwrap();
+    });
     let synced = w.dst.with_file_name("synced");
     std::fs::create_dir(&synced).unwrap();
     run_for(

@@ -324,7 +324,15 @@ impl LoopFs {
         let image = scratch.path().join("image");
         File::create(&image).unwrap().set_len(bytes).unwrap();
         let options: &[&str] = match kind {
-            "ext4" => &["-q", "-F", "-E", "nodiscard,lazy_itable_init=1"],
+            // An inode for every 4 KiB: some trees are nothing but names.
+            "ext4" => &[
+                "-q",
+                "-F",
+                "-i",
+                "4096",
+                "-E",
+                "nodiscard,lazy_itable_init=1",
+            ],
             "xfs" => &["-q", "-f", "-K"],
             _ => &["-q", "-f", "-K"],
         };
