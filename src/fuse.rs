@@ -16,7 +16,6 @@ use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::SystemTime;
 
 use fuser::{
@@ -375,7 +374,6 @@ impl Filesystem for MirrorFs {
         reply: ReplyEmpty,
     ) {
         if let Some(open) = self.shared.files.remove(fh) {
-            open.node.opens.fetch_sub(1, Ordering::Relaxed);
             self.shared.backings.release(ino.0, &open.mode, open.write);
             self.shared.void_attributes(ino.0, &open.mode, open.write);
         }

@@ -20,7 +20,7 @@ use crate::sys::stat::Time;
 use crate::sys::xattr::{self, Target};
 
 /// The control directory in the raw root of dst: gone at finish, invisible in the mount.
-pub const CONTROL_DIR: &[u8] = b".mirrorfs";
+pub const CONTROL_DIR: &str = ".mirrorfs";
 
 const VERSION: u8 = 1 << 4;
 const POPULATED: u8 = 1;

@@ -193,7 +193,7 @@ impl Mirror {
 
     /// True when this start found a migration to resume.
     pub fn is_resumed(&self) -> bool {
-        self.control.identity.version > 0 && self.control.resumed
+        self.control.resumed
     }
 
     /// dst's root, opened before anything was mounted over it.

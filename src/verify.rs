@@ -352,7 +352,7 @@ impl Work<'_, '_> {
             };
             if !in_src {
                 let path = pair.path.join(&e.name);
-                match pair.path.is_root() && e.name.as_bytes() == CONTROL_DIR {
+                match pair.path.is_root() && e.name.as_bytes() == CONTROL_DIR.as_bytes() {
                     true => self.tell(&path, Kind::NotFinished, "the control directory"),
                     false => self.tell(&path, Kind::OnlyInDst, ""),
                 }

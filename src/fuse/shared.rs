@@ -106,7 +106,6 @@ impl Shared {
         mode: IoMode,
         write: bool,
     ) -> FileHandle {
-        node.opens.fetch_add(1, Ordering::Relaxed);
         self.files.insert(OpenFile {
             node,
             file: Arc::new(file),

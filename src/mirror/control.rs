@@ -21,8 +21,7 @@ use crate::sys::name::Name;
 use crate::sys::xattr::Target;
 use crate::sys::{dir, fd, host, stat};
 
-/// The control directory's name.
-pub const CONTROL: &str = ".mirrorfs";
+pub use crate::mark::CONTROL_DIR as CONTROL;
 
 const VERSION: u32 = 1;
 

@@ -13,7 +13,7 @@
 use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
 use dashmap::DashMap;
 use lru::LruCache;
@@ -157,8 +157,6 @@ pub struct Node {
     /// For a directory also the way to the root.
     place: Mutex<Option<Place>>,
     lookups: AtomicU64,
-    /// Open handles of it.
-    pub opens: AtomicU32,
 }
 
 impl Node {
@@ -179,7 +177,6 @@ impl Node {
             origin: RwLock::new(origin),
             place: Mutex::new(place),
             lookups: AtomicU64::new(0),
-            opens: AtomicU32::new(0),
         }
     }
 

@@ -4,9 +4,7 @@
 //! their file system, so that neither a symlink nor a bind mount hides that one tree is inside the
 //! other. What only the trees' content tells (marks, identity, locks) is `Mirror::open`'s.
 
-use std::ffi::OsStr;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use super::out::quoted;
@@ -163,7 +161,7 @@ pub(super) fn sync(config: &SyncConfig) -> Result<(), Failure> {
 /// `path` is the DST of a migration that no daemon serves.
 pub(super) fn migration(path: &Path) -> Result<(), Failure> {
     Root::open("PATH", path)?;
-    match std::fs::symlink_metadata(path.join(OsStr::from_bytes(CONTROL_DIR))) {
+    match std::fs::symlink_metadata(path.join(CONTROL_DIR)) {
         Ok(_) => Ok(()),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
             let line = format!(

@@ -174,7 +174,7 @@ impl Work<'_, '_> {
         let (mut dirs, mut others): (Vec<Entry>, Vec<Entry>) = (Vec::new(), Vec::new());
         for mut entry in names {
             self.seen();
-            if dir.pair.path.is_root() && entry.name.as_bytes() == CONTROL_DIR {
+            if dir.pair.path.is_root() && entry.name.as_bytes() == CONTROL_DIR.as_bytes() {
                 let reserved: Result<()> = Err(Errno::EXIST).on(
                     "the control directory's name",
                     Side::Dst,
@@ -410,7 +410,7 @@ impl Work<'_, '_> {
     /// Removes what an earlier run left behind and, with `--delete`, what src does not have.
     fn sweep(&self, buffers: &mut Buffers, dir: &Dir, extra: Option<Vec<Name>>) {
         let wanted = |name: &Name| {
-            let control = dir.pair.path.is_root() && name.as_bytes() == CONTROL_DIR;
+            let control = dir.pair.path.is_root() && name.as_bytes() == CONTROL_DIR.as_bytes();
             let temp = name.as_bytes().starts_with(delete::TEMP.as_bytes());
             !control && (self.job.config.delete || temp)
         };
