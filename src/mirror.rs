@@ -23,7 +23,7 @@ mod settle;
 mod source;
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
@@ -66,6 +66,32 @@ pub trait Invalidate: Send + Sync {
     fn attributes(&self, ino: Ino);
 }
 
+/// Both roots, open, and the paths that the migration remembers them by.
+#[derive(Debug)]
+pub struct Trees {
+    /// SRC without symlinks.
+    pub src_path: PathBuf,
+    /// DST without symlinks.
+    pub dst_path: PathBuf,
+    /// SRC's root.
+    pub src: OwnedFd,
+    /// DST's root, from before anything is mounted on it.
+    pub dst: OwnedFd,
+}
+
+impl Trees {
+    /// Opens both. `Error::Unusable` (one line) when one cannot be used.
+    pub fn open(src: &Path, dst: &Path) -> Result<Trees> {
+        let (src_path, dst_path) = (absolute(src)?, absolute(dst)?);
+        Ok(Trees {
+            src: open_root(&src_path, "SRC")?,
+            dst: open_root(&dst_path, "DST")?,
+            src_path,
+            dst_path,
+        })
+    }
+}
+
 /// Both trees and the rules.
 pub struct Mirror {
     dst: Arc<OwnedFd>,
@@ -96,18 +122,24 @@ pub struct Mirror {
 }
 
 impl Mirror {
-    /// Opens both trees, takes the lock, starts or resumes the migration, starts the engine.
+    /// Takes the lock, starts or resumes the migration, starts the engine.
     /// `Error::Unusable` (one line) when SRC or DST cannot be used; nothing was changed then.
-    pub fn open(config: &MountConfig, progress: Arc<Progress>) -> Result<Arc<Mirror>> {
+    pub fn open(
+        config: &MountConfig,
+        trees: Trees,
+        progress: Arc<Progress>,
+    ) -> Result<Arc<Mirror>> {
         host::raise_nofile();
         let mark = match config.rootless || !caps::have_sys_admin() {
             true => MarkName::User,
             false => MarkName::Trusted,
         };
-        let src_path = absolute(&config.src)?;
-        let dst_path = absolute(&config.dst)?;
-        let src = open_root(&src_path, "SRC")?;
-        let dst = open_root(&dst_path, "DST")?;
+        let Trees {
+            src_path,
+            dst_path,
+            src,
+            dst,
+        } = trees;
         let control = Control::open(&Request {
             src: &src_path,
             src_root: src.as_fd(),
@@ -286,7 +318,7 @@ impl Mirror {
     }
 }
 
-fn absolute(path: &Path) -> Result<std::path::PathBuf> {
+fn absolute(path: &Path) -> Result<PathBuf> {
     std::fs::canonicalize(path).map_err(|e| Error::Unusable(format!("\"{}\": {e}", path.display())))
 }
 

@@ -5,7 +5,7 @@
 //!   detach()  umount -l: the native tree is there at once, open files live on here
 //!   wait()    the kernel has dropped the last of them
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -13,20 +13,24 @@ use std::thread::JoinHandle;
 
 use fuser::{Config, INodeNo, Notifier, SessionACL};
 use parking_lot::Mutex;
+use rustix::io::Errno;
 
 use super::MirrorFs;
 use super::shared::Shared;
 use crate::config::MountConfig;
 use crate::error::{Context, Error, Result, Side};
 use crate::mirror::{Ino, Invalidate, Mirror};
-use crate::sys::{caps, host, stat};
+use crate::sys::{caps, host, local, stat};
 
 /// A FUSE session that serves one mirror.
 pub struct Session {
     shared: Arc<Shared>,
     mountpoint: PathBuf,
-    /// The directory that is mounted over, opened before anything was mounted.
+    /// The directory that is mounted over, or the root of the topmost dead mount on it, opened before
+    /// anything was mounted.
     on: OwnedFd,
+    /// Dead mounts on the mount point.
+    dead: usize,
     /// Held until `attach`, then given to the kernel.
     mount: Mutex<Option<OwnedFd>>,
     mount_id: AtomicU64,
@@ -47,9 +51,11 @@ impl Invalidate for Notify {
 }
 
 impl Session {
-    /// Makes the superblock, answers the kernel's handshake, starts the threads.
-    pub fn start(mirror: Arc<Mirror>, config: &MountConfig) -> Result<Session> {
-        let on = host::open_dir(&config.mountpoint).on("open", Side::Host, &config.mountpoint)?;
+    /// Makes the superblock, answers the kernel's handshake, starts the threads. `dead`: so many
+    /// mounts without a daemon are stacked on the mount point and go away when this one is there.
+    pub fn start(mirror: Arc<Mirror>, config: &MountConfig, dead: usize) -> Result<Session> {
+        let on = local::open_dir_path(&config.mountpoint);
+        let on = on.on("open", Side::Host, &config.mountpoint)?;
         let mountpoint =
             std::fs::canonicalize(&config.mountpoint).unwrap_or_else(|_| config.mountpoint.clone());
         let root = stat::stat_fd(mirror.dst_root().as_fd()).on("statx", Side::Dst, ".")?;
@@ -93,6 +99,7 @@ impl Session {
             shared,
             mountpoint,
             on,
+            dead,
             mount: Mutex::new(Some(mount)),
             mount_id: AtomicU64::new(0),
             dev: ours,
@@ -100,15 +107,43 @@ impl Session {
         })
     }
 
-    /// Puts the mount on the mount point: visible from now on.
+    /// Puts the mount on the mount point: visible from now on. Dead mounts there hide what is below
+    /// until the new one does.
     pub fn attach(&self) -> Result<()> {
         let Some(mount) = self.mount.lock().take() else {
             return Ok(());
         };
         let root = stat::stat_fd(mount.as_fd()).on("statx", Side::Host, &self.mountpoint)?;
         self.mount_id.store(root.mnt_id, Ordering::Relaxed);
-        host::attach(mount.as_fd(), self.on.as_fd()).on("move_mount", Side::Host, &self.mountpoint)
+        let attached = match self.dead {
+            0 => host::attach(mount.as_fd(), self.on.as_fd()),
+            dead => self.replace(mount.as_fd(), dead),
+        };
+        attached.on("move_mount", Side::Host, &self.mountpoint)
         // The last fd of the mount itself closes here: else it could never end.
+    }
+
+    /// Attaches beneath the lowest of the dead mounts, then takes that one away too.
+    fn replace(&self, mount: BorrowedFd<'_>, dead: usize) -> Result<(), Errno> {
+        // Below each of these there is another dead one.
+        for _ in 1..dead {
+            host::detach(&self.mountpoint)?;
+        }
+        let top = local::open_dir_path(&self.mountpoint)?;
+        match host::attach_beneath(mount, top.as_fd()) {
+            Ok(()) => host::detach(&self.mountpoint),
+            Err(Errno::INVAL) => {
+                tracing::warn!(
+                    "this kernel cannot mount beneath (before 6.5): the unfinished tree was in \
+                     sight for a moment at \"{}\"",
+                    self.mountpoint.display()
+                );
+                host::detach(&self.mountpoint)?;
+                let on = local::open_dir_path(&self.mountpoint)?;
+                host::attach(mount, on.as_fd())
+            }
+            Err(errno) => Err(errno),
+        }
     }
 
     /// Takes the mount off the mount point. Open files and working directories live on.

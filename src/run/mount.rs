@@ -20,8 +20,9 @@ use super::daemon::{self, Parent};
 use super::live::Screen;
 use super::log::Log;
 use super::out::quoted;
+use super::preflight::{self, Ground};
 use super::status::{Live, Phase};
-use super::{Failure, Outcome, exit, preflight};
+use super::{Failure, Outcome, exit};
 use crate::config::MountConfig;
 use crate::error::Error;
 use crate::fuse::session::Session;
@@ -51,7 +52,8 @@ enum Event {
 /// `mirrorfs mount`.
 pub(super) fn run(config: MountConfig) -> Outcome {
     // In front of everything, the log too: a refusal changes nothing.
-    let config = preflight::mount(absolute(config)?)?;
+    let ground = preflight::mount(absolute(config)?)?;
+    let config = &ground.config;
     if config.foreground {
         let screen = Screen::new();
         let log = match &config.log_file {
@@ -59,7 +61,7 @@ pub(super) fn run(config: MountConfig) -> Outcome {
             None => Log::stderr(screen.bars()),
         };
         log.install(config.log_level);
-        return serve(config, &log, &mut Parent::none(), Some(screen));
+        return serve(ground, &log, &mut Parent::none(), Some(screen));
     }
     let path = match &config.log_file {
         Some(path) => path.clone(),
@@ -67,8 +69,8 @@ pub(super) fn run(config: MountConfig) -> Outcome {
     };
     let log = Log::file(&path)?;
     daemon::start(&log, |parent| {
-        log.install(config.log_level);
-        let outcome = serve(config, &log, parent, None);
+        log.install(ground.config.log_level);
+        let outcome = serve(ground, &log, parent, None);
         if let Err(failure) = &outcome {
             tracing::error!("{}", failure.line);
         }
@@ -112,24 +114,26 @@ fn log_name(dst: &Path) -> String {
     format!("{name}-{hash:016x}.log")
 }
 
-fn serve(
-    config: MountConfig,
-    log: &Log,
-    parent: &mut Parent,
-    mut screen: Option<Screen>,
-) -> Outcome {
+fn serve(ground: Ground, log: &Log, parent: &mut Parent, mut screen: Option<Screen>) -> Outcome {
     host::raise_nofile();
     let progress = Arc::new(Progress::default());
-    progress.paused.store(!config.background, Relaxed);
-    let live = Arc::new(Live::new(&config, progress.clone())?);
+    progress.paused.store(!ground.config.background, Relaxed);
+    let live = Arc::new(Live::new(&ground, progress.clone())?);
+    let Ground {
+        config,
+        trees,
+        dead,
+        ..
+    } = ground;
     let listener = Listener::bind()?;
-    let mirror = Mirror::open(&config, progress)?;
+    let mirror = Mirror::open(&config, trees, progress)?;
     let (events_in, events) = bounded(64);
     watch_signals(events_in.clone())?;
-    let session = Session::start(mirror.clone(), &config)?;
+    let session = Session::start(mirror.clone(), &config, dead.on_mountpoint)?;
     // Before the mount is seen: who sees it finds its daemon.
     let socket = listener.serve(handler(live.clone(), mirror.clone(), events_in))?;
     session.attach()?;
+    dead.detach_elsewhere();
     live.set_phase(Phase::Serving);
     let mode = if config.background {
         Mode::Pull

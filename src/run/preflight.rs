@@ -12,6 +12,7 @@ use super::{Failure, exit};
 use crate::config::{MountConfig, SyncConfig};
 use crate::error::Errno;
 use crate::mark::CONTROL_DIR;
+use crate::mirror::Trees;
 use crate::sys::stat::{Stat, stat_fd};
 use crate::sys::{caps, host, local};
 
@@ -73,25 +74,83 @@ impl Root {
 
     /// The type of the file system whose root was mounted right on this directory.
     fn mounted_type(&self) -> Option<String> {
-        if !self.stat.mount_root {
-            return None;
-        }
-        let mounts = host::mounts().ok()?;
-        let line = mounts.into_iter().find(|m| m.id == self.stat.mnt_id)?;
-        Some(line.fs_type)
+        self.stat.mount_root.then(|| self.fs_type())
+    }
+
+    /// The type of this directory's file system, as mountinfo calls it; `?` when it does not.
+    fn fs_type(&self) -> String {
+        let mounts = host::mounts().unwrap_or_default();
+        let line = mounts.into_iter().find(|m| m.id == self.stat.mnt_id);
+        line.map_or_else(|| "?".to_owned(), |m| m.fs_type)
     }
 }
 
-/// Everything that `mount` can know beforehand. Returns the configuration with absolute paths.
-pub(super) fn mount(mut config: MountConfig) -> Result<MountConfig, Failure> {
+/// What `mount` works with, once all is well.
+pub(crate) struct Ground {
+    /// With absolute paths.
+    pub(crate) config: MountConfig,
+    /// Both roots, as they are below any dead mount.
+    pub(crate) trees: Trees,
+    /// Type of SRC's file system.
+    pub(crate) src_fs: String,
+    /// Type of DST's file system.
+    pub(crate) dst_fs: String,
+    /// Mounts of ours whose daemon has died.
+    pub(crate) dead: Dead,
+}
+
+/// Mounts of ours whose daemon is dead: every access through them is ENOTCONN, so they keep what is
+/// below out of sight until the new mount is there.
+#[derive(Debug, Default)]
+pub(crate) struct Dead {
+    /// How many are stacked on the mount point: the new mount goes beneath (`Session::attach`).
+    pub(crate) on_mountpoint: usize,
+    /// A mount point that is not used any more, and how many are stacked on it.
+    elsewhere: Option<(PathBuf, usize)>,
+}
+
+impl Dead {
+    /// Takes away those that no new mount replaces.
+    pub(crate) fn detach_elsewhere(&self) {
+        let Some((path, count)) = &self.elsewhere else {
+            return;
+        };
+        for _ in 0..*count {
+            if let Err(e) = host::detach(path) {
+                tracing::warn!("{}: umount of a dead mount: {e}", quoted(path));
+                return;
+            }
+        }
+    }
+}
+
+/// Everything that `mount` can know beforehand. Changes nothing.
+pub(super) fn mount(config: MountConfig) -> Result<Ground, Failure> {
     host_can_mount()?;
-    if config.mountpoint != config.src {
-        Root::open("SRC", &config.src)?;
+    let is_dead = |path: &Path| open_alive(path).is_err() && dead_mount_point(path).is_some();
+    if !is_dead(&config.mountpoint) && !is_dead(&config.dst) {
+        return look(config);
     }
-    // After SRC: a mistake there must not uncover a half-filled DST.
-    for path in [&config.mountpoint, &config.dst] {
-        clear_dead_mounts(path)?;
-    }
+    // The dead mounts stay where users can see them; below them is looked in private.
+    let point = config.mountpoint.clone();
+    local::in_private_mounts(|| {
+        let on_mountpoint = clear_dead_mounts(&config.mountpoint)?;
+        let elsewhere = clear_dead_mounts(&config.dst)?;
+        let elsewhere = (elsewhere > 0).then(|| (config.dst.clone(), elsewhere));
+        let dead = Dead {
+            on_mountpoint,
+            elsewhere,
+        };
+        Ok(Ground {
+            dead,
+            ..look(config)?
+        })
+    })
+    .unwrap_or_else(|e| Err(unusable("MOUNTPOINT", &point, "unshare", e)))
+}
+
+/// The two trees and the mount point, as the calling thread sees them.
+fn look(mut config: MountConfig) -> Result<Ground, Failure> {
     let src = Root::open("SRC", &config.src)?;
     let dst = Root::open("DST", &config.dst)?;
     let point = Root::open("MOUNTPOINT", &config.mountpoint)?;
@@ -132,7 +191,13 @@ pub(super) fn mount(mut config: MountConfig) -> Result<MountConfig, Failure> {
         }
     }
     config.rootless = !in_initial_user_namespace();
-    Ok(config)
+    Ok(Ground {
+        trees: Trees::open(&config.src, &config.dst)?,
+        src_fs: src.fs_type(),
+        dst_fs: dst.fs_type(),
+        config,
+        dead: Dead::default(),
+    })
 }
 
 /// Everything that `sync` can know beforehand.
@@ -221,18 +286,23 @@ fn alive(fd: &OwnedFd) -> Result<(), Errno> {
     }
 }
 
-/// Takes away mounts of ours whose daemon is dead: every access through them is ENOTCONN.
-fn clear_dead_mounts(path: &Path) -> Result<(), Failure> {
-    for _ in 0..DEAD_MOUNTS_MAX {
-        if local::open_dir_path(path).is_ok_and(|fd| alive(&fd).is_ok()) {
-            return Ok(());
+fn open_alive(path: &Path) -> Result<(), Errno> {
+    local::open_dir_path(path).and_then(|fd| alive(&fd))
+}
+
+/// Takes away mounts of ours whose daemon is dead, as far as the calling thread sees them; returns
+/// how many there were.
+fn clear_dead_mounts(path: &Path) -> Result<usize, Failure> {
+    for count in 0..DEAD_MOUNTS_MAX {
+        if open_alive(path).is_ok() {
+            return Ok(count);
         }
         let Some(point) = dead_mount_point(path) else {
-            return Ok(()); // Not ours: opening it says what is wrong.
+            return Ok(count); // Not ours: opening it says what is wrong.
         };
         host::detach(&point).map_err(|e| unusable("MOUNTPOINT", &point, "umount", e))?;
     }
-    Ok(())
+    Ok(DEAD_MOUNTS_MAX)
 }
 
 /// The mount point of ours that `path` names, found as text: the path itself cannot be resolved.

@@ -12,12 +12,13 @@ use serde::Serialize;
 
 use super::control::{self, lexical};
 use super::out::{self, bytes, count, quoted};
+use super::preflight::{self, Ground};
 use super::report::{Counts, Rate, Report, State};
-use super::{Failure, Outcome, exit, preflight};
+use super::{Failure, Outcome, exit};
 use crate::config::MountConfig;
 use crate::error::Printable;
 use crate::progress::Progress;
-use crate::sys::{host, local, stat};
+use crate::sys::host;
 
 /// What only the main loop knows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,19 +50,19 @@ pub(crate) struct Live {
 
 impl Live {
     /// Before the mount is attached: later these paths lead into ourselves.
-    pub(crate) fn new(config: &MountConfig, progress: Arc<Progress>) -> Result<Live, Failure> {
-        let open = |path: &Path| {
-            local::open_dir_path(path)
-                .map_err(|e| Failure::new(exit::UNUSABLE, format!("{}: open: {e}", quoted(path))))
-        };
-        let (src, dst) = (open(&config.src)?, open(&config.dst)?);
+    pub(crate) fn new(ground: &Ground, progress: Arc<Progress>) -> Result<Live, Failure> {
+        let config = &ground.config;
+        let dst = host::dup(ground.trees.dst.as_fd()).map_err(|e| {
+            let line = format!("{}: dup: {e}", quoted(&config.dst));
+            Failure::new(exit::UNUSABLE, line)
+        })?;
         let mut home_names = names(&config.mountpoint);
         home_names.extend(names(&config.dst));
         Ok(Live {
             progress,
             since: SystemTime::now(),
-            src_fs: fs_type(&src),
-            dst_fs: fs_type(&dst),
+            src_fs: ground.src_fs.clone(),
+            dst_fs: ground.dst_fs.clone(),
             home_names,
             src_names: names(&config.src),
             dst,
@@ -184,13 +185,6 @@ fn names(path: &Path) -> Vec<String> {
     names
 }
 
-fn fs_type(dir: &OwnedFd) -> String {
-    let id = stat::stat_fd(dir.as_fd()).map(|s| s.mnt_id).ok();
-    let mounts = host::mounts().unwrap_or_default();
-    let line = mounts.into_iter().find(|m| Some(m.id) == id);
-    line.map_or_else(|| "?".to_owned(), |m| m.fs_type)
-}
-
 /// `mirrorfs status`.
 pub(crate) fn run(path: Option<&Path>, json: bool) -> Outcome {
     let Some(path) = path else {
@@ -267,11 +261,20 @@ fn print_json(value: &impl Serialize) -> Result<(), Failure> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::preflight::Dead;
     use super::*;
+    use crate::mirror::Trees;
 
     fn live() -> Live {
         let config = MountConfig::new("/usr", "/tmp");
-        Live::new(&config, Arc::new(Progress::default())).expect("opens")
+        let ground = Ground {
+            trees: Trees::open(&config.src, &config.dst).expect("opens"),
+            config,
+            src_fs: "ext4".to_owned(),
+            dst_fs: "xfs".to_owned(),
+            dead: Dead::default(),
+        };
+        Live::new(&ground, Arc::new(Progress::default())).expect("opens")
     }
 
     #[test]

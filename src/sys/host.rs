@@ -204,6 +204,15 @@ pub fn attach(mnt: BorrowedFd<'_>, on: BorrowedFd<'_>) -> Result<()> {
     rustix::mount::move_mount(mnt, c"", on, c"", flags)
 }
 
+/// Attaches a detached mount under the mount whose root `top` is: what is below the two is never
+/// seen. EINVAL from kernels before 6.5.
+pub fn attach_beneath(mnt: BorrowedFd<'_>, top: BorrowedFd<'_>) -> Result<()> {
+    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH
+        | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH
+        | MoveMountFlags::MOVE_MOUNT_BENEATH;
+    rustix::mount::move_mount(mnt, c"", top, c"", flags)
+}
+
 /// FUSE_NOTIFY_INC_EPOCH: every name that the kernel has cached is looked up again from now on.
 /// EINVAL from kernels before 6.16.
 pub fn fuse_inc_epoch(dev: BorrowedFd<'_>) -> Result<()> {
@@ -240,9 +249,9 @@ pub struct MountLine {
     pub options: String,
 }
 
-/// All mounts that this process can see, in the order of attachment.
+/// All mounts that the calling thread can see, in the order of attachment.
 pub fn mounts() -> std::io::Result<Vec<MountLine>> {
-    let bytes = std::fs::read("/proc/self/mountinfo")?;
+    let bytes = std::fs::read("/proc/thread-self/mountinfo")?;
     Ok(bytes
         .split(|b| *b == b'\n')
         .filter_map(parse_mount_line)

@@ -9,7 +9,7 @@ use rustix::fs::{CWD, Mode, OFlags};
 use rustix::io::Errno;
 
 use super::stat::{FileKey, stat_fd};
-use super::{Result, host};
+use super::{Result, check, host};
 
 /// Effective user id.
 pub fn uid() -> u32 {
@@ -38,6 +38,30 @@ pub fn peer_uid(socket: BorrowedFd<'_>) -> Result<u32> {
 pub fn open_dir_path(path: &Path) -> Result<OwnedFd> {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     rustix::fs::openat(CWD, path, flags, Mode::empty())
+}
+
+/// Runs `f` in a thread with a private copy of the mount namespace: what it unmounts there stays
+/// mounted for everybody else. Directories that it opens stay usable: they are in detached mounts
+/// once the copy is gone. Needs CAP_SYS_ADMIN; EINVAL when `/` is no mount point (a plain chroot).
+pub fn in_private_mounts<T: Send>(f: impl FnOnce() -> T + Send) -> Result<T> {
+    use rustix::mount::{MountPropagationFlags, mount_change};
+    let inside = || {
+        // SAFETY: the thread gets its own mount namespace (and with it its own working directory
+        // and umask); memory and file descriptors stay shared, and it ends with `f`.
+        check(libc::c_long::from(unsafe {
+            libc::unshare(libc::CLONE_NEWNS)
+        }))?;
+        // Else an unmount here would travel to where the mounts were copied from.
+        mount_change(
+            "/",
+            MountPropagationFlags::PRIVATE | MountPropagationFlags::REC,
+        )?;
+        Ok(f())
+    };
+    std::thread::scope(|scope| match scope.spawn(inside).join() {
+        Ok(value) => value,
+        Err(panic) => std::panic::resume_unwind(panic),
+    })
 }
 
 /// access(2) with the effective ids, for a directory that is to be read.
@@ -94,7 +118,7 @@ pub fn place(dir: BorrowedFd<'_>) -> Result<Option<Place>> {
     let id = stat_fd(dir)?.mnt_id;
     let link = rustix::fs::readlinkat(CWD, format!("/proc/self/fd/{}", raw(dir)), Vec::new())?;
     let path = Path::new(std::ffi::OsStr::from_bytes(link.to_bytes()));
-    let info = std::fs::read("/proc/self/mountinfo").map_err(|_| Errno::NOENT)?;
+    let info = std::fs::read("/proc/thread-self/mountinfo").map_err(|_| Errno::NOENT)?;
     for line in info.split(|b| *b == b'\n') {
         let fields: Vec<&[u8]> = line.split(|b| *b == b' ').collect();
         let (Some(line_id), Some(device), Some(root), Some(point)) =

@@ -17,6 +17,7 @@ use std::os::unix::fs::{
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::thread;
 use std::time::{Duration, SystemTime};
 
@@ -27,8 +28,8 @@ use rustix::fs::{
 
 use crate::compare::{self, Ignore};
 use crate::fixture::{
-    self, CONTROL, LARGE, LIMIT, LoopFs, MARK, Mounted, World, as_user, bytes, can_mount_on,
-    find_program, fuse_mount_at, mirrorfs, need, run, shell_as, wait_until,
+    self, CONTROL, LARGE, LIMIT, LoopFs, MARK, Mounted, Scratch, World, as_user, bytes,
+    can_mount_on, find_program, fuse_mount_at, mirrorfs, mounts, need, run, shell_as, wait_until,
 };
 use crate::nasty::{At, acl, named_acl};
 use crate::raw::{self, Map, Page};
@@ -1338,6 +1339,91 @@ fn a_daemon_that_was_killed_leaves_a_dead_mount_and_mounting_again_resumes() {
     assert!(!m.path("f").exists());
     m.finish();
     assert!(!w.dst.join("f").exists());
+    w.expect_no_trace();
+}
+
+/// Restarts over the dead mounts at `w.at` while a program looks at a pending file in a tight loop.
+fn restart_shows_nothing_unfinished(w: &World) {
+    let (stop, looks) = (AtomicBool::new(false), AtomicUsize::new(0));
+    let (at, end) = (w.at.join("g"), w.at.join("dir"));
+    thread::scope(|scope| {
+        let watcher = scope.spawn(|| {
+            while !stop.load(Relaxed) {
+                match fs::read(&at) {
+                    Ok(got) => assert!(got == bytes(2, 5_000), "an unfinished file was seen"),
+                    Err(e) => assert_eq!(e.raw_os_error(), Some(libc::ENOTCONN), "{e}"),
+                }
+                match fs::read_dir(&end) {
+                    Ok(list) => assert!(list.count() > 0, "an unfinished directory was seen"),
+                    Err(e) => assert_eq!(e.raw_os_error(), Some(libc::ENOTCONN), "{e}"),
+                }
+                looks.fetch_add(1, Relaxed);
+            }
+        });
+        let m = w.mount();
+        let enough = looks.load(Relaxed) + 50;
+        wait_until("the watcher sees the new mount", LIMIT, || {
+            looks.load(Relaxed) > enough || watcher.is_finished()
+        });
+        stop.store(true, Relaxed);
+        watcher.join().unwrap();
+        assert_eq!(
+            mounts()
+                .iter()
+                .filter(|m| m.at == w.at && m.kind == "fuse.mirrorfs")
+                .count(),
+            1,
+            "no dead mount may be left"
+        );
+        m.finish();
+    });
+    assert!(fuse_mount_at(&w.at).is_none());
+}
+
+#[test]
+fn mounting_again_over_a_dead_mount_never_shows_the_unfinished_tree() {
+    let Some(w) = world(some_files) else { return };
+    let w = w.over();
+    w.mount_lazy().kill();
+    restart_shows_nothing_unfinished(&w);
+    w.expect_no_trace();
+}
+
+#[test]
+fn dead_mounts_that_lie_on_each_other_are_all_replaced() {
+    let (Some(w), Some(other)) = (world(some_files), world(some_files)) else {
+        return;
+    };
+    let w = w.over();
+    w.mount_lazy().kill();
+    // As after a kill between the new mount's arrival and the dead one's departure.
+    other.mount_lazy().kill();
+    rustix::mount::mount_move(&other.at, &w.at).unwrap();
+    restart_shows_nothing_unfinished(&w);
+    w.expect_no_trace();
+}
+
+#[test]
+fn a_dead_mount_on_the_root_of_a_file_system_or_beside_dst_is_replaced_too() {
+    if !can_mount_on("ext4") {
+        return;
+    }
+    // DST is the root of a file system of its own.
+    let (src, fs) = (Scratch::new(), LoopFs::new("ext4"));
+    some_files(&At::open(src.path()));
+    let dst = fs.path().to_path_buf();
+    fs::remove_dir(dst.join("lost+found")).unwrap();
+    let w = World::from(src.path().to_path_buf(), dst, vec![fs]).over();
+    w.mount_lazy().kill();
+    restart_shows_nothing_unfinished(&w);
+    w.expect_no_trace();
+    // The mount point is a directory of its own.
+    let Some(w) = world(some_files) else { return };
+    w.mount_lazy().kill();
+    let m = w.mount();
+    assert_eq!(fs::read(m.path("g")).unwrap(), bytes(2, 5_000));
+    m.finish();
+    assert!(fuse_mount_at(&w.at).is_none());
     w.expect_no_trace();
 }
 
