@@ -83,6 +83,28 @@ impl Meta {
         })
     }
 
+    /// As `capture`, of a regular file that is open for reading. `None`: it carries a live mark.
+    pub fn capture_open(
+        how: Capture,
+        fd: BorrowedFd<'_>,
+        stat: Stat,
+    ) -> Result<Option<Meta>, Errno> {
+        let target = Target::Open(fd);
+        let names = xattr::list(target)?;
+        if names.iter().any(|n| n.as_c_str() == how.mark.as_cstr()) {
+            return Ok(None);
+        }
+        let flags = match how.flags {
+            true => copy::inode_flags(fd)?.unwrap_or(0) & COPIED_FLAGS,
+            false => 0,
+        };
+        Ok(Some(Meta {
+            stat,
+            xattrs: read_values(target, names, how.mark)?,
+            flags,
+        }))
+    }
+
     /// Captures an open file or directory (src).
     pub fn capture_fd(how: Capture, fd: BorrowedFd<'_>) -> Result<Meta, Errno> {
         let stat = stat::stat_fd(fd)?;
@@ -122,6 +144,31 @@ impl Meta {
         refused.0
     }
 
+    /// As `apply_fd`, to an inode that was just made: `born` is what it is, `born_flags` its inode
+    /// flags (`None` where there are none). What is right already costs nothing.
+    pub fn apply_new(
+        &self,
+        fd: BorrowedFd<'_>,
+        born: &Stat,
+        born_flags: Option<u32>,
+    ) -> Vec<Refused> {
+        let mut refused = Refusals::default();
+        let chown = (born.uid, born.gid) != (self.stat.uid, self.stat.gid);
+        if chown {
+            let (uid, gid) = self.ids();
+            refused.note("chown", rustix::fs::fchown(fd, Some(uid), Some(gid)));
+        }
+        let perm = self.stat.perm();
+        // chown clears setuid and setgid.
+        if born.perm() != perm || chown && perm & 0o6000 != 0 {
+            refused.note("chmod", chmod_fd(fd, perm));
+        }
+        self.apply_xattrs(Target::Open(fd), &mut refused);
+        self.change_flags(fd, born_flags, &mut refused);
+        self.apply_times_fd(fd, &mut refused);
+        refused.0
+    }
+
     /// Applies everything to a symlink, fifo, socket or device of dst, by its name.
     pub fn apply_at(&self, dir: BorrowedFd<'_>, name: &Name) -> Vec<Refused> {
         let mut refused = Refusals::default();
@@ -150,10 +197,12 @@ impl Meta {
 
     /// Exactly src's flags: dirsync, nodump and others are inherited from the directory.
     fn apply_flags(&self, fd: BorrowedFd<'_>, refused: &mut Refusals) {
+        self.change_flags(fd, copy::inode_flags(fd).ok().flatten(), refused);
+    }
+
+    fn change_flags(&self, fd: BorrowedFd<'_>, now: Option<u32>, refused: &mut Refusals) {
         // Flags are kept where both sides know them: a file system without them is no loss.
-        let Ok(Some(now)) = copy::inode_flags(fd) else {
-            return;
-        };
+        let Some(now) = now else { return };
         let want = now & !COPIED_FLAGS | self.flags & !LATE_FLAGS;
         if want != now {
             match copy::set_inode_flags(fd, want) {
@@ -297,8 +346,16 @@ pub fn set_copied_xattr(target: Target<'_>, name: &CStr, value: &[u8]) -> Result
 }
 
 fn read_xattrs(target: Target<'_>, mark: MarkName) -> Result<Vec<(CString, Vec<u8>)>, Errno> {
+    read_values(target, xattr::list(target)?, mark)
+}
+
+fn read_values(
+    target: Target<'_>,
+    names: Vec<CString>,
+    mark: MarkName,
+) -> Result<Vec<(CString, Vec<u8>)>, Errno> {
     let mut out = Vec::new();
-    for name in xattr::list(target)? {
+    for name in names {
         if is_copied(&name, mark)
             && let Some(value) = xattr::get(target, &name)?
         {

@@ -7,6 +7,7 @@
 //! leaf. No lock is held across a copy, an fsync or a waiter (I8).
 
 mod attr;
+mod carry;
 mod commit;
 mod control;
 mod file;
@@ -31,6 +32,7 @@ use parking_lot::{Mutex, MutexGuard};
 use rustix::fs::{FileType, OFlags};
 
 pub use attr::{Attr, Change, Stamp};
+pub use carry::{Carrier, Placed};
 pub use commit::DoneDir;
 pub use control::CONTROL;
 pub use file::{Locate, user_errno};
@@ -102,6 +104,8 @@ pub struct Mirror {
     /// dst is btrfs: publishing needs a barrier (D6).
     btrfs: bool,
     source: Source,
+    pace: carry::Pace,
+    shares: carry::Shares,
     nodes: NodeTable,
     anchors: Anchors,
     ledger: Ledger,
@@ -167,6 +171,8 @@ impl Mirror {
         })?;
         let mirror = Arc::new(Mirror {
             source: Source::new(Arc::new(src), mark),
+            pace: carry::Pace::default(),
+            shares: carry::Shares::default(),
             nodes: NodeTable::new(Arc::clone(&dst), root),
             dst,
             control,

@@ -23,7 +23,7 @@ use rustix::fs::FileType;
 
 use crate::engine::job::Priority;
 use crate::error::{Context, Error, Result, Side};
-use crate::mirror::{DirRef, DoneDir, FileRef, Mirror, Need, Origin};
+use crate::mirror::{Carrier, DirRef, DoneDir, FileRef, Mirror, Need, Origin, Placed, Waiter};
 use crate::sys::dir::{self, Entry};
 use crate::sys::host;
 
@@ -266,8 +266,8 @@ impl Shared {
             from,
             populate,
         } = step;
-        if populate && self.mode == Mode::Pull {
-            self.mirror.populate_now(&task.dir)?;
+        if populate && self.mode == Mode::Pull && self.populate(&task)? {
+            return Ok(true);
         }
         let opened = self.mirror.open_dir(&task.dir)?;
         if populate && self.mode == Mode::Sweep && self.mirror.is_pending(opened.as_fd())? {
@@ -301,6 +301,56 @@ impl Shared {
         Ok(at_end)
     }
 
+    /// Populates a directory with the data of its small files. True when that told everything that
+    /// is still marked in it, so that it need not be listed.
+    fn populate(self: &Arc<Self>, task: &Arc<Task>) -> Result<bool> {
+        let settled = || self.child_of(task);
+        let carrier = Carrier::new(&settled);
+        self.mirror.populate_now(&task.dir, &carrier)?;
+        let Some(placed) = carrier.placed() else {
+            return Ok(false);
+        };
+        let mut below = Vec::new();
+        for placed in placed {
+            match placed {
+                Placed::Dir(dir) => below.push(Shared::step_below(task, dir, true)),
+                Placed::File(file) => self.hydrate(task, &file),
+            }
+        }
+        self.push(below);
+        Ok(true)
+    }
+
+    /// One more thing below a directory is not done: told when it is.
+    fn child_of(self: &Arc<Self>, task: &Arc<Task>) -> Waiter {
+        task.left.fetch_add(1, Ordering::AcqRel);
+        let (mirror, task) = (Arc::clone(&self.mirror), Arc::clone(task));
+        Box::new(move |result: Result<()>| task.child_done(&mirror, result.is_ok()))
+    }
+
+    fn hydrate(self: &Arc<Self>, task: &Arc<Task>, file: &FileRef) {
+        let then = self.child_of(task);
+        self.mirror
+            .hydrate(file, Need::Unmarked, Priority::Background, then);
+    }
+
+    fn step_below(task: &Arc<Task>, dir: DirRef, populate: bool) -> Step {
+        task.left.fetch_add(1, Ordering::AcqRel);
+        let child = Arc::new(Task {
+            dir,
+            parent: Some(Arc::clone(task)),
+            left: AtomicUsize::new(1),
+            clean: AtomicBool::new(true),
+            epoch: task.epoch,
+            tell: None,
+        });
+        Step {
+            task: child,
+            from: 0,
+            populate,
+        }
+    }
+
     /// One entry: a marked file goes to the engine, a marked directory to the stack.
     fn look(
         self: &Arc<Self>,
@@ -314,20 +364,7 @@ impl Shared {
             .marked_child(&task.dir, opened, &entry.name, entry.kind)?;
         let Some(found) = found else { return Ok(()) };
         if found.kind == FileType::Directory {
-            task.left.fetch_add(1, Ordering::AcqRel);
-            let child = Arc::new(Task {
-                dir: found.dir,
-                parent: Some(Arc::clone(task)),
-                left: AtomicUsize::new(1),
-                clean: AtomicBool::new(true),
-                epoch: task.epoch,
-                tell: None,
-            });
-            below.push(Step {
-                task: child,
-                from: 0,
-                populate: !found.mark.populated,
-            });
+            below.push(Shared::step_below(task, found.dir, !found.mark.populated));
             return Ok(());
         }
         if self.mode == Mode::Sweep {
@@ -337,16 +374,12 @@ impl Shared {
         if self.pass.load(Ordering::Relaxed) == 0 && self.mirror.is_resumed() {
             self.mirror.note_left(found.dir.ino, found.size);
         }
-        task.left.fetch_add(1, Ordering::AcqRel);
         let file = FileRef {
             ino: found.dir.ino,
             anchor: found.dir.anchor,
             origin: found.dir.origin.as_deref().map(Origin::of),
         };
-        let (mirror, task) = (Arc::clone(&self.mirror), Arc::clone(task));
-        let then = Box::new(move |result: Result<()>| task.child_done(&mirror, result.is_ok()));
-        self.mirror
-            .hydrate(&file, Need::Unmarked, Priority::Background, then);
+        self.hydrate(task, &file);
         Ok(())
     }
 

@@ -35,6 +35,8 @@ const GATHER_DIRS: Duration = Duration::from_millis(20);
 const RETRY: Duration = Duration::from_secs(1);
 /// A round starts at once with this many files.
 const BATCH_MAX: usize = 4096;
+/// The walker waits when so many files have landed and no round has taken them.
+const WAITING_MAX: usize = 4 * BATCH_MAX;
 
 /// A directory below which nothing is pending, as the walker found it.
 pub struct DoneDir {
@@ -77,6 +79,8 @@ struct Queue {
 pub struct Commit {
     queue: Mutex<Queue>,
     wake: Condvar,
+    /// A round has taken what had landed.
+    room: Condvar,
 }
 
 /// A publication that no round has taken yet.
@@ -90,6 +94,14 @@ impl Commit {
         let full = queue.files.len() >= BATCH_MAX;
         queue.urgent |= full;
         self.arrived(&mut queue);
+    }
+
+    /// Waits while so many files have landed that memory would grow without end. For walker threads.
+    pub(super) fn wait_for_room(&self, stopping: impl Fn() -> bool) {
+        let mut queue = self.queue.lock();
+        while queue.files.len() >= WAITING_MAX && !queue.stopped && !stopping() {
+            self.room.wait_for(&mut queue, GATHER);
+        }
     }
 
     /// Every name of the directory is in dst; its mark becomes `mark` behind a barrier.
@@ -206,6 +218,7 @@ impl Commit {
         queue.first = None;
         queue.urgent = false;
         queue.round += 1;
+        self.room.notify_all();
         Some(Round {
             number: queue.round,
             files: std::mem::take(&mut queue.files),
@@ -320,11 +333,10 @@ impl Mirror {
                 return;
             }
             // In this order under one lock: whoever sees Unmarked may rely on it.
-            let removed = match hydration.file.anchor.open(self.dst.as_fd(), OFlags::PATH) {
-                Ok(file) => self.mark.remove(Target::Fd(file.as_fd())),
+            let removed = match self.remove_mark(&hydration.file.anchor) {
                 // Deleted meanwhile.
                 Err(Errno::STALE | Errno::NOENT) => Ok(()),
-                Err(e) => Err(e),
+                other => other,
             };
             if let Err(errno) = removed {
                 drop(state);
@@ -352,10 +364,7 @@ impl Mirror {
         let root = dir.ino == super::node::ROOT;
         let removed = match root {
             true => self.mark.remove(Target::Fd(self.dst.as_fd())),
-            false => match dir.anchor.open(self.dst.as_fd(), OFlags::PATH) {
-                Ok(opened) => self.mark.remove(Target::Fd(opened.as_fd())),
-                Err(e) => Err(e),
-            },
+            false => self.remove_mark(&dir.anchor),
         };
         match removed {
             Ok(()) => {
@@ -369,6 +378,18 @@ impl Mirror {
                 tracing::warn!("removexattr dst directory: {errno}");
                 false
             }
+        }
+    }
+
+    /// A handle is opened for reading, which spares the way through /proc.
+    fn remove_mark(&self, anchor: &Anchor) -> Result<(), Errno> {
+        let (dst, reading) = (self.dst.as_fd(), OFlags::RDONLY | OFlags::NONBLOCK);
+        match anchor {
+            Anchor::Handle(handle) => {
+                let opened = handle.open(dst, reading | OFlags::NOFOLLOW)?;
+                self.mark.remove(Target::Open(opened.as_fd()))
+            }
+            Anchor::Fd(fd) => self.mark.remove(Target::Fd(fd.as_fd())),
         }
     }
 

@@ -4,16 +4,21 @@
 //! and devices are complete at once. Upholds I1 (a name appears complete) and D5 (what a crash left
 //! in a P directory is made anew, except what is certainly the same).
 
+use std::cell::OnceCell;
 use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags};
 use rustix::io::Errno;
 
 use super::Mirror;
-use super::control::CONTROL;
+use super::carry::{Carrier, Placed};
+use super::control::{CONTROL, control_name};
+use super::hydrate::FileRef;
 use super::links::LinkKey;
 use super::node::Anchor;
+use super::populate::DirRef;
 use super::source::{SrcDir, SrcInfo};
 use crate::error::{Context, Error, Result, Side};
 use crate::mark::Mark;
@@ -21,16 +26,20 @@ use crate::meta::{self, CAPABILITY, LATE_FLAGS, Meta};
 use crate::sys::name::{Name, RelPath};
 use crate::sys::stat::{self, Stat};
 use crate::sys::xattr::Target;
-use crate::sys::{dir, fd};
+use crate::sys::{copy, dir, fd};
 
 /// Places the entries of one directory.
 pub struct Placer<'a> {
-    mirror: &'a Mirror,
-    src: &'a SrcDir,
-    dst: BorrowedFd<'a>,
+    pub(super) mirror: &'a Mirror,
+    pub(super) src: &'a SrcDir,
+    pub(super) dst: BorrowedFd<'a>,
     is_root: bool,
     /// What was in dst's directory before: nothing, except after a crash or when adopting.
     found: HashMap<Name, FileType>,
+    /// The walker's: what small files come with their data for.
+    carrier: Option<&'a Carrier<'a>>,
+    /// Inode flags that a new file has here; asked once.
+    born_flags: OnceCell<Option<u32>>,
 }
 
 impl<'a> Placer<'a> {
@@ -40,15 +49,25 @@ impl<'a> Placer<'a> {
         src: &'a SrcDir,
         dst: BorrowedFd<'a>,
         is_root: bool,
+        carrier: Option<&'a Carrier<'a>>,
     ) -> Result<Placer<'a>> {
         let found = dir::list(dst).on("getdents64", Side::Dst, src.path.as_ref())?;
-        let found = found.into_iter().map(|e| (e.name, e.kind)).collect();
+        let found: HashMap<_, _> = found.into_iter().map(|e| (e.name, e.kind)).collect();
+        // The control directory is no trace of an earlier start.
+        let clean = mirror.handles && found.keys().all(|n| is_root && *n == control_name());
+        if let Some(carrier) = carrier
+            && !clean
+        {
+            carrier.must_list();
+        }
         Ok(Placer {
             mirror,
             src,
             dst,
             is_root,
             found,
+            carrier: carrier.filter(|_| clean),
+            born_flags: OnceCell::new(),
         })
     }
 
@@ -87,24 +106,47 @@ impl<'a> Placer<'a> {
         }
     }
 
+    /// What a new file's inode flags are in this directory.
+    pub(super) fn born_flags(&self, file: BorrowedFd<'_>) -> Option<u32> {
+        *self
+            .born_flags
+            .get_or_init(|| copy::inode_flags(file).ok().flatten())
+    }
+
+    /// The walker need not look for this marked entry: here it is. One without a place in the list
+    /// (several names) makes it look.
+    fn tell(&self, placed: impl FnOnce() -> Result<Option<Placed>>) -> Result<()> {
+        if let Some(carrier) = self.carrier {
+            match placed()? {
+                Some(placed) => carrier.push(placed),
+                None => carrier.must_list(),
+            }
+        }
+        Ok(())
+    }
+
     fn place_file(&self, name: &Name, path: &RelPath, stat: Stat) -> Result<()> {
+        if let Some(carrier) = self.carrier
+            && self.wants_data(carrier, &stat)
+            && self.carry(carrier, name, path, &stat)?
+        {
+            return Ok(());
+        }
         let mut meta = self.capture(name, path, stat)?;
         let key = (stat.nlink > 1).then(|| LinkKey::new(&stat, &self.src.mount));
         if let Some(key) = key
             && self.link_to_anchor(key, name, path)?
         {
-            return Ok(());
+            return self.tell(|| Ok(None));
         }
         if self.found.contains_key(name) && self.keep_file(key, name, path, &meta)? {
             return Ok(());
         }
-        self.mirror.progress.files_seen.add(1);
-        self.mirror.progress.bytes_seen.add(stat.size);
         // Read again after the open of capture: the size that the placeholder shows is src's.
-        let file = fd::tmpfile(self.dst).on("open O_TMPFILE", Side::Dst, path)?;
+        let file = fd::tmpfile(self.dst, 0o600).on("open O_TMPFILE", Side::Dst, path)?;
         let capability = meta.xattr(CAPABILITY).is_some();
         if stat.size > 0 {
-            crate::sys::copy::truncate(file.as_fd(), stat.size).on("ftruncate", Side::Dst, path)?;
+            copy::truncate(file.as_fd(), stat.size).on("ftruncate", Side::Dst, path)?;
             // It would be lost with the first byte of data; the mark says that it is to come.
             meta.xattrs.retain(|(n, _)| n.as_c_str() != CAPABILITY);
         }
@@ -123,9 +165,6 @@ impl<'a> Placer<'a> {
             };
             self.set_mark(file.as_fd(), mark, path)?;
             self.mirror.source.learn(dst_ino, SrcInfo::from(&stat));
-            self.mirror.progress.bytes_left.add(stat.size);
-        } else {
-            self.mirror.progress.files_pulled.add(1);
         }
         self.note_late_flags(&meta, file.as_fd())?;
         if let Some(key) = key {
@@ -137,17 +176,37 @@ impl<'a> Placer<'a> {
             ) {
                 Ok(()) => {}
                 // Another populate was faster: its inode stands for this one.
-                Err(Errno::EXIST) => return self.link_to_others(key, stat.nlink, name, path),
+                Err(Errno::EXIST) => {
+                    self.mirror.source.unlearn(dst_ino);
+                    self.tell(|| Ok(None))?;
+                    return self.link_to_others(key, stat.nlink, name, path);
+                }
                 Err(e) => return Err(e).on("linkat", Side::Dst, path),
             }
         }
         self.clear(name, path)?;
-        fd::link_fd(file.as_fd(), self.dst, name.as_cstr()).on("linkat", Side::Dst, path)
+        fd::link_fd(file.as_fd(), self.dst, name.as_cstr()).on("linkat", Side::Dst, path)?;
+        let progress = &self.mirror.progress;
+        progress.files_seen.add(1);
+        progress.bytes_seen.add(stat.size);
+        if stat.size == 0 {
+            progress.files_pulled.add(1);
+            return Ok(());
+        }
+        progress.bytes_left.add(stat.size);
+        self.tell(|| {
+            let anchor = Anchor::of(true, file.as_fd(), None);
+            Ok(Some(Placed::File(FileRef {
+                ino: dst_ino,
+                anchor: anchor.on("name_to_handle_at", Side::Dst, path)?,
+                origin: Some(self.origin_of(name)),
+            })))
+        })
     }
 
     /// The mark with its explicit origin if that fits; without it a rename pulls the file first.
     fn set_mark(&self, fd: BorrowedFd<'_>, mark: Mark, path: &RelPath) -> Result<()> {
-        match self.mirror.mark.set(Target::Fd(fd), &mark) {
+        match self.mirror.mark.set(Target::Open(fd), &mark) {
             Err(Errno::NOSPC | Errno::TOOBIG | Errno::RANGE) if mark.origin.is_some() => {
                 let short = Mark {
                     origin: None,
@@ -155,7 +214,7 @@ impl<'a> Placer<'a> {
                 };
                 self.mirror
                     .mark
-                    .set(Target::Fd(fd), &short)
+                    .set(Target::Open(fd), &short)
                     .on("setxattr", Side::Dst, path)
             }
             other => other.on("setxattr", Side::Dst, path),
@@ -223,21 +282,30 @@ impl<'a> Placer<'a> {
             None => self.make_dir(name, path)?,
         }
         let opened = meta::open_dst_dir(self.dst, name).on("open", Side::Dst, path)?;
-        let target = Target::Fd(opened.as_fd());
+        let target = Target::Open(opened.as_fd());
         let mark = self
             .mirror
             .mark
             .get(target)
             .on("getxattr", Side::Dst, path)?;
         if mark.is_some_and(|m| m.populated) {
-            return Ok(());
+            return self.tell(|| Ok(None));
         }
         let refused = meta.apply_fd(opened.as_fd());
         refused.iter().for_each(|r| self.mirror.refused(path, r));
         self.mirror
             .mark
             .set(target, &Mark::pending())
-            .on("setxattr", Side::Dst, path)
+            .on("setxattr", Side::Dst, path)?;
+        self.tell(|| {
+            let ino = stat::stat_fd(opened.as_fd()).on("statx", Side::Dst, path)?;
+            let anchor = Anchor::of(true, opened.as_fd(), None);
+            Ok(Some(Placed::Dir(DirRef {
+                ino: ino.key.ino,
+                anchor: anchor.on("name_to_handle_at", Side::Dst, path)?,
+                origin: Some(Arc::new(path.clone())),
+            })))
+        })
     }
 
     fn make_dir(&self, name: &Name, path: &RelPath) -> Result<()> {

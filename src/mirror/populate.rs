@@ -16,6 +16,7 @@ use rustix::fs::{FileType, OFlags};
 use rustix::io::Errno;
 
 use super::Mirror;
+use super::carry::Carrier;
 use super::control::CONTROL;
 use super::node::{Anchor, Ino, Node, Origin, Phase};
 use super::place::Placer;
@@ -87,6 +88,12 @@ impl Populates {
     /// The times that a directory in work will end with.
     pub fn times(&self, ino: Ino) -> Option<Option<(Time, Time)>> {
         self.running.lock().get(&ino).map(|p| p.times)
+    }
+
+    /// Somebody waits for a directory besides whoever populates it.
+    pub(super) fn is_wanted(&self, ino: Ino) -> bool {
+        let running = self.running.lock();
+        running.get(&ino).is_some_and(|p| p.waiters.len() > 1)
     }
 
     /// Joins a running populate, or becomes the one that runs it (then the waiter comes back).
@@ -172,7 +179,7 @@ impl Mirror {
         let mirror = Arc::clone(self);
         self.progress.waiting.add(1);
         let task = move || {
-            mirror.populate_claimed(&dir);
+            mirror.populate_claimed(&dir, None);
             mirror.progress.waiting.sub(1);
         };
         self.engine.pool().run(Priority::Demand, Box::new(task));
@@ -214,22 +221,25 @@ impl Mirror {
         }
     }
 
-    /// Populates a directory on the calling thread, or waits for whoever does it already.
-    /// For the walker; a session thread must not call it.
-    pub fn populate_now(self: &Arc<Self>, dir: &DirRef) -> Result<()> {
+    /// Populates a directory on the calling thread, with the data of its small files, or waits for
+    /// whoever does it already. For the walker; a session thread must not call it.
+    pub fn populate_now(self: &Arc<Self>, dir: &DirRef, carrier: &Carrier<'_>) -> Result<()> {
         let (tell, told) = crossbeam_channel::bounded(1);
         let waiter: Waiter = Box::new(move |result| {
             let _ = tell.send(result); // The receiver below outlives every sender but a panic.
         });
-        if !self.populates.join(dir.ino, waiter) {
-            self.populate_claimed(dir);
+        if self.populates.join(dir.ino, waiter) {
+            carrier.must_list();
+        } else {
+            carrier.enter(dir.ino);
+            self.populate_claimed(dir, Some(carrier));
         }
         told.recv().unwrap_or(Err(Error::Stopped))
     }
 
     /// Runs the populate that `join` gave to this thread, and tells all who wait.
-    fn populate_claimed(self: &Arc<Self>, dir: &DirRef) {
-        let result = self.populate(dir);
+    fn populate_claimed(self: &Arc<Self>, dir: &DirRef, carrier: Option<&Carrier<'_>>) {
+        let result = self.populate(dir, carrier);
         if let Err(e) = &result
             && let Some(origin) = &dir.origin
             && !matches!(e, Error::Stopped)
@@ -245,10 +255,14 @@ impl Mirror {
         }
     }
 
-    fn populate(self: &Arc<Self>, dir: &DirRef) -> Result<()> {
+    fn populate(self: &Arc<Self>, dir: &DirRef, carrier: Option<&Carrier<'_>>) -> Result<()> {
+        let found_here = |phase| {
+            carrier.inspect(|c| c.must_list());
+            self.note_phase(dir, phase)
+        };
         if self.commit.is_publishing(dir.ino) {
             // Every name is here; the mark is still P until its barrier (D6).
-            return self.note_phase(dir, Phase::Populated);
+            return found_here(Phase::Populated);
         }
         let opened = self.open_dir(dir)?;
         let shown = dir.origin.as_deref().cloned().unwrap_or_default();
@@ -258,8 +272,8 @@ impl Mirror {
             .on("getxattr", Side::Dst, &shown)?;
         match mark {
             // Somebody was faster between our look and our claim.
-            None => return self.note_phase(dir, Phase::Unmarked),
-            Some(mark) if mark.populated => return self.note_phase(dir, Phase::Populated),
+            None => return found_here(Phase::Unmarked),
+            Some(mark) if mark.populated => return found_here(Phase::Populated),
             Some(_) => {}
         }
         let origin = dir.origin.as_ref().ok_or_else(|| no_origin(&shown))?;
@@ -275,7 +289,8 @@ impl Mirror {
         }
         self.set_acl_aside(dir.ino, opened.as_fd())
             .on("removexattr", Side::Dst, &shown)?;
-        let placer = Placer::new(self, &src, opened.as_fd(), dir.ino == super::node::ROOT)?;
+        let is_root = dir.ino == super::node::ROOT;
+        let placer = Placer::new(self, &src, opened.as_fd(), is_root, carrier)?;
         self.settle_ledger(origin);
         let meta = self.place_all(dir, &src, &placer)?;
         for refused in meta.apply_fd(opened.as_fd()) {

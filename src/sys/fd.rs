@@ -82,10 +82,18 @@ pub fn reopen(fd: BorrowedFd<'_>, flags: OFlags) -> Result<OwnedFd> {
     )
 }
 
-/// A nameless file in `dir`, open for reading and writing (O_TMPFILE), mode 0600.
-pub fn tmpfile(dir: BorrowedFd<'_>) -> Result<OwnedFd> {
+/// A new file under a name, open for reading and writing. Its mode is `perm` less this process's
+/// umask. EEXIST when the name is taken.
+pub fn create_new(dir: BorrowedFd<'_>, name: &Name, perm: u32) -> Result<OwnedFd> {
+    let flags = OFlags::CREATE | OFlags::EXCL | OFlags::RDWR | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+    rustix::fs::openat(dir, name.as_cstr(), flags, Mode::from_raw_mode(perm))
+}
+
+/// A nameless file in `dir`, open for reading and writing (O_TMPFILE). Its mode is `perm` less this
+/// process's umask; nobody can open it before it gets a name.
+pub fn tmpfile(dir: BorrowedFd<'_>, perm: u32) -> Result<OwnedFd> {
     let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
-    rustix::fs::openat(dir, c".", flags, Mode::from_raw_mode(0o600))
+    rustix::fs::openat(dir, c".", flags, Mode::from_raw_mode(perm))
 }
 
 /// Gives an open file (or an O_PATH fd) a name. EEXIST when the name is taken.

@@ -288,7 +288,10 @@ mod tests {
             let again = set_flags(*way, c"user.b", b"", XattrFlags::CREATE);
             assert_eq!(again, Err(Errno::EXIST), "way {i}");
             for other in ways {
-                assert_eq!(get(other, c"user.a").expect("get").as_deref(), Some(&b"value"[..]));
+                assert_eq!(
+                    get(other, c"user.a").expect("get").as_deref(),
+                    Some(&b"value"[..])
+                );
                 assert_eq!(get_exact(other, c"user.b"), Ok(long.clone()));
                 let mut names = list(other).expect("list");
                 names.retain(|n| n.to_bytes().starts_with(b"user."));
