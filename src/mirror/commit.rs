@@ -29,8 +29,9 @@ use crate::sys::{fault, fd};
 
 /// How long a round waits for more.
 const GATHER: Duration = Duration::from_millis(500);
-/// How long a round without files waits.
-const GATHER_DIRS: Duration = Duration::from_millis(20);
+/// How long a round without files waits at most. It waits as long as the last syncfs took: half of
+/// the time then goes into syncing, and a deep tree is not held up.
+const GATHER_DIRS_MAX: Duration = Duration::from_millis(20);
 /// How long a round that failed is put off.
 const RETRY: Duration = Duration::from_secs(1);
 /// A round starts at once with this many files.
@@ -71,6 +72,8 @@ struct Queue {
     urgent: bool,
     /// Rounds begun.
     round: u64,
+    /// How long the last syncfs took, at most `GATHER_DIRS_MAX`.
+    sync_time: Duration,
     stopped: bool,
 }
 
@@ -202,7 +205,7 @@ impl Commit {
             let due = match queue.first {
                 Some(first) if queue.urgent || queue.stopped => Some(first),
                 // One level of the tree a round: directories alone don't wait for company.
-                Some(first) if queue.files.is_empty() => Some(first + GATHER_DIRS),
+                Some(first) if queue.files.is_empty() => Some(first + queue.sync_time),
                 Some(first) => Some(first + GATHER),
                 None => tail.then(|| Instant::now() + GATHER),
             };
@@ -275,7 +278,10 @@ impl Mirror {
     /// The commit thread: rounds until the mirror stops.
     pub(super) fn commit_loop(self: &Arc<Self>) {
         while let Some(round) = self.commit.next() {
-            match fd::syncfs(self.dst.as_fd()).on("syncfs", Side::Dst, ".") {
+            let begun = Instant::now();
+            let synced = fd::syncfs(self.dst.as_fd()).on("syncfs", Side::Dst, ".");
+            self.commit.queue.lock().sync_time = begun.elapsed().min(GATHER_DIRS_MAX);
+            match synced {
                 Ok(()) => self.commit_round(round),
                 Err(e) => self.commit_failed(round, &e),
             }
