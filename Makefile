@@ -74,5 +74,6 @@ fsx: build ## 100,000 random operations on a file that starts pending, on each f
 crash: build ## 100 kill -9 at random moments under a random workload (as root)
 	MIRRORFS=$(abspath $(BIN)) python3 scripts/crash/kill9.py --rounds 100
 
-powercut: build ## 200 power cuts on each of ext4, xfs, btrfs (as root)
+powercut: build ## 200 power cuts on each of ext4, xfs, btrfs, of migrations and of sync (as root)
 	MIRRORFS=$(abspath $(BIN)) scripts/crash/powercut.sh
+	MIRRORFS=$(abspath $(BIN)) WHAT=sync scripts/crash/powercut.sh

@@ -11,8 +11,9 @@
 //!
 //! A file gets its name when it is complete (a temporary name in its directory, then rename), except
 //! in a directory that this run has made or found empty: there it is made under its own name and gets its mtime
-//! last, so that what a crash leaves there can't be taken for a complete copy by the quick check
-//! (size and mtime). That saves two journalled directory changes for each file.
+//! last, so that what a kill leaves there can't be taken for a complete copy by the quick check
+//! (size and mtime). That saves two journalled directory changes for each file. What a power cut
+//! leaves can deceive that check: `record` tells of it.
 //!
 //! Nothing stops the rest: errors are told one by one and counted. Memory is bounded by batches,
 //! open directories and open link groups, never by the size of the tree.
@@ -22,11 +23,12 @@ mod delete;
 mod dir;
 mod file;
 mod link;
+mod record;
 mod report;
 mod special;
 mod stamp;
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
@@ -49,6 +51,7 @@ use crate::sys::{copy, dir as sys_dir, fd, host, local};
 
 use data::{Buffers, Slice};
 use dir::Dir;
+use record::Record;
 use report::{Changes, Totals};
 
 pub use report::{Event, Line, SyncError, SyncReport};
@@ -104,10 +107,10 @@ pub fn run(
         note(&mut report, &event);
         on(event);
     });
-    if config.fsync == Fsync::End && !config.dry_run {
-        fd::syncfs(job.roots.dst.as_fd()).on("syncfs", Side::Dst, &config.dst)?;
-    }
     job.totals.fill(&mut report);
+    if !config.dry_run {
+        job.settle(&report)?;
+    }
     report.threads = shift.threads;
     report.utilisation = shift.utilisation;
     report.elapsed = begin.elapsed();
@@ -203,6 +206,9 @@ struct Job<'a> {
     clone: AtomicU8,
     deletes_left: AtomicU64,
     temp_count: AtomicU64,
+    record: Record,
+    /// File systems that dst reaches into: the root's first.
+    dst_devs: Mutex<Vec<((u32, u32), OwnedFd)>>,
 }
 
 /// A name that waits until the stand-in of its inode is there.
@@ -232,7 +238,12 @@ impl<'a> Job<'a> {
     fn new(config: &'a SyncConfig, progress: Arc<Progress>, roots: Arc<Roots>) -> Result<Job<'a>> {
         let root = stat_fd(roots.src.as_fd()).on("statx", Side::Src, &config.src)?;
         let flags = copy::inode_flags(roots.src.as_fd());
+        let dst = roots.dst.as_fd();
+        let dst_dev = fd::device_of(dst).on("statx", Side::Dst, &config.dst)?;
+        let dst_fd = host::dup(dst).on("dup", Side::Dst, &config.dst)?;
         Ok(Job {
+            record: Record::look(dst)?,
+            dst_devs: Mutex::new(vec![(dst_dev, dst_fd)]),
             config,
             progress,
             root_dev: root.key.dev,
@@ -256,6 +267,38 @@ impl<'a> Job<'a> {
         let n = self.temp_count.fetch_add(1, Relaxed);
         let text = format!("{}{:x}.{n:x}", delete::TEMP, std::process::id());
         Name::new(text.as_bytes()).unwrap_or_else(|| unreachable!("no slash, no NUL"))
+    }
+
+    /// Notes the file system of a directory of dst, for the end.
+    fn on_device(&self, dev: (u32, u32), dir: BorrowedFd<'_>) -> std::result::Result<(), Errno> {
+        let mut devs = self.dst_devs.lock().unwrap_or_else(|e| e.into_inner());
+        if devs.iter().all(|(known, _)| *known != dev) {
+            devs.push((dev, host::dup(dir)?));
+        }
+        Ok(())
+    }
+
+    /// The end: everything durable, if that is wanted, and then no record any more.
+    fn settle(&self, report: &SyncReport) -> Result<()> {
+        let path = &self.config.dst;
+        let mut synced = Ok(());
+        if self.config.fsync == Fsync::End {
+            let devs =
+                std::mem::take(&mut *self.dst_devs.lock().unwrap_or_else(|e| e.into_inner()));
+            for (_, dir) in devs {
+                synced = synced.and(fd::syncfs(dir.as_fd()).on("syncfs", Side::Dst, path));
+            }
+        }
+        let looked = !self.config.update && !self.config.ignore_existing;
+        let ended = self.record.end(
+            self.roots.dst.as_fd(),
+            record::End {
+                durable: synced.is_ok() && self.config.fsync != Fsync::Never,
+                carefree: self.config.fsync == Fsync::Never,
+                whole: looked && report.failed == 0 && !report.interrupted && !report.dst_full,
+            },
+        );
+        synced.and(ended)
     }
 
     /// Sets +i and +a on inodes with several names: now all of them have theirs.

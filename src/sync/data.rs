@@ -65,6 +65,8 @@ pub(super) struct Transfer {
     pub(super) sparse: bool,
     /// src was looked at after the copy: it is what it was.
     pub(super) unchanged: bool,
+    /// A power cut would be told by the run's record.
+    pub(super) recorded: bool,
     /// Parts that are not copied yet.
     pub(super) parts: AtomicUsize,
     pub(super) failed: Mutex<Option<Error>>,

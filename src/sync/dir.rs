@@ -102,6 +102,10 @@ impl Work<'_, '_> {
             false => self.open_dst(place)?,
         };
         let now = stat_fd(dst.as_fd()).on("statx", Side::Dst, path)?;
+        if now.mount_root {
+            let noted = self.job.on_device(now.key.dev, dst.as_fd());
+            noted.on("dup", Side::Dst, path)?;
+        }
         let mut inherits = false;
         let mut listed = None;
         let mut extra = Vec::new();
@@ -333,6 +337,7 @@ impl Work<'_, '_> {
         }
         let (fd, path) = (dir.pair.dst.as_fd(), &dir.pair.path);
         let root = self.job.uid == 0;
+        let _still = path.is_root().then(|| self.job.record.still());
         self.placed();
         self.job.progress.dirs_populated.add(1);
         if dir.fresh {

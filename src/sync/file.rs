@@ -122,13 +122,13 @@ impl Work<'_, '_> {
         let mut same = alone && looks_same && !config.ignore_times;
         if same {
             let file = fd::open_src(dir.pair.dst.as_fd(), name).on("openat2", Side::Dst, &path)?;
-            same =
-                !config.checksum || self.same_bytes(buffers, &src, &file, &path, meta.stat.size)?;
+            same = !(config.checksum || self.job.record.doubts(&now))
+                || self.same_bytes(buffers, &src, &file, &path, meta.stat.size)?;
             dst = Some(file);
         }
         let Some(file) = dst.filter(|_| same) else {
             let changes = Changes {
-                data: config.checksum,
+                data: config.checksum || self.job.record.doubts(&now),
                 size,
                 time,
                 mode: now.perm() != meta.stat.perm(),
@@ -191,6 +191,9 @@ impl Work<'_, '_> {
             self.job.totals.bytes_copied.add(meta.stat.size);
             return Ok(Step::Done(meta.stat.key));
         }
+        let root = self.job.roots.dst.as_fd();
+        let sync = self.job.config.fsync != Fsync::Never;
+        let recorded = meta.stat.size == 0 || self.job.record.begin(root, sync)?;
         let temp = (!dir.is_ours() || now.is_some()).then(|| self.job.temp_name());
         let (dst, born) = self.born(dir, temp.as_ref().unwrap_or(name), &meta)?;
         let sparse = meta.stat.blocks.saturating_mul(512) < meta.stat.size;
@@ -207,6 +210,7 @@ impl Work<'_, '_> {
             group,
             sparse,
             unchanged: size == 0,
+            recorded,
             parts: AtomicUsize::new(1),
             failed: Mutex::new(None),
         };
@@ -251,6 +255,10 @@ impl Work<'_, '_> {
         if t.dir.inherits {
             let dropped = crate::meta::drop_inherited_acl(Target::Open(dst), &t.meta);
             dropped.on("removexattr", Side::Dst, &path)?;
+        }
+        if !t.recorded && self.job.config.fsync != Fsync::Never {
+            // Nothing would tell the next run that these bytes may be lost.
+            fd::fdatasync(dst).on("fdatasync", Side::Dst, &path)?;
         }
         if !t.unchanged && self.src_changed(t)?.is_some() {
             // What was read is better than nothing; but it must not pass the next run's quick

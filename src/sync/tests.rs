@@ -261,3 +261,71 @@ fn a_directory_larger_than_a_batch_keeps_its_times_and_loses_what_is_extraneous(
     assert_eq!((report.deleted, report.transferred), (1, 1), "{lines:?}");
     assert_eq!(t.differences(), [] as [String; 0]);
 }
+
+/// Makes dst look as a power cut may leave it: a file with the right size and times and without
+/// its bytes, and the record of a run that another boot began.
+fn cut_power(t: &Trees) {
+    let mtime = fs::metadata(t.src.join("a/b/large"))
+        .and_then(|m| m.modified())
+        .expect("mtime");
+    let lost = fs::File::create(t.dst.join("a/b/large")).expect("create");
+    lost.set_len(3 << 20).expect("truncate");
+    lost.set_modified(mtime).expect("utimes");
+    fs::create_dir_all(t.dst.join(".mirrorfs")).expect("mkdir");
+    fs::write(t.dst.join(".mirrorfs/sync"), "another boot\n").expect("write");
+}
+
+#[test]
+fn bytes_that_a_power_cut_took_are_seen_by_the_next_run() {
+    let t = trees();
+    t.sync();
+    cut_power(&t);
+    let end = SyncConfig {
+        fsync: Fsync::End,
+        ..t.config()
+    };
+    let (report, lines) = sync(&end);
+    assert_eq!((report.failed, report.transferred), (0, 1), "{lines:?}");
+    assert_eq!(t.differences(), [] as [String; 0]);
+    assert!(!t.dst.join(".mirrorfs").exists());
+}
+
+#[test]
+fn the_record_of_another_boot_stays_until_every_file_was_looked_at() {
+    let t = trees();
+    t.sync();
+    cut_power(&t);
+    let existing = SyncConfig {
+        fsync: Fsync::End,
+        ignore_existing: true,
+        ..t.config()
+    };
+    sync(&existing);
+    assert!(t.dst.join(".mirrorfs/sync").exists());
+    // What another boot has left is not taken away by a run that makes nothing durable.
+    t.sync();
+    assert!(t.dst.join(".mirrorfs/sync").exists());
+}
+
+#[test]
+fn a_run_that_was_killed_in_this_boot_is_believed() {
+    let t = trees();
+    t.sync();
+    fs::write(t.src.join("new"), b"new").expect("write");
+    let roots = open_roots(&t.config()).expect("roots").0;
+    let record = Record::look(roots.dst.as_fd()).expect("look");
+    assert!(record.begin(roots.dst.as_fd(), true).expect("begin"));
+    drop(record);
+    let again = Record::look(roots.dst.as_fd()).expect("look");
+    let file = crate::sys::stat::stat_path(&t.dst.join("a/b/large")).expect("stat");
+    // Before Linux 6.8 nobody is: the mounts have no numbers of their own.
+    let told = crate::sys::stat::unique_mount(roots.dst.as_fd()).is_some();
+    assert_eq!(again.doubts(&file), !told);
+    let end = SyncConfig {
+        fsync: Fsync::End,
+        ..t.config()
+    };
+    sync(&end);
+    assert!(!t.dst.join(".mirrorfs").exists());
+    assert_eq!(t.differences(), [] as [String; 0]);
+}

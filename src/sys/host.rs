@@ -297,6 +297,12 @@ pub(super) fn unescape(field: &[u8]) -> Vec<u8> {
     out
 }
 
+/// Which boot of this machine it is; `None` where /proc does not tell.
+pub fn boot_id() -> Option<String> {
+    let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
+    Some(text.trim().to_owned())
+}
+
 /// Duplicates an fd that a user of `sys` only borrowed.
 pub fn dup(fd: BorrowedFd<'_>) -> Result<OwnedFd> {
     // SAFETY: fcntl with F_DUPFD_CLOEXEC returns a new fd that nobody else owns, or -1.

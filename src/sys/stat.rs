@@ -116,6 +116,15 @@ pub fn stat_path(path: &std::path::Path) -> Result<Stat> {
     rustix::fs::statx(rustix::fs::CWD, path, AtFlags::empty(), want()).map(|x| from_statx(&x))
 }
 
+/// The mount that an open fd came through, by a number that is not used again while the machine
+/// runs (STATX_MNT_ID_UNIQUE); `None` before Linux 6.8.
+pub fn unique_mount(fd: BorrowedFd<'_>) -> Option<u64> {
+    const MNT_ID_UNIQUE: u32 = 0x4000;
+    let want = StatxFlags::from_bits_retain(MNT_ID_UNIQUE);
+    let x = rustix::fs::statx(fd, c"", AtFlags::EMPTY_PATH, want).ok()?;
+    (x.stx_mask & MNT_ID_UNIQUE != 0).then_some(x.stx_mnt_id)
+}
+
 fn from_statx(x: &rustix::fs::Statx) -> Stat {
     let time = |t: &rustix::fs::StatxTimestamp| Time {
         sec: t.tv_sec,

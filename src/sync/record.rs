@@ -1,0 +1,221 @@
+//! Record: `.mirrorfs/sync` in dst, which says that a run has begun and is not durable yet.
+//!
+//!   (absent) -> here      begin()  before the first file is made: no file can be durable without it
+//!   here     -> (absent)  end()    everything that was written is durable
+//!   here     -> here      end()    not so, or a copy that had to be compared was not
+//!
+//! The quick check (size and mtime) may be deceived by a power cut: a file system may have kept a
+//! file's size and times and not its bytes, however they were written (on ext4 also those of one
+//! small write). So a run that finds the record of another boot or mount compares every file that
+//! has changed since byte by byte. A record of the same boot and mount is of a run that was killed:
+//! what it wrote is in the page cache, and only becomes durable together with ours.
+//!
+//! This costs nothing for each file; to write out and wait for one would cost more than its copy.
+//! The record is made before the files in the same journal, and synced itself; so it is never later
+//! than they are. Where there can be none (dst's root is not writable for us) each file is synced
+//! before it gets its times.
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::{AtomicBool, Ordering::Acquire, Ordering::Release};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use rustix::fs::{AtFlags, Mode, OFlags};
+use rustix::io::Errno;
+
+use super::stamp;
+use crate::error::{Context, Result, Side};
+use crate::mark::CONTROL_DIR;
+use crate::meta::{self, LATE_FLAGS};
+use crate::sys::name::RelPath;
+use crate::sys::stat::{Stat, Time, stat_fd};
+use crate::sys::{fd, host, stat};
+
+/// The record's name in the control directory.
+const NAME: &str = "sync";
+/// Clocks are set back by small steps: what is this much older than the record is doubted too.
+const MARGIN_S: i64 = 60;
+
+/// The record of one dst.
+pub(super) struct Record {
+    /// This boot and this mount of dst; `None`: the kernel does not tell, so nobody is trusted.
+    ours: Option<String>,
+    /// What changed since then may have lost its bytes.
+    doubt: Option<Time>,
+    /// An earlier run has left it.
+    found: bool,
+    state: Mutex<State>,
+    /// The state is not `Absent` any more.
+    begun: AtomicBool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    Absent,
+    Here,
+    /// dst's root does not take it.
+    Refused,
+}
+
+/// How a run ended.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct End {
+    /// All that was written is durable.
+    pub(super) durable: bool,
+    /// Nobody asked for that (`--fsync never`).
+    pub(super) carefree: bool,
+    /// Every file of src was compared or copied.
+    pub(super) whole: bool,
+}
+
+impl Record {
+    /// Looks for what an earlier run has left in dst.
+    pub(super) fn look(root: BorrowedFd<'_>) -> Result<Record> {
+        let ours = host::boot_id()
+            .zip(stat::unique_mount(root))
+            .map(|(boot, mount)| format!("{boot} {mount}\n"));
+        let mut record = Record {
+            ours,
+            doubt: None,
+            found: false,
+            state: Mutex::new(State::Absent),
+            begun: AtomicBool::new(false),
+        };
+        let path = path();
+        let file = match fd::open_beneath(root, &path, OFlags::RDONLY) {
+            Ok(file) => file,
+            Err(Errno::NOENT) => return Ok(record),
+            Err(e) => return Err(e).on("openat2", Side::Dst, &path),
+        };
+        let mut text = [0; 256];
+        let len = fd::pread_all(file.as_fd(), &mut text, 0).on("read", Side::Dst, &path)?;
+        if record.ours.as_deref().map(str::as_bytes) != Some(&text[..len]) {
+            let stat = stat_fd(file.as_fd()).on("statx", Side::Dst, &path)?;
+            record.doubt = Some(beginning(&stat));
+        }
+        record.found = true;
+        record.state = Mutex::new(State::Here);
+        record.begun = AtomicBool::new(true);
+        Ok(record)
+    }
+
+    /// True for a dst file whose bytes may be lost, whatever its size and times say.
+    pub(super) fn doubts(&self, file: &Stat) -> bool {
+        self.doubt.is_some_and(|since| file.ctime >= since)
+    }
+
+    /// Before the first file: from here on a cut leaves the record. False: dst does not take it.
+    pub(super) fn begin(&self, root: BorrowedFd<'_>, sync: bool) -> Result<bool> {
+        // Every file comes here; only the first waits for the disk, and those who come meanwhile.
+        let mut state = match self.begun.load(Acquire) {
+            true => return Ok(*self.lock() != State::Refused),
+            false => self.lock(),
+        };
+        if *state == State::Absent {
+            *state = match at_root(root, || self.make(root, sync)) {
+                Ok(()) => State::Here,
+                Err(Errno::ACCESS | Errno::PERM | Errno::ROFS | Errno::NAMETOOLONG) => {
+                    State::Refused
+                }
+                Err(e) => return Err(e).on("making", Side::Dst, path()),
+            };
+            self.begun.store(true, Release);
+        }
+        Ok(*state != State::Refused)
+    }
+
+    fn make(&self, root: BorrowedFd<'_>, sync: bool) -> Result<(), Errno> {
+        match rustix::fs::mkdirat(root, CONTROL_DIR, Mode::RWXU) {
+            Ok(()) | Err(Errno::EXIST) => {}
+            Err(e) => return Err(e),
+        }
+        let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY;
+        let flags = flags | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let mode = Mode::RUSR | Mode::WUSR;
+        let file = rustix::fs::openat(root, path().as_bytes(), flags, mode)?;
+        let text = self.ours.as_deref().unwrap_or("").as_bytes();
+        fd::pwrite_all(file.as_fd(), text, 0)?;
+        if sync {
+            fd::fsync(file.as_fd())?;
+            fd::fsync(root)?;
+        }
+        Ok(())
+    }
+
+    /// The root's times are not to be set while this lives: `begin` keeps them over what it does.
+    pub(super) fn still(&self) -> impl Sized + '_ {
+        self.lock()
+    }
+
+    /// After the run: takes the record away if nothing has to be doubted any more.
+    pub(super) fn end(&self, root: BorrowedFd<'_>, end: End) -> Result<()> {
+        if *self.lock() != State::Here {
+            return Ok(());
+        }
+        if !end.durable && !end.carefree {
+            // Writing out failed, and the kernel says so only once: nobody may trust what is
+            // cached either. An empty record is nobody's own.
+            let file = fd::open_beneath(root, &path(), OFlags::WRONLY);
+            let emptied = file.and_then(|f| rustix::fs::ftruncate(f, 0));
+            return emptied.on("ftruncate", Side::Dst, path());
+        }
+        let settled = self.doubt.is_none() || end.whole;
+        if !settled || (end.carefree && self.found) {
+            return Ok(());
+        }
+        at_root(root, || {
+            rustix::fs::unlinkat(root, path().as_bytes(), AtFlags::empty())?;
+            match rustix::fs::unlinkat(root, CONTROL_DIR, AtFlags::REMOVEDIR) {
+                // It also holds what a migration needs.
+                Ok(()) | Err(Errno::NOTEMPTY | Errno::EXIST) => Ok(()),
+                Err(e) => Err(e),
+            }
+        })
+        .on("unlinkat", Side::Dst, path())?;
+        match end.carefree {
+            true => Ok(()),
+            false => fd::fsync(root).on("fsync", Side::Dst, path()),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// When the run that left a record began: its clock is dst's, like that of the files.
+fn beginning(record: &Stat) -> Time {
+    let mut first = record.mtime.min(record.ctime);
+    if record.btime != Time::default() {
+        first = first.min(record.btime);
+    }
+    first.sec -= MARGIN_S;
+    first
+}
+
+fn path() -> RelPath {
+    let text = format!("{CONTROL_DIR}/{NAME}");
+    RelPath::from_bytes(text.as_bytes()).unwrap_or_else(|| unreachable!("two valid names"))
+}
+
+/// Changes names in dst's root so that nothing is seen of it after: its times stay, and +i and +a,
+/// which would forbid it.
+fn at_root(root: BorrowedFd<'_>, change: impl FnOnce() -> Result<(), Errno>) -> Result<(), Errno> {
+    let before = stat_fd(root)?;
+    let flags = match before.immutable || before.append {
+        true => crate::sys::copy::inode_flags(root)?.unwrap_or(0) & LATE_FLAGS,
+        false => 0,
+    };
+    if flags != 0 {
+        stamp::clear_flags(root, flags)?;
+    }
+    change()?;
+    match meta::set_times_fd(root, before.atime, before.mtime) {
+        // Not the owner: then its times move, as with every name that is made in it.
+        Ok(()) | Err(Errno::PERM) => {}
+        Err(e) => return Err(e),
+    }
+    match flags {
+        0 => Ok(()),
+        flags => stamp::add_flags(root, flags),
+    }
+}
