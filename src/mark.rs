@@ -21,6 +21,8 @@ use crate::sys::xattr::{self, Target};
 
 /// The control directory in the raw root of dst: gone at finish, invisible in the mount.
 pub const CONTROL_DIR: &str = ".mirrorfs";
+/// What `sync` leaves in it while what it wrote is not durable.
+pub const SYNC_RECORD: &str = "sync";
 
 const VERSION: u8 = 1 << 4;
 const POPULATED: u8 = 1;

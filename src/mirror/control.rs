@@ -16,7 +16,7 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Context, Error, Result, Side};
-use crate::mark::{Mark, MarkName};
+use crate::mark::{Mark, MarkName, SYNC_RECORD};
 use crate::sys::name::Name;
 use crate::sys::xattr::Target;
 use crate::sys::{dir, fd, host, stat};
@@ -193,6 +193,22 @@ fn refuse_marked_src(ask: &Request<'_>) -> Result<()> {
     Ok(())
 }
 
+/// After a power cut size and mtime do not tell that a file has its bytes; `sync` compares them.
+fn refuse_unsettled_sync(ask: &Request<'_>) -> Result<()> {
+    let Some(dir) = open_dir(ask.dst_root)? else {
+        return Ok(());
+    };
+    match rustix::fs::statat(&dir, SYNC_RECORD, AtFlags::SYMLINK_NOFOLLOW) {
+        Err(Errno::NOENT) => Ok(()),
+        Err(e) => Err(e).on("stat", Side::Dst, ask.dst.join(CONTROL).join(SYNC_RECORD)),
+        Ok(_) => Err(Error::Unusable(format!(
+            "DST \"{}\" holds a sync that did not end, or is not durable ({CONTROL}/{SYNC_RECORD}): \
+             run mirrorfs sync once more",
+            ask.dst.display()
+        ))),
+    }
+}
+
 fn check_same(ask: &Request<'_>, identity: &Identity) -> Result<()> {
     let ino = stat::stat_fd(ask.src_root)
         .on("statx", Side::Src, ask.src)?
@@ -225,6 +241,7 @@ fn check_same(ask: &Request<'_>, identity: &Identity) -> Result<()> {
 /// identity the root is marked before anything else is done.
 fn create(ask: &Request<'_>) -> Result<(OwnedFd, OwnedFd, Identity)> {
     let dst = ask.dst.display();
+    refuse_unsettled_sync(ask)?;
     let mut others = dir::list(ask.dst_root).on("getdents64", Side::Dst, ask.dst)?;
     others.retain(|e| e.name != control_name() && e.name.as_bytes() != b"lost+found");
     if !others.is_empty() && !ask.adopt {

@@ -24,14 +24,12 @@ use rustix::io::Errno;
 
 use super::stamp;
 use crate::error::{Context, Result, Side};
-use crate::mark::CONTROL_DIR;
+use crate::mark::{CONTROL_DIR, SYNC_RECORD};
 use crate::meta::{self, LATE_FLAGS};
 use crate::sys::name::RelPath;
 use crate::sys::stat::{Stat, Time, stat_fd};
 use crate::sys::{fd, host, stat};
 
-/// The record's name in the control directory.
-const NAME: &str = "sync";
 /// Clocks are set back by small steps: what is this much older than the record is doubted too.
 const MARGIN_S: i64 = 60;
 
@@ -193,7 +191,7 @@ fn beginning(record: &Stat) -> Time {
 }
 
 fn path() -> RelPath {
-    let text = format!("{CONTROL_DIR}/{NAME}");
+    let text = format!("{CONTROL_DIR}/{SYNC_RECORD}");
     RelPath::from_bytes(text.as_bytes()).unwrap_or_else(|| unreachable!("two valid names"))
 }
 

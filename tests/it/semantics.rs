@@ -1428,6 +1428,79 @@ fn a_dead_mount_on_the_root_of_a_file_system_or_beside_dst_is_replaced_too() {
 }
 
 #[test]
+fn adopting_a_copy_made_earlier_pulls_only_what_differs() {
+    let Some(w) = world(|d| {
+        some_files(d);
+        let deep = d.dir("deep");
+        deep.file("same", &bytes(7, 3_000));
+        deep.file("changed", &bytes(8, 3_000));
+        deep.file("longer", &bytes(9, 3_000));
+        deep.file("linked", &bytes(10, 3_000));
+        deep.link("linked", d, "other name");
+        for name in ["same", "changed", "longer", "linked"] {
+            deep.stamp(name, 1_200_000_000, 5);
+        }
+    }) else {
+        return;
+    };
+    let sync = || run(mirrorfs().arg("sync").args([&w.src, &w.dst]));
+    sync().expect_code(0);
+    // What is equal in size and time is not looked at: these bytes stay.
+    let kept = w.dst.join("deep/same");
+    fs::write(&kept, bytes(11, 3_000)).unwrap();
+    set_times(&kept, 1_200_000_000, 5).unwrap();
+    fs::write(w.dst.join("deep/only here"), "x").unwrap();
+    // SRC goes on after the copy.
+    fs::write(w.src.join("deep/changed"), bytes(12, 3_000)).unwrap();
+    fs::write(w.src.join("deep/longer"), bytes(13, 4_000)).unwrap();
+    fs::write(w.src.join("deep/new"), bytes(14, 100_000)).unwrap();
+    fs::create_dir_all(w.src.join("new/below")).unwrap();
+    fs::write(w.src.join("new/below/file"), bytes(15, 200)).unwrap();
+
+    let (code, said) = w.try_mount(&[], &[]).err().expect("DST is not empty");
+    assert!(code == 3 && said.contains("--adopt"), "{code}: {said}");
+    let m = w.mount_with(&["--adopt"], &[]);
+    assert_eq!(fs::read(m.path("deep/longer")).unwrap(), bytes(13, 4_000));
+    m.wait_complete();
+    // A restart of an adopted migration needs the word no more.
+    m.unmount();
+    let m = w.mount();
+    m.finish();
+    assert_eq!(fs::read(&kept).unwrap(), bytes(11, 3_000));
+    assert_eq!(fs::read(w.dst.join("deep/only here")).unwrap(), b"x");
+    fs::write(&kept, bytes(7, 3_000)).unwrap();
+    set_times(&kept, 1_200_000_000, 5).unwrap();
+    fs::remove_file(w.dst.join("deep/only here")).unwrap();
+    set_times(
+        &w.dst.join("deep"),
+        w.src.join("deep").metadata().unwrap().mtime(),
+        w.src.join("deep").metadata().unwrap().mtime_nsec(),
+    )
+    .unwrap();
+    w.expect_finished_copy();
+}
+
+#[test]
+fn a_sync_that_is_not_durable_is_not_adopted() {
+    let Some(w) = world(some_files) else { return };
+    let sync = || run(mirrorfs().arg("sync").args([&w.src, &w.dst]));
+    sync().expect_code(0);
+    let record = w.dst.join(CONTROL).join("sync");
+    fs::create_dir(w.dst.join(CONTROL)).unwrap();
+    fs::write(&record, "of another boot").unwrap();
+    let (code, said) = w.try_mount(&["--adopt"], &[]).err().expect("refused");
+    assert!(
+        code == 3 && said.contains("run mirrorfs sync once more"),
+        "{code}: {said}"
+    );
+    assert!(record.exists(), "nothing is changed");
+    sync().expect_code(0);
+    assert!(!record.exists());
+    w.mount_with(&["--adopt"], &[]).finish();
+    w.expect_finished_copy();
+}
+
+#[test]
 fn the_daemonized_mount_is_usable_when_the_command_returns() {
     let Some(w) = world(some_files) else { return };
     run(mirrorfs().arg("mount").arg(&w.src).arg(&w.dst).arg(&w.at)).expect_code(0);
