@@ -130,7 +130,7 @@ impl Filesystem for MirrorFs {
         atime: Option<TimeOrNow>,
         mtime: Option<TimeOrNow>,
         _ctime: Option<SystemTime>,
-        _fh: Option<FileHandle>,
+        fh: Option<FileHandle>,
         _crtime: Option<SystemTime>,
         _chgtime: Option<SystemTime>,
         _bkuptime: Option<SystemTime>,
@@ -149,10 +149,11 @@ impl Filesystem for MirrorFs {
             atime: atime.map(stamp),
             mtime: mtime.map(stamp),
         };
+        let open = fh.and_then(|fh| self.shared.files.get(fh));
         let (shared, held) = (Arc::clone(&self.shared), Arc::clone(&node));
-        self.shared.mirror.set_attr(&node, change, move |attr| {
-            shared.reply_attr("setattr", &held, attr, reply);
-        });
+        let then = move |attr| shared.reply_attr("setattr", &held, attr, reply);
+        let file = open.map(|open| Arc::clone(&open.file));
+        self.shared.mirror.set_attr(&node, change, file, then);
     }
 
     fn readlink(&self, _req: &Request, ino: INodeNo, reply: ReplyData) {

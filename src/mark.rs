@@ -3,7 +3,7 @@
 //! The value is one byte in the common case (DESIGN: a 1-byte mark plus a security label stay inside
 //! ext4's 256-byte inode):
 //!
-//!   high four bits: the version, 1
+//!   high four bits: the version: 1, or 2 where two bytes of permission bits follow the first
 //!   bit 0  the directory is populated (`L`); clear: pending (`P`)
 //!   bit 1  an explicit origin follows, to the end of the value
 //!   bit 2  24 bytes follow: atime and mtime that the user set (D9)
@@ -25,6 +25,7 @@ pub const CONTROL_DIR: &str = ".mirrorfs";
 pub const SYNC_RECORD: &str = "sync";
 
 const VERSION: u8 = 1 << 4;
+const VERSION_PERM: u8 = 2 << 4;
 const POPULATED: u8 = 1;
 const ORIGIN: u8 = 1 << 1;
 const TIMES: u8 = 1 << 2;
@@ -50,9 +51,12 @@ impl MarkName {
 
     /// Reads the mark of an inode; `None`: unmarked. EIO for a value that we did not write.
     pub fn get(self, target: Target<'_>) -> Result<Option<Mark>, Errno> {
-        match xattr::get(target, self.as_cstr())? {
-            Some(value) => Mark::decode(&value).ok_or(Errno::IO).map(Some),
-            None => Ok(None),
+        match (xattr::get(target, self.as_cstr()), self) {
+            (Ok(Some(value)), _) => Mark::decode(&value).ok_or(Errno::IO).map(Some),
+            (Ok(None), _) => Ok(None),
+            // Whoever marks an inode by a user's xattr can read it.
+            (Err(Errno::ACCESS), MarkName::User) => Ok(None),
+            (Err(e), _) => Err(e),
         }
     }
 
@@ -81,6 +85,9 @@ pub struct Mark {
     pub times: Option<(Time, Time)>,
     /// Hydration ends with setting src's security.capability.
     pub capability: bool,
+    /// The permissions that users see and that the inode gets when the mark goes: its own let us
+    /// work on it meanwhile.
+    pub perm: Option<u32>,
 }
 
 impl Mark {
@@ -100,13 +107,20 @@ impl Mark {
     /// The xattr's value.
     pub fn encode(&self) -> Vec<u8> {
         let bit = |on: bool, bit: u8| if on { bit } else { 0 };
+        let version = match self.perm {
+            None => VERSION,
+            Some(_) => VERSION_PERM,
+        };
         let mut out = vec![
-            VERSION
+            version
                 | bit(self.populated, POPULATED)
                 | bit(self.origin.is_some(), ORIGIN)
                 | bit(self.times.is_some(), TIMES)
                 | bit(self.capability, CAPABILITY),
         ];
+        if let Some(perm) = self.perm {
+            out.extend_from_slice(&(perm as u16).to_le_bytes());
+        }
         if let Some((atime, mtime)) = self.times {
             for t in [atime, mtime] {
                 out.extend_from_slice(&t.sec.to_le_bytes());
@@ -122,9 +136,15 @@ impl Mark {
     /// The inverse of [`Mark::encode`]; `None` for anything else.
     pub fn decode(value: &[u8]) -> Option<Mark> {
         let (&head, mut rest) = value.split_first()?;
-        if head & 0xf0 != VERSION {
-            return None;
-        }
+        let perm = match head & 0xf0 {
+            VERSION => None,
+            VERSION_PERM => {
+                let (perm, after) = rest.split_at_checked(2)?;
+                rest = after;
+                Some(u32::from(u16::from_le_bytes(perm.try_into().ok()?)))
+            }
+            _ => return None,
+        };
         let mut times = None;
         if head & TIMES != 0 {
             let (stamp, after) = rest.split_at_checked(24)?;
@@ -142,6 +162,7 @@ impl Mark {
             origin,
             times,
             capability: head & CAPABILITY != 0,
+            perm,
         })
     }
 }
@@ -166,13 +187,14 @@ mod tests {
     proptest! {
         #[test]
         fn a_mark_survives_its_encoding(
-            populated: bool, capability: bool,
+            populated: bool, capability: bool, perm in prop::option::of(0u32..0o10000),
             times in prop::option::of((any::<i64>(), 0u32..1_000_000_000, any::<i64>(), 0u32..1_000_000_000)),
             origin in prop::option::of("[a-z]{1,9}(/[a-z]{1,9}){0,3}"),
         ) {
             let mark = Mark {
                 populated,
                 capability,
+                perm,
                 times: times.map(|(a, b, c, d)| (Time { sec: a, nsec: b }, Time { sec: c, nsec: d })),
                 origin: origin.and_then(|o| RelPath::from_bytes(o.as_bytes())),
             };

@@ -23,7 +23,8 @@ pub const CAPABILITY: &CStr = c"security.capability";
 pub const DEFAULT_ACL: &CStr = c"system.posix_acl_default";
 /// btrfs' compression property of a file or directory.
 const COMPRESSION: &CStr = c"btrfs.compression";
-const ACCESS_ACL: &CStr = c"system.posix_acl_access";
+/// An inode's own ACL: beyond owner, group and others.
+pub const ACCESS_ACL: &CStr = c"system.posix_acl_access";
 
 /// FS_IMMUTABLE_FL and FS_APPEND_FL: they forbid all further work, so they are set at finish.
 pub const LATE_FLAGS: u32 = 0x10 | 0x20;
@@ -40,6 +41,8 @@ pub struct Meta {
     pub xattrs: Vec<(CString, Vec<u8>)>,
     /// The inode flags that we copy (FS_*_FL).
     pub flags: u32,
+    /// xattrs that we may not read: of a file that we may not read.
+    pub unread: Vec<(CString, Errno)>,
 }
 
 /// One piece of metadata that dst would not take.
@@ -49,6 +52,15 @@ pub struct Refused {
     pub what: String,
     /// Why.
     pub errno: Errno,
+}
+
+/// What became of an inode.
+#[derive(Debug)]
+pub struct Applied {
+    /// What dst would not take.
+    pub refused: Vec<Refused>,
+    /// The permissions that it should have.
+    pub perm: u32,
 }
 
 /// What a capture is told about the source.
@@ -68,19 +80,18 @@ impl Meta {
         name: &Name,
         stat: Stat,
     ) -> Result<Meta, Errno> {
-        let xattrs = read_xattrs(Target::At(dir, name), how.mark)?;
         let flags = match stat.kind() {
             FileType::RegularFile | FileType::Directory if how.flags => {
-                let fd = fd::open_src(dir, name)?;
-                copy::inode_flags(fd.as_fd())?.unwrap_or(0) & COPIED_FLAGS
+                match fd::open_src(dir, name) {
+                    Ok(fd) => copy::inode_flags(fd.as_fd())?.unwrap_or(0) & COPIED_FLAGS,
+                    // Not for us to read: that its data is not either says whoever pulls it.
+                    Err(Errno::ACCESS | Errno::PERM) => 0,
+                    Err(e) => return Err(e),
+                }
             }
             _ => 0,
         };
-        Ok(Meta {
-            stat,
-            xattrs,
-            flags,
-        })
+        Meta::with_xattrs(Target::At(dir, name), how.mark, stat, flags)
     }
 
     /// As `capture`, of a regular file that is open for reading. `None`: it carries a live mark.
@@ -98,27 +109,54 @@ impl Meta {
             true => copy::inode_flags(fd)?.unwrap_or(0) & COPIED_FLAGS,
             false => 0,
         };
-        Ok(Some(Meta {
-            stat,
-            xattrs: read_values(target, names, how.mark)?,
-            flags,
-        }))
+        Meta::with_names(target, names, how.mark, stat, flags).map(Some)
     }
 
     /// Captures an open file or directory (src).
     pub fn capture_fd(how: Capture, fd: BorrowedFd<'_>) -> Result<Meta, Errno> {
         let stat = stat::stat_fd(fd)?;
-        let xattrs = read_xattrs(Target::Fd(fd), how.mark)?;
         let flags = match stat.kind() {
             FileType::RegularFile | FileType::Directory if how.flags => {
                 copy::inode_flags(fd)?.unwrap_or(0) & COPIED_FLAGS
             }
             _ => 0,
         };
+        Meta::with_xattrs(Target::Fd(fd), how.mark, stat, flags)
+    }
+
+    fn with_xattrs(
+        target: Target<'_>,
+        mark: MarkName,
+        stat: Stat,
+        flags: u32,
+    ) -> Result<Meta, Errno> {
+        Meta::with_names(target, xattr::list(target)?, mark, stat, flags)
+    }
+
+    fn with_names(
+        target: Target<'_>,
+        names: Vec<CString>,
+        mark: MarkName,
+        stat: Stat,
+        flags: u32,
+    ) -> Result<Meta, Errno> {
+        let (mut xattrs, mut unread) = (Vec::new(), Vec::new());
+        for name in names {
+            if !is_copied(&name, mark) {
+                continue;
+            }
+            match xattr::get(target, &name) {
+                Ok(Some(value)) => xattrs.push((name, value)),
+                Ok(None) => {}
+                Err(e @ (Errno::ACCESS | Errno::PERM)) => unread.push((name, e)),
+                Err(e) => return Err(e),
+            }
+        }
         Ok(Meta {
             stat,
             xattrs,
             flags,
+            unread,
         })
     }
 
@@ -134,14 +172,54 @@ impl Meta {
     /// flags of [`LATE_FLAGS`]. Whoever makes children in the directory takes its default ACL away
     /// before and applies again after: they would inherit it, and disturb its times (D8).
     pub fn apply_fd(&self, fd: BorrowedFd<'_>) -> Vec<Refused> {
+        self.apply_fd_adding(fd, 0).refused
+    }
+
+    /// As `apply_fd`, with `add` to the permissions that the inode has afterwards. Which it should
+    /// have comes back.
+    pub fn apply_fd_adding(&self, fd: BorrowedFd<'_>, add: u32) -> Applied {
         let mut refused = Refusals::default();
-        let (uid, gid) = self.ids();
-        refused.note("chown", rustix::fs::fchown(fd, Some(uid), Some(gid)));
-        refused.note("chmod", chmod_fd(fd, self.stat.perm()));
+        let own = |uid, gid| rustix::fs::fchown(fd, uid, gid);
+        let perm = self.apply_owner(own, || stat::stat_fd(fd), &mut refused);
+        refused.note("chmod", chmod_fd(fd, perm | add));
         self.apply_xattrs(Target::Fd(fd), &mut refused);
+        if add != 0 && self.xattr(ACCESS_ACL).is_some() {
+            // The ACL has set the owner's bits.
+            refused.note("chmod", chmod_fd(fd, perm | add));
+        }
         self.apply_flags(fd, &mut refused);
         self.apply_times_fd(fd, &mut refused);
-        refused.0
+        Applied {
+            refused: refused.0,
+            perm,
+        }
+    }
+
+    /// Owner and group, or the group alone. Which permissions the inode may have comes back: setuid
+    /// for another user than src's, or setgid for another group, was never meant (cp(1) too).
+    fn apply_owner(
+        &self,
+        own: impl Fn(Option<Uid>, Option<Gid>) -> Result<(), Errno>,
+        now: impl Fn() -> Result<Stat, Errno>,
+        refused: &mut Refusals,
+    ) -> u32 {
+        let (uid, gid) = self.ids();
+        let mut perm = self.stat.perm();
+        if let Err(errno) = own(Some(uid), Some(gid)) {
+            refused.note("chown", Err(errno));
+            let _ = own(None, Some(gid)); // Of a group that is not ours: refused with the owner.
+            let (uid, gid) = match now() {
+                Ok(stat) => (Some(stat.uid), Some(stat.gid)),
+                Err(_) => (None, None),
+            };
+            if uid != Some(self.stat.uid) {
+                perm &= !0o4000;
+            }
+            if gid != Some(self.stat.gid) {
+                perm &= !0o2000;
+            }
+        }
+        perm
     }
 
     /// As `apply_fd`, to an inode that was just made: `born` is what it is, `born_flags` its inode
@@ -154,11 +232,11 @@ impl Meta {
     ) -> Vec<Refused> {
         let mut refused = Refusals::default();
         let chown = (born.uid, born.gid) != (self.stat.uid, self.stat.gid);
-        if chown {
-            let (uid, gid) = self.ids();
-            refused.note("chown", rustix::fs::fchown(fd, Some(uid), Some(gid)));
-        }
-        let perm = self.stat.perm();
+        let own = |uid, gid| rustix::fs::fchown(fd, uid, gid);
+        let perm = match chown {
+            true => self.apply_owner(own, || stat::stat_fd(fd), &mut refused),
+            false => self.stat.perm(),
+        };
         // chown clears setuid and setgid.
         if born.perm() != perm || chown && perm & 0o6000 != 0 {
             refused.note("chmod", chmod_fd(fd, perm));
@@ -172,14 +250,12 @@ impl Meta {
     /// Applies everything to a symlink, fifo, socket or device of dst, by its name.
     pub fn apply_at(&self, dir: BorrowedFd<'_>, name: &Name) -> Vec<Refused> {
         let mut refused = Refusals::default();
-        let (uid, gid) = self.ids();
         let flags = AtFlags::SYMLINK_NOFOLLOW;
-        refused.note(
-            "chown",
-            rustix::fs::chownat(dir, name.as_cstr(), Some(uid), Some(gid), flags),
-        );
+        let own = |uid, gid| rustix::fs::chownat(dir, name.as_cstr(), uid, gid, flags);
+        let now = || stat::stat_at(dir, name.as_cstr());
+        let perm = self.apply_owner(own, now, &mut refused);
         if self.stat.kind() != FileType::Symlink {
-            let mode = Mode::from_raw_mode(self.stat.perm());
+            let mode = Mode::from_raw_mode(perm);
             let set = || rustix::fs::chmodat(dir, name.as_cstr(), mode, AtFlags::empty());
             refused.note("chmod", caps::with_fsetid(set));
         }
@@ -341,28 +417,13 @@ pub fn is_copied(name: &CStr, mark: MarkName) -> bool {
 pub fn set_copied_xattr(target: Target<'_>, name: &CStr, value: &[u8]) -> Result<(), Errno> {
     match caps::with_fsetid(|| xattr::set(target, name, value)) {
         Err(Errno::OPNOTSUPP | Errno::INVAL) if name == COMPRESSION => Ok(()),
+        // A label that dst has given by itself already.
+        Err(e) if e == Errno::PERM || e == Errno::ACCESS => match xattr::get(target, name) {
+            Ok(Some(now)) if now == value => Ok(()),
+            _ => Err(e),
+        },
         other => other,
     }
-}
-
-fn read_xattrs(target: Target<'_>, mark: MarkName) -> Result<Vec<(CString, Vec<u8>)>, Errno> {
-    read_values(target, xattr::list(target)?, mark)
-}
-
-fn read_values(
-    target: Target<'_>,
-    names: Vec<CString>,
-    mark: MarkName,
-) -> Result<Vec<(CString, Vec<u8>)>, Errno> {
-    let mut out = Vec::new();
-    for name in names {
-        if is_copied(&name, mark)
-            && let Some(value) = xattr::get(target, &name)?
-        {
-            out.push((name, value));
-        }
-    }
-    Ok(out)
 }
 
 /// Opens a directory of dst to apply metadata to it or to work in it.

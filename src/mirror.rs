@@ -6,6 +6,7 @@
 //! Lock order, outermost first: `moves`, a mark lock, a hydration's state, everything else is a
 //! leaf. No lock is held across a copy, an fsync or a waiter (I8).
 
+mod anchor;
 mod attr;
 mod carry;
 mod commit;
@@ -17,6 +18,7 @@ mod ledger;
 mod links;
 mod namespace;
 mod node;
+mod perms;
 mod place;
 mod populate;
 mod ranged;
@@ -30,7 +32,9 @@ use std::sync::{Arc, OnceLock};
 
 use parking_lot::{Mutex, MutexGuard};
 use rustix::fs::{FileType, OFlags};
+use rustix::io::Errno;
 
+pub use anchor::Anchor;
 pub use attr::{Attr, Change, Stamp};
 pub use carry::{Carrier, Placed};
 pub use commit::DoneDir;
@@ -40,7 +44,7 @@ pub use finish::{Survey, finish_offline, read_ledger, survey};
 pub use hydrate::{FileRef, Need};
 pub use ledger::LedgerEntry;
 pub use namespace::{Creator, Entry, Make};
-pub use node::{Anchor, Ino, Node, NodeTable, Origin, Phase, ROOT};
+pub use node::{Ino, Node, NodeTable, Origin, Phase, ROOT};
 pub use populate::{Access, DirRef, Marked, Waiter};
 pub use ranged::ReadDone;
 pub use source::SrcInfo;
@@ -48,7 +52,7 @@ pub use source::SrcInfo;
 use crate::config::MountConfig;
 use crate::engine::{Engine, EngineConfig};
 use crate::error::{Context, Error, Result, Side};
-use crate::mark::MarkName;
+use crate::mark::{Mark, MarkName};
 use crate::meta::{Meta, Refused};
 use crate::progress::Progress;
 use crate::sys::name::RelPath;
@@ -99,8 +103,10 @@ pub struct Mirror {
     dst: Arc<OwnedFd>,
     control: Control,
     mark: MarkName,
-    /// dst has file handles and we may use them.
-    handles: bool,
+    /// Without CAP_DAC_OVERRIDE: see perms.rs.
+    modes_bind: bool,
+    /// Small files may come with their data: inodes are had by handle, and modes do not bind.
+    carries: bool,
     /// dst is btrfs: publishing needs a barrier (D6).
     btrfs: bool,
     source: Source,
@@ -156,11 +162,9 @@ impl Mirror {
             .on("statfs", Side::Dst, &dst_path)?
             .magic
             == host::BTRFS_MAGIC;
-        let handles = caps::have_read_search()
-            && Anchor::of(true, dst.as_fd(), None)
-                .is_ok_and(|a| a.open(dst.as_fd(), OFlags::PATH).is_ok());
+        let by_handle = caps::have_read_search() && anchor::can_open_handles(dst.as_fd());
         let dst = Arc::new(dst);
-        let root = root_node(&dst, mark, handles)?;
+        let root = root_node(&dst, mark, by_handle)?;
         let anchors =
             Anchors::load(&control.links).on("getdents64", Side::Dst, ".mirrorfs/links")?;
         let ledger = Ledger::open(control.dir.as_fd())?;
@@ -177,7 +181,8 @@ impl Mirror {
             dst,
             control,
             mark,
-            handles,
+            modes_bind: perms::are_binding(mark),
+            carries: by_handle && !perms::are_binding(mark),
             btrfs,
             anchors,
             ledger,
@@ -194,6 +199,7 @@ impl Mirror {
             invalidate: OnceLock::new(),
             committer: Mutex::new(None),
         });
+        mirror.perms().replay()?;
         mirror.stamp_root()?;
         let committing = Arc::clone(&mirror);
         let thread = std::thread::Builder::new()
@@ -213,8 +219,15 @@ impl Mirror {
         }
         let src = self.source.dir(&Arc::new(RelPath::root()))?;
         let meta = Meta::capture_fd(src.capture, src.fd.as_fd()).on("statx", Side::Src, ".")?;
-        for refused in meta.apply_fd(self.dst.as_fd()) {
-            self.refused(&RelPath::root(), &refused);
+        let dst = self.dst.as_fd();
+        let perm = self.stamp(&meta, dst, &RelPath::root());
+        if perm.is_some() {
+            let mark = Mark {
+                perm,
+                ..Mark::pending()
+            };
+            self.replace_mark(dst, &mark)
+                .on("setxattr", Side::Dst, ".")?;
         }
         Ok(())
     }
@@ -309,13 +322,29 @@ impl Mirror {
         }
     }
 
-    /// Records metadata that dst would not take. A rootless daemon's chown is no news.
+    /// Records metadata that dst would not take. Without privilege an owner that cannot be set is
+    /// no news, as with any other copy.
     fn refused(&self, path: &RelPath, refused: &Refused) {
-        if self.mark == MarkName::User && refused.errno == rustix::io::Errno::PERM {
+        let unprivileged = [Errno::PERM, Errno::INVAL].contains(&refused.errno);
+        if self.mark == MarkName::User && refused.what == "chown" && unprivileged {
             return;
         }
         self.ledger.record_refused(path, refused);
         self.progress.errors.set(self.ledger.len() as u64);
+    }
+
+    /// Records xattrs of src that we may not read.
+    fn unread(&self, path: &RelPath, meta: &Meta) {
+        for (name, errno) in &meta.unread {
+            self.ledger
+                .record_unread(path, &name.to_string_lossy(), *errno);
+            self.progress.errors.set(self.ledger.len() as u64);
+        }
+    }
+
+    /// The mark lock, where an inode's permissions change with its mark (perms.rs).
+    fn lock_perms(&self, ino: Ino) -> Option<MutexGuard<'_, ()>> {
+        self.modes_bind.then(|| self.lock_mark(ino))
     }
 
     /// Serialises reading, changing and writing back a mark.
@@ -333,11 +362,8 @@ fn open_root(path: &Path, what: &str) -> Result<OwnedFd> {
         .map_err(|errno| Error::Unusable(format!("{what} \"{}\": open: {errno}", path.display())))
 }
 
-fn root_node(dst: &Arc<OwnedFd>, mark: MarkName, handles: bool) -> Result<Node> {
-    let anchor = match handles {
-        true => Anchor::of(true, dst.as_fd(), None).on("name_to_handle_at", Side::Dst, ".")?,
-        false => Anchor::Fd(Arc::clone(dst)),
-    };
+fn root_node(dst: &Arc<OwnedFd>, mark: MarkName, by_handle: bool) -> Result<Node> {
+    let anchor = Anchor::root(dst, by_handle).on("name_to_handle_at", Side::Dst, ".")?;
     let phase = match mark
         .get(Target::Fd(dst.as_fd()))
         .on("getxattr", Side::Dst, ".")?

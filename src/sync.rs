@@ -411,6 +411,7 @@ impl Work<'_, '_> {
             stat,
             xattrs,
             flags: flags.unwrap_or(0) & crate::meta::COPIED_FLAGS,
+            unread: Vec::new(),
         })
     }
 }

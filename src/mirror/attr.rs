@@ -5,7 +5,7 @@
 //! also written into the mark, because hydration disturbs them (D9).
 
 use std::ffi::CStr;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use rustix::fs::{AtFlags, FileType, Gid, OFlags, Timespec, Timestamps, Uid, XattrFlags};
@@ -14,12 +14,13 @@ use rustix::io::Errno;
 use super::Mirror;
 use super::hydrate::Need;
 use super::node::{Node, ROOT};
+use super::perms::show;
 use super::populate::Access;
 use super::source::SrcInfo;
 use crate::engine::job::Priority;
 use crate::error::{Context, Error, Result, Side};
 use crate::mark::Mark;
-use crate::meta::{self, CAPABILITY, DEFAULT_ACL};
+use crate::meta::{self, ACCESS_ACL, CAPABILITY, DEFAULT_ACL};
 use crate::sys::stat::{self, Stat, Time};
 use crate::sys::xattr::{self, Target};
 use crate::sys::{caps, copy};
@@ -73,7 +74,7 @@ impl Mirror {
             }
             let before = node.phase();
             let placing = self.populates.times(node.ino);
-            let mut stat = self.nodes.stat(node).on("statx", Side::Dst, shown())?;
+            let mut stat = self.stat_of(node).on("statx", Side::Dst, shown())?;
             if node.kind == FileType::Directory {
                 if before != node.phase() {
                     continue;
@@ -106,6 +107,9 @@ impl Mirror {
         let mut stat = stat::stat_fd(opened.as_fd()).on("statx", Side::Dst, shown())?;
         if !node.is_pending_file() {
             return Ok(None);
+        }
+        if let Some(mark) = &mark {
+            show(mark, &mut stat);
         }
         let times = mark
             .and_then(|m| m.times)
@@ -190,16 +194,18 @@ impl Mirror {
         Ok(info)
     }
 
-    /// Applies a user's change and calls `then` with the attributes after it.
+    /// Applies a user's change and calls `then` with the attributes after it. `file`: through which
+    /// open file he changes the size, whatever the permissions are by now.
     pub fn set_attr(
         self: &Arc<Self>,
         node: &Arc<Node>,
         change: Change,
+        file: Option<Arc<OwnedFd>>,
         then: impl FnOnce(Result<Attr>) + Send + 'static,
     ) {
         let (mirror, held) = (Arc::clone(self), Arc::clone(node));
         let apply = move |ready: Result<()>| {
-            let done = ready.and_then(|()| mirror.apply_change(&held, change));
+            let done = ready.and_then(|()| mirror.apply_change(&held, change, file.as_deref()));
             match done {
                 Ok(()) => mirror.with_attr(&held, then),
                 Err(e) => then(Err(e)),
@@ -233,7 +239,7 @@ impl Mirror {
         }
     }
 
-    fn apply_change(&self, node: &Node, change: Change) -> Result<()> {
+    fn apply_change(&self, node: &Node, change: Change, file: Option<&OwnedFd>) -> Result<()> {
         let shown = || node.display_name();
         let opened = self
             .nodes
@@ -241,10 +247,15 @@ impl Mirror {
             .on("open", Side::Dst, shown())?;
         let fd = opened.as_fd();
         if let Some(size) = change.size {
-            let file = self
-                .nodes
-                .open(node, OFlags::WRONLY)
-                .on("open", Side::Dst, shown())?;
+            let again;
+            let file = match file {
+                Some(file) => file,
+                None => {
+                    let opened = self.nodes.open(node, OFlags::WRONLY);
+                    again = opened.on("open", Side::Dst, shown())?;
+                    &again
+                }
+            };
             // A user's truncate clears setuid and setgid.
             caps::without_fsetid(|| copy::truncate(file.as_fd(), size)).on(
                 "ftruncate",
@@ -253,7 +264,7 @@ impl Mirror {
             )?;
         }
         if change.uid.is_some() || change.gid.is_some() {
-            self.forget_capability(node)?;
+            self.forget_privileges(node)?;
             let (uid, gid) = (change.uid.map(Uid::from_raw), change.gid.map(Gid::from_raw));
             rustix::fs::chownat(fd, c"", uid, gid, AtFlags::EMPTY_PATH).on(
                 "chown",
@@ -262,7 +273,8 @@ impl Mirror {
             )?;
         }
         if let Some(perm) = change.perm {
-            meta::chmod_fd(fd, perm).on("chmod", Side::Dst, shown())?;
+            self.set_perm(node, fd, perm)
+                .on("chmod", Side::Dst, shown())?;
         }
         if change.atime.is_some() || change.mtime.is_some() {
             self.apply_times(node, fd, change)
@@ -339,8 +351,9 @@ impl Mirror {
         }
     }
 
-    /// chown clears security.capability: hydration must not bring src's back.
-    fn forget_capability(&self, node: &Node) -> Result<()> {
+    /// chown clears security.capability, setuid and setgid: the end of a hydration must not bring
+    /// src's back.
+    fn forget_privileges(&self, node: &Node) -> Result<()> {
         if !node.is_pending_file() {
             return Ok(());
         }
@@ -355,15 +368,15 @@ impl Mirror {
             .get(Target::Fd(opened.as_fd()))
             .on("getxattr", Side::Dst, shown())?
         {
-            Some(mark) if mark.capability => self
-                .replace_mark(
-                    opened.as_fd(),
-                    &Mark {
-                        capability: false,
-                        ..mark
-                    },
-                )
-                .on("setxattr", Side::Dst, shown()),
+            Some(mark) if mark.capability || mark.perm.is_some() => {
+                let mark = Mark {
+                    capability: false,
+                    perm: mark.perm.map(|p| p & 0o1777),
+                    ..mark
+                };
+                self.replace_mark(opened.as_fd(), &mark)
+                    .on("setxattr", Side::Dst, shown())
+            }
             _ => Ok(()),
         }
     }
@@ -427,7 +440,13 @@ impl Mirror {
                     (Err(Errno::NODATA), true) => {
                         mirror.populates.default_acl(held.ino).ok_or(Errno::NODATA)
                     }
-                    (value, _) => value,
+                    (Ok(mut value), _) => {
+                        if wanted.as_c_str() == ACCESS_ACL {
+                            mirror.show_acl(opened.as_fd(), &mut value);
+                        }
+                        Ok(value)
+                    }
+                    (Err(e), _) => Err(e),
                 }
             }));
         });
@@ -482,7 +501,11 @@ impl Mirror {
             then(ready.map_err(|e| e.errno()).and_then(|()| {
                 let opened = mirror.nodes.open(&held, OFlags::PATH)?;
                 let flags = XattrFlags::from_bits_truncate(flags.cast_unsigned());
-                xattr::set_flags(Target::Fd(opened.as_fd()), &wanted, &value, flags)
+                xattr::set_flags(Target::Fd(opened.as_fd()), &wanted, &value, flags)?;
+                match wanted.as_c_str() == ACCESS_ACL {
+                    true => mirror.acl_was_set(&held, opened.as_fd()),
+                    false => Ok(()),
+                }
             }));
         });
     }

@@ -22,14 +22,16 @@ use rustix::fs::AtFlags;
 use rustix::io::Errno;
 
 use super::Mirror;
+use super::anchor::Anchor;
 use super::hydrate::{FileRef, Hydrations};
-use super::node::{Anchor, Ino, Origin};
+use super::node::{Ino, Origin};
 use super::place::Placer;
 use super::populate::{DirRef, Waiter};
 use super::source::SrcDir;
 use crate::error::{Context, Result, Side};
 use crate::mark::Mark;
 use crate::meta::Meta;
+use crate::sys::handle::Handle;
 use crate::sys::name::{Name, RelPath};
 use crate::sys::stat::{self, Stat};
 use crate::sys::xattr::Target;
@@ -208,14 +210,14 @@ impl Placer<'_> {
             self.mirror.refused(path, &refused);
         }
         self.note_late_flags(meta, dst)?;
-        let anchor = Anchor::of(true, dst, None).on("name_to_handle_at", Side::Dst, path)?;
+        let handle = Handle::of(dst, c"").on("name_to_handle_at", Side::Dst, path)?;
         let progress = &self.mirror.progress;
         progress.files_seen.add(1);
         progress.bytes_seen.add(size);
         progress.bytes_left.add(size);
         let file = FileRef {
             ino: born.key.ino,
-            anchor,
+            anchor: Anchor::Handle(handle),
             origin: Some(self.origin_of(name)),
         };
         self.mirror.landed_at_once(file, size, (carrier.settled)());

@@ -19,8 +19,9 @@ use rustix::fs::OFlags;
 use rustix::io::Errno;
 
 use super::Mirror;
+use super::anchor::Anchor;
 use super::hydrate::{Hydration, Stage};
-use super::node::{Anchor, Ino, Phase};
+use super::node::{Ino, Phase};
 use super::populate::Waiter;
 use crate::error::{Context, Error, Result, Side};
 use crate::mark::Mark;
@@ -333,6 +334,7 @@ impl Mirror {
 
     fn unmark_file(self: &Arc<Self>, hydration: Arc<Hydration>, round: u64) {
         fault::point("hydrate-durable");
+        let guard = self.lock_perms(hydration.file.ino);
         let (bytes, told) = {
             let mut state = hydration.state.lock();
             if state.stage != Stage::Landed {
@@ -346,6 +348,7 @@ impl Mirror {
             };
             if let Err(errno) = removed {
                 drop(state);
+                drop(guard);
                 let error: Result<()> = Err(errno).on("removexattr", Side::Dst, "");
                 let error = error.err().unwrap_or(Error::Stopped);
                 return self.fail_hydration(&hydration, error);
@@ -353,6 +356,7 @@ impl Mirror {
             state.stage = Stage::Unmarked(round);
             (state.bytes, state.take_settled())
         };
+        drop(guard);
         fault::point("hydrate-unmarked");
         self.count_pulled(bytes);
         self.commit.queue.lock().unmarked.push((round, hydration));
@@ -367,9 +371,10 @@ impl Mirror {
             return false;
         }
         fault::point("dir-unmark");
+        let _perms = self.lock_perms(dir.ino);
         let root = dir.ino == super::node::ROOT;
         let removed = match root {
-            true => self.mark.remove(Target::Fd(self.dst.as_fd())),
+            true => self.take_mark(self.dst.as_fd()),
             false => self.remove_mark(&dir.anchor),
         };
         match removed {
@@ -391,11 +396,11 @@ impl Mirror {
     fn remove_mark(&self, anchor: &Anchor) -> Result<(), Errno> {
         let (dst, reading) = (self.dst.as_fd(), OFlags::RDONLY | OFlags::NONBLOCK);
         match anchor {
-            Anchor::Handle(handle) => {
+            Anchor::Handle(handle) if !self.modes_bind => {
                 let opened = handle.open(dst, reading | OFlags::NOFOLLOW)?;
                 self.mark.remove(Target::Open(opened.as_fd()))
             }
-            Anchor::Fd(fd) => self.mark.remove(Target::Fd(fd.as_fd())),
+            _ => self.take_mark(anchor.open(dst, OFlags::PATH)?.as_fd()),
         }
     }
 

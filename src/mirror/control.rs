@@ -5,6 +5,7 @@
 //!   lock        flock(2)ed by the daemon
 //!   links/      one link to each dst inode that stands for a multi-link src inode (links.rs)
 //!   flags/      one empty file per inode that gets +i or +a at finish: `FLAGS-HANDLE`
+//!   perms/      permissions that are about to come true (perms.rs)
 //!   ledger      what could not be pulled (ledger.rs)
 
 use std::io::{Read, Write};
@@ -49,6 +50,8 @@ pub struct Control {
     pub links: OwnedFd,
     /// `.mirrorfs/flags`, open.
     pub flags: OwnedFd,
+    /// `.mirrorfs/perms`, open.
+    pub perms: OwnedFd,
     /// What this migration is.
     pub identity: Identity,
     /// True when this start found a migration to resume.
@@ -161,10 +164,12 @@ impl Control {
     fn assemble(dir: OwnedFd, lock: OwnedFd, identity: Identity, resumed: bool) -> Result<Control> {
         let links = subdir(dir.as_fd(), c"links")?;
         let flags = subdir(dir.as_fd(), c"flags")?;
+        let perms = subdir(dir.as_fd(), c"perms")?;
         Ok(Control {
             dir,
             links,
             flags,
+            perms,
             identity,
             resumed,
             _lock: lock,
@@ -355,7 +360,8 @@ pub fn remove(root: BorrowedFd<'_>, control: &Control) -> Result<()> {
     let before = stat::stat_fd(root).on("statx", Side::Dst, ".")?;
     empty_dir(control.links.as_fd(), ".mirrorfs/links")?;
     empty_dir(control.flags.as_fd(), ".mirrorfs/flags")?;
-    for name in [c"links", c"flags"] {
+    empty_dir(control.perms.as_fd(), ".mirrorfs/perms")?;
+    for name in [c"links", c"flags", c"perms"] {
         rustix::fs::unlinkat(control.dir.as_fd(), name, AtFlags::REMOVEDIR).on(
             "rmdir",
             Side::Dst,
@@ -363,6 +369,18 @@ pub fn remove(root: BorrowedFd<'_>, control: &Control) -> Result<()> {
         )?;
     }
     empty_dir(control.dir.as_fd(), CONTROL)?;
-    rustix::fs::unlinkat(root, CONTROL, AtFlags::REMOVEDIR).on("rmdir", Side::Dst, CONTROL)?;
+    let rmdir = || rustix::fs::unlinkat(root, CONTROL, AtFlags::REMOVEDIR);
+    let removed = match rmdir() {
+        // A root that src's owner may not write into, and we are no more than that.
+        Err(Errno::ACCESS) => {
+            let chmod = |perm| crate::meta::chmod_fd(root, perm).on("chmod", Side::Dst, ".");
+            chmod(before.perm() | 0o700)?;
+            let removed = rmdir();
+            chmod(before.perm())?;
+            removed
+        }
+        other => other,
+    };
+    removed.on("rmdir", Side::Dst, CONTROL)?;
     crate::meta::set_times_fd(root, before.atime, before.mtime).on("utimensat", Side::Dst, ".")
 }

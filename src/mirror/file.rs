@@ -42,7 +42,13 @@ impl Mirror {
         let ours = if write { OFlags::RDWR } else { OFlags::RDONLY } | flags & KEPT;
         let open = move |ready: Result<Locate>| {
             then(ready.and_then(|locate| {
-                let opened = mirror.nodes.open(&held, ours);
+                let opened = match mirror.nodes.open(&held, ours) {
+                    // Not for us to read; the user does not ask for that either.
+                    Err(Errno::ACCESS) if access == OFlags::WRONLY => {
+                        mirror.nodes.open(&held, OFlags::WRONLY | flags & KEPT)
+                    }
+                    opened => opened,
+                };
                 Ok((opened.on("open", Side::Dst, held.display_name())?, locate))
             }));
         };
@@ -51,7 +57,9 @@ impl Mirror {
                 size: Some(0),
                 ..Default::default()
             };
-            return self.set_attr(node, truncate, |done| open(done.map(|_| Locate::Here)));
+            return self.set_attr(node, truncate, None, |done| {
+                open(done.map(|_| Locate::Here))
+            });
         }
         if write {
             return self.when_hydrated(node, Need::Write, |done| open(done.map(|()| Locate::Here)));
@@ -160,6 +168,17 @@ impl Mirror {
                 caps::without_fsetid(copy)
             }));
         });
+    }
+
+    /// readlink(2).
+    pub fn read_link(&self, node: &Node) -> Result<Vec<u8>, Errno> {
+        let opened = self.nodes.open(node, OFlags::PATH)?;
+        rustix::fs::readlinkat(&opened, c"", Vec::new()).map(|t| t.into_bytes())
+    }
+
+    /// Opens a directory for listing: an fd with an offset of its own.
+    pub fn open_listing(&self, node: &Node) -> Result<OwnedFd, Errno> {
+        self.nodes.open(node, OFlags::RDONLY | OFlags::DIRECTORY)
     }
 
     /// fsync(2), or fdatasync(2) with `data_only`.

@@ -19,6 +19,7 @@ use serde::Serialize;
 use super::Mirror;
 use super::control::{self, CONTROL, Control, Identity};
 use super::ledger::{self, Ledger, LedgerEntry};
+use super::perms::Perms;
 use crate::error::{Context, Error, Result, Side};
 use crate::mark::{Mark, MarkName};
 use crate::sys::handle::Handle;
@@ -151,14 +152,20 @@ impl Finisher<'_> {
             Ok(())
         })?;
         self.give_up(pending, &entries)?;
+        let perms = Perms {
+            root: self.root,
+            notes: self.control.perms.as_fd(),
+            mark: self.mark,
+        };
+        perms.replay()?;
         for path in &populated {
             let opened = fd::open_beneath(self.root, path, OFlags::PATH | OFlags::DIRECTORY).on(
                 "open",
                 Side::Dst,
                 path,
             )?;
-            self.mark
-                .remove(Target::Fd(opened.as_fd()))
+            perms
+                .take_mark(opened.as_fd())
                 .on("removexattr", Side::Dst, path)?;
         }
         fd::syncfs(self.root).on("syncfs", Side::Dst, ".")?;
@@ -281,11 +288,12 @@ fn scan(
     }
     let mut stack = vec![RelPath::root()];
     while let Some(path) = stack.pop() {
-        let opened = fd::open_beneath(root, &path, OFlags::RDONLY | OFlags::DIRECTORY).on(
-            "open",
-            Side::Dst,
-            &path,
-        )?;
+        let opened = match fd::open_beneath(root, &path, OFlags::RDONLY | OFlags::DIRECTORY) {
+            // What carries a mark can be read by whoever set it (perms.rs), and below a directory
+            // without one nothing is pending (I2).
+            Err(Errno::ACCESS) if mark == MarkName::User => continue,
+            other => other.on("open", Side::Dst, &path)?,
+        };
         for entry in dir::list(opened.as_fd()).on("getdents64", Side::Dst, &path)? {
             if path.is_root() && entry.name.as_bytes() == CONTROL.as_bytes() {
                 continue;

@@ -25,7 +25,8 @@ use rustix::fs::OFlags;
 use rustix::io::Errno;
 
 use super::Mirror;
-use super::node::{Anchor, Ino, Node, Origin, Phase};
+use super::anchor::Anchor;
+use super::node::{Ino, Node, Origin, Phase};
 use super::populate::{Waiter, no_origin};
 use super::ranged::RangeJob;
 use super::source::SrcDir;

@@ -94,20 +94,18 @@ impl Ledger {
 
     /// Records metadata that dst would not take.
     pub fn record_refused(&self, path: &RelPath, refused: &crate::meta::Refused) {
-        let message = format!(
-            "\"{}\": {} dst: {}",
-            Printable(path.as_ref().as_os_str()),
-            refused.what,
-            refused.errno
-        );
-        self.add(entry(
-            path,
-            Side::Dst,
-            &refused.what,
-            refused.errno,
-            message,
-            false,
-        ));
+        self.record_metadata(path, Side::Dst, &refused.what, refused.errno);
+    }
+
+    /// Records an xattr of src that we may not read.
+    pub fn record_unread(&self, path: &RelPath, name: &str, errno: rustix::io::Errno) {
+        self.record_metadata(path, Side::Src, name, errno);
+    }
+
+    fn record_metadata(&self, path: &RelPath, side: Side, what: &str, errno: rustix::io::Errno) {
+        let shown = Printable(path.as_ref().as_os_str()).to_string();
+        let message = format!("\"{shown}\": {what} {side}: {errno}");
+        self.add(entry(path, side, what, errno, message, false));
     }
 
     /// A later try succeeded: the path's data is here.

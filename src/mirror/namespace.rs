@@ -15,10 +15,11 @@ use rustix::fs::{AtFlags, FileType, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
 
 use super::Mirror;
+use super::anchor::Anchor;
 use super::attr::Attr;
 use super::control::CONTROL;
 use super::hydrate::Need;
-use super::node::{Anchor, Ino, Node, Phase, Place, ROOT};
+use super::node::{Ino, Node, Phase, Place, ROOT};
 use super::populate::{Access, origin_of};
 use crate::error::{Context, Error, Result, Side};
 use crate::mark::Mark;
@@ -113,7 +114,7 @@ impl Mirror {
     ) -> Result<Arc<Node>> {
         let shown = name.as_os_str();
         let stat = stat::stat_at(dir, name.as_cstr()).on("lookup", Side::Dst, shown)?;
-        let anchor = Anchor::of(self.handles, dir, Some(name));
+        let anchor = parent.anchor.child(dir, name);
         let anchor = anchor.on("name_to_handle_at", Side::Dst, shown)?;
         // Below an unmarked directory nothing is marked: spare the look.
         let mark = match (stat.is_file() || stat.is_dir()) && parent.phase() != Phase::Unmarked {
@@ -227,7 +228,8 @@ impl Mirror {
         if flags.is_empty() {
             self.pin_origin_of_open(dir.as_fd(), name)?;
         }
-        rustix::fs::unlinkat(&dir, name.as_cstr(), flags).on("unlink", Side::Dst, shown)
+        self.unlink_at((&dir_node, dir.as_fd(), name), flags)
+            .on("unlink", Side::Dst, shown)
     }
 
     /// A pending file that is open lives on without its name: its origin is in its node. One that
@@ -413,15 +415,11 @@ impl Mirror {
                 .and_then(|()| self.prepare_move(&other, to_dir.as_fd(), &to.1, &from_node))
                 .and_then(|()| {
                     fault::point("rename-origin");
-                    rustix::fs::renameat_with(
-                        &from_dir,
-                        from.1.as_cstr(),
-                        &to_dir,
-                        to.1.as_cstr(),
-                        flags,
-                    )
-                    .on("rename", Side::Dst, shown)
-                    .map_err(Retry::from)
+                    let from = (&*from_node, from_dir.as_fd(), &from.1);
+                    let to = (&*to_node, to_dir.as_fd(), &to.1);
+                    self.rename_at(from, to, flags)
+                        .on("rename", Side::Dst, shown)
+                        .map_err(Retry::from)
                 })
         };
         fault::point("rename-done");
@@ -537,8 +535,7 @@ impl Mirror {
         for node in unmarked.iter().rev() {
             let shown = node.display_name();
             let opened = self.nodes.dir(node).on("open", Side::Dst, &shown)?;
-            self.mark
-                .set(Target::Fd(opened.as_fd()), &Mark::populated())
+            self.mark_dir(node, &opened)
                 .on("setxattr", Side::Dst, &shown)?;
             node.set_phase(Phase::Populated);
             if self.btrfs {
@@ -557,17 +554,6 @@ impl Mirror {
         self.hydrations
             .find(ino, anchor)
             .is_some_and(|h| h.has_landed())
-    }
-
-    /// readlink(2).
-    pub fn read_link(&self, node: &Node) -> Result<Vec<u8>, Errno> {
-        let opened = self.nodes.open(node, OFlags::PATH)?;
-        rustix::fs::readlinkat(&opened, c"", Vec::new()).map(|t| t.into_bytes())
-    }
-
-    /// Opens a directory for listing: an fd with an offset of its own.
-    pub fn open_listing(&self, node: &Node) -> Result<OwnedFd, Errno> {
-        self.nodes.open(node, OFlags::RDONLY | OFlags::DIRECTORY)
     }
 }
 

@@ -1,7 +1,7 @@
 //! NodeTable: the inodes that the kernel holds, by dst's inode number.
 //!
 //! A node lives from the first lookup that named it to the forget that returns the last reference.
-//! It holds no fd (unless dst has no file handles): `Node::open` opens its inode by handle.
+//! It holds no fd: `NodeTable::open` opens its inode by its anchor.
 //!
 //!   Pending   -> Populated   populate.rs, directories: every name is here
 //!   Pending   -> Unmarked    hydrate.rs, files: every byte is here (in the page cache at least)
@@ -11,7 +11,7 @@
 //! Lock order: a shard of the table, then `Node::place`; neither is held across a call that waits.
 
 use std::num::NonZeroUsize;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
@@ -21,8 +21,8 @@ use parking_lot::{Mutex, RwLock};
 use rustix::fs::{FileType, OFlags};
 use rustix::io::Errno;
 
+use super::anchor::Anchor;
 use crate::sys::fd;
-use crate::sys::handle::Handle;
 use crate::sys::name::{Name, RelPath};
 use crate::sys::stat::{self, Stat};
 
@@ -45,59 +45,6 @@ pub enum Phase {
     Pending = 1,
     /// A directory with all its names; something below may be pending.
     Populated = 2,
-}
-
-/// How to get at an inode of dst again.
-#[derive(Debug, Clone)]
-pub enum Anchor {
-    /// By file handle: survives renames, costs no fd.
-    Handle(Handle),
-    /// By an O_PATH fd that stays open: rootless mode, or a file system without handles.
-    Fd(Arc<OwnedFd>),
-}
-
-impl Anchor {
-    /// The anchor of `name` in `dir`; the empty name is `dir` itself.
-    pub fn of(handles: bool, dir: BorrowedFd<'_>, name: Option<&Name>) -> Result<Anchor, Errno> {
-        if handles {
-            return Handle::of(dir, name.map_or(c"", Name::as_cstr)).map(Anchor::Handle);
-        }
-        let path = OFlags::PATH | OFlags::NOFOLLOW;
-        let fd = match name {
-            Some(name) => fd::open_at(dir, name, path)?,
-            None => fd::open_beneath(dir, &RelPath::root(), path)?,
-        };
-        Ok(Anchor::Fd(Arc::new(fd)))
-    }
-
-    /// Opens the inode. `root` is any fd on dst's file system.
-    pub fn open(&self, root: BorrowedFd<'_>, flags: OFlags) -> Result<OwnedFd, Errno> {
-        match self {
-            Anchor::Handle(handle) => handle.open(root, flags | OFlags::NOFOLLOW),
-            Anchor::Fd(fd) if flags.contains(OFlags::PATH) => crate::sys::host::dup(fd.as_fd()),
-            Anchor::Fd(fd) => fd::reopen(fd.as_fd(), flags),
-        }
-    }
-
-    /// What tells this inode from a later one with the same number (32 bits: the kernel's
-    /// i_generation).
-    pub fn generation(&self) -> u32 {
-        match self {
-            Anchor::Handle(handle) => {
-                xxhash_rust::xxh3::xxh3_64(handle.to_text().as_bytes()) as u32
-            }
-            Anchor::Fd(_) => 0,
-        }
-    }
-
-    /// True when both mean the same inode, not just the same number.
-    pub fn same_inode(&self, other: &Anchor) -> bool {
-        match (self, other) {
-            (Anchor::Handle(a), Anchor::Handle(b)) => a == b,
-            // An open fd keeps the inode and its number.
-            _ => true,
-        }
-    }
 }
 
 /// Where in src a marked entry comes from.
@@ -320,7 +267,12 @@ impl NodeTable {
         if let Some(fd) = self.dirs.lock().get(&node.ino) {
             return Ok(Arc::clone(fd));
         }
-        let fd = Arc::new(self.open(node, OFlags::RDONLY | OFlags::DIRECTORY)?);
+        let fd = match self.open(node, OFlags::RDONLY | OFlags::DIRECTORY) {
+            // Not for us to list: names are still found in it.
+            Err(Errno::ACCESS) => self.open(node, OFlags::PATH | OFlags::DIRECTORY)?,
+            other => other?,
+        };
+        let fd = Arc::new(fd);
         self.dirs.lock().put(node.ino, Arc::clone(&fd));
         Ok(fd)
     }

@@ -13,16 +13,17 @@ use rustix::fs::{AtFlags, FileType, Mode, OFlags};
 use rustix::io::Errno;
 
 use super::Mirror;
+use super::anchor::Anchor;
 use super::carry::{Carrier, Placed};
 use super::control::{CONTROL, control_name};
 use super::hydrate::FileRef;
 use super::links::LinkKey;
-use super::node::Anchor;
 use super::populate::DirRef;
 use super::source::{SrcDir, SrcInfo};
 use crate::error::{Context, Error, Result, Side};
-use crate::mark::Mark;
-use crate::meta::{self, CAPABILITY, LATE_FLAGS, Meta};
+use crate::mark::{Mark, MarkName};
+use crate::meta::{self, CAPABILITY, LATE_FLAGS, Meta, Refused};
+use crate::sys::handle::Handle;
 use crate::sys::name::{Name, RelPath};
 use crate::sys::stat::{self, Stat};
 use crate::sys::xattr::Target;
@@ -54,7 +55,7 @@ impl<'a> Placer<'a> {
         let found = dir::list(dst).on("getdents64", Side::Dst, src.path.as_ref())?;
         let found: HashMap<_, _> = found.into_iter().map(|e| (e.name, e.kind)).collect();
         // The control directory is no trace of an earlier start.
-        let clean = mirror.handles && found.keys().all(|n| is_root && *n == control_name());
+        let clean = mirror.carries && found.keys().all(|n| is_root && *n == control_name());
         if let Some(carrier) = carrier
             && !clean
         {
@@ -150,7 +151,8 @@ impl<'a> Placer<'a> {
             // It would be lost with the first byte of data; the mark says that it is to come.
             meta.xattrs.retain(|(n, _)| n.as_c_str() != CAPABILITY);
         }
-        self.apply(&meta, file.as_fd(), path)?;
+        self.drop_acl(&meta, file.as_fd(), path)?;
+        let perm = self.mirror.stamp(&meta, file.as_fd(), path);
         let dst_ino = stat::stat_fd(file.as_fd())
             .on("statx", Side::Dst, path)?
             .key
@@ -161,6 +163,7 @@ impl<'a> Placer<'a> {
             let mark = Mark {
                 origin,
                 capability,
+                perm,
                 ..Mark::pending()
             };
             self.set_mark(file.as_fd(), mark, path)?;
@@ -184,6 +187,11 @@ impl<'a> Placer<'a> {
                 Err(e) => return Err(e).on("linkat", Side::Dst, path),
             }
         }
+        if stat.size == 0
+            && let Some(perm) = perm
+        {
+            meta::chmod_fd(file.as_fd(), perm).on("chmod", Side::Dst, path)?;
+        }
         self.clear(name, path)?;
         fd::link_fd(file.as_fd(), self.dst, name.as_cstr()).on("linkat", Side::Dst, path)?;
         let progress = &self.mirror.progress;
@@ -195,10 +203,11 @@ impl<'a> Placer<'a> {
         }
         progress.bytes_left.add(stat.size);
         self.tell(|| {
-            let anchor = Anchor::of(true, file.as_fd(), None);
+            let handle = Handle::of(file.as_fd(), c"");
+            let handle = handle.on("name_to_handle_at", Side::Dst, path)?;
             Ok(Some(Placed::File(FileRef {
                 ino: dst_ino,
-                anchor: anchor.on("name_to_handle_at", Side::Dst, path)?,
+                anchor: Anchor::Handle(handle),
                 origin: Some(self.origin_of(name)),
             })))
         })
@@ -249,8 +258,13 @@ impl<'a> Placer<'a> {
         {
             return Ok(false);
         }
-        let file = fd::open_at(self.dst, name, OFlags::RDONLY).on("open", Side::Dst, path)?;
-        self.apply(meta, file.as_fd(), path)?;
+        let file = match fd::open_at(self.dst, name, OFlags::RDONLY) {
+            // Ours to replace, not to read.
+            Err(Errno::ACCESS) => return Ok(false),
+            other => other.on("open", Side::Dst, path)?,
+        };
+        self.drop_acl(meta, file.as_fd(), path)?;
+        self.mirror.stamp_whole(meta, file.as_fd(), path)?;
         self.note_late_flags(meta, file.as_fd())?;
         self.mirror.progress.files_seen.add(1);
         self.mirror.progress.files_pulled.add(1);
@@ -291,18 +305,22 @@ impl<'a> Placer<'a> {
         if mark.is_some_and(|m| m.populated) {
             return self.tell(|| Ok(None));
         }
-        let refused = meta.apply_fd(opened.as_fd());
-        refused.iter().for_each(|r| self.mirror.refused(path, r));
+        let perm = self.mirror.stamp(&meta, opened.as_fd(), path);
+        let mark = Mark {
+            perm,
+            ..Mark::pending()
+        };
         self.mirror
             .mark
-            .set(target, &Mark::pending())
+            .set(target, &mark)
             .on("setxattr", Side::Dst, path)?;
         self.tell(|| {
             let ino = stat::stat_fd(opened.as_fd()).on("statx", Side::Dst, path)?;
-            let anchor = Anchor::of(true, opened.as_fd(), None);
+            let handle = Handle::of(opened.as_fd(), c"");
+            let handle = handle.on("name_to_handle_at", Side::Dst, path)?;
             Ok(Some(Placed::Dir(DirRef {
                 ino: ino.key.ino,
-                anchor: anchor.on("name_to_handle_at", Side::Dst, path)?,
+                anchor: Anchor::Handle(handle),
                 origin: Some(Arc::new(path.clone())),
             })))
         })
@@ -404,17 +422,18 @@ impl<'a> Placer<'a> {
 
     fn capture(&self, name: &Name, path: &RelPath, stat: Stat) -> Result<Meta> {
         let meta = Meta::capture(self.src.capture, self.src.fd.as_fd(), name, stat);
-        meta.on("listxattr", Side::Src, path)
+        let meta = meta.on("listxattr", Side::Src, path)?;
+        self.mirror.unread(path, &meta);
+        Ok(meta)
     }
 
-    fn apply(&self, meta: &Meta, fd: BorrowedFd<'_>, path: &RelPath) -> Result<()> {
-        if self.mirror.control.identity.adopt {
-            meta::drop_inherited_acl(Target::Fd(fd), meta).on("removexattr", Side::Dst, path)?;
+    fn drop_acl(&self, meta: &Meta, fd: BorrowedFd<'_>, path: &RelPath) -> Result<()> {
+        match self.mirror.control.identity.adopt {
+            true => {
+                meta::drop_inherited_acl(Target::Fd(fd), meta).on("removexattr", Side::Dst, path)
+            }
+            false => Ok(()),
         }
-        for refused in meta.apply_fd(fd) {
-            self.mirror.refused(path, &refused);
-        }
-        Ok(())
     }
 
     /// Removes what a crash (or an earlier copy) left under the name.
@@ -444,10 +463,15 @@ impl<'a> Placer<'a> {
             return Ok(());
         }
         let path = self.src.path.as_ref();
-        let anchor = Anchor::of(true, fd, None).on("name_to_handle_at", Side::Dst, path)?;
-        let Anchor::Handle(handle) = anchor else {
+        if self.mirror.mark == MarkName::User {
+            let refused = Refused {
+                what: "flags".to_owned(),
+                errno: Errno::PERM,
+            };
+            self.mirror.refused(path, &refused);
             return Ok(());
-        };
+        }
+        let handle = Handle::of(fd, c"").on("name_to_handle_at", Side::Dst, path)?;
         let name = format!("{late:x}-{}", handle.to_text());
         let flags = OFlags::CREATE | OFlags::WRONLY | OFlags::CLOEXEC;
         rustix::fs::openat(

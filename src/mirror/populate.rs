@@ -16,9 +16,10 @@ use rustix::fs::{FileType, OFlags};
 use rustix::io::Errno;
 
 use super::Mirror;
+use super::anchor::Anchor;
 use super::carry::Carrier;
 use super::control::CONTROL;
-use super::node::{Anchor, Ino, Node, Origin, Phase};
+use super::node::{Ino, Node, Origin, Phase};
 use super::place::Placer;
 use super::source::SrcDir;
 use crate::engine::job::Priority;
@@ -293,11 +294,13 @@ impl Mirror {
         let placer = Placer::new(self, &src, opened.as_fd(), is_root, carrier)?;
         self.settle_ledger(origin);
         let meta = self.place_all(dir, &src, &placer)?;
-        for refused in meta.apply_fd(opened.as_fd()) {
-            self.refused(origin, &refused);
-        }
+        let mark = Mark {
+            origin: placer.recorded_origin(&opened)?,
+            perm: self.stamp(&meta, opened.as_fd(), origin),
+            ..Mark::populated()
+        };
         placer.note_late_flags(&meta, opened.as_fd())?;
-        self.publish(dir, &opened, origin, placer.recorded_origin(&opened)?)
+        self.publish(dir, &opened, origin, mark)
     }
 
     /// The default ACL comes back when all children are made: they would inherit it (D8). Until then
@@ -359,13 +362,9 @@ impl Mirror {
         dir: &DirRef,
         opened: &OwnedFd,
         origin: &Arc<RelPath>,
-        explicit: Option<RelPath>,
+        mark: Mark,
     ) -> Result<()> {
         fault::point("populate-before-mark");
-        let mark = Mark {
-            origin: explicit,
-            ..Mark::populated()
-        };
         if self.btrfs {
             // Names first, with a barrier, then the mark: readers go on meanwhile, changes wait.
             self.commit.publish_later(dir.ino, dir.anchor.clone(), mark);
@@ -459,7 +458,7 @@ impl Mirror {
             Err(Errno::NOENT) => return Ok(None),
             Err(e) => return Err(e).on("statx", Side::Dst, shown()),
         };
-        let anchor = match Anchor::of(self.handles, opened, Some(name)) {
+        let anchor = match parent.anchor.child(opened, name) {
             Ok(anchor) => anchor,
             Err(Errno::NOENT) => return Ok(None),
             Err(e) => return Err(e).on("name_to_handle_at", Side::Dst, shown()),

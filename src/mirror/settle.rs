@@ -8,6 +8,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use rustix::fs::OFlags;
+use rustix::io::Errno;
 
 use super::Mirror;
 use super::hydrate::{FileRef, Hydration, Need, Stage};
@@ -113,9 +114,11 @@ impl Mirror {
         let file = self.open_to_sync(hydration)?;
         fd::fdatasync(file.as_fd()).on("fdatasync", Side::Dst, path)?;
         fault::point("hydrate-durable");
-        self.mark
-            .remove(Target::Fd(file.as_fd()))
-            .on("removexattr", Side::Dst, path)?;
+        {
+            let _guard = self.lock_perms(hydration.file.ino);
+            self.take_mark(file.as_fd())
+                .on("removexattr", Side::Dst, path)?;
+        }
         fault::point("hydrate-unmarked");
         self.count_pulled(hydration.state.lock().bytes);
         Ok(())
@@ -123,8 +126,14 @@ impl Mirror {
 
     /// D2, second part: fsync, so that the mark cannot come back over what a user writes.
     fn fsync_now(&self, hydration: &Hydration) -> Result<()> {
-        let file = self.open_to_sync(hydration)?;
-        fd::fsync(file.as_fd()).on("fsync", Side::Dst, &hydration.path)
+        let path = &hydration.path;
+        match self.open_to_sync(hydration) {
+            // Its permissions have come true, and are not for reading.
+            Err(e) if e.errno() == Errno::ACCESS => {
+                fd::syncfs(self.dst.as_fd()).on("syncfs", Side::Dst, path)
+            }
+            file => fd::fsync(file?.as_fd()).on("fsync", Side::Dst, path),
+        }
     }
 
     fn open_to_sync(&self, hydration: &Hydration) -> Result<OwnedFd> {
@@ -185,9 +194,11 @@ impl Mirror {
             Side::Dst,
             path,
         )?;
-        self.mark
-            .remove(Target::Fd(opened.as_fd()))
-            .on("removexattr", Side::Dst, path)?;
+        {
+            let _guard = self.lock_perms(file.ino);
+            self.take_mark(opened.as_fd())
+                .on("removexattr", Side::Dst, path)?;
+        }
         fd::fsync(opened.as_fd()).on("fsync", Side::Dst, path)?;
         Ok(before.size)
     }

@@ -407,6 +407,7 @@ impl Work<'_, '_> {
                 stat,
                 xattrs,
                 flags,
+                unread: Vec::new(),
             },
             known,
         ))

@@ -155,6 +155,7 @@ impl Work<'_, '_> {
             stat: *now,
             xattrs: Vec::new(),
             flags: 0,
+            unread: Vec::new(),
         };
         for attr in xattr::list(dst).on("listxattr", Side::Dst, &path)? {
             if crate::meta::is_copied(&attr, crate::mark::MarkName::Trusted)

@@ -2,6 +2,7 @@
 //!
 //! Linux keeps all of these per thread: what a session thread drops or assumes is its own affair.
 
+use rustix::io::Errno;
 use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
 
 use super::{Result, check};
@@ -14,6 +15,11 @@ pub fn have_sys_admin() -> bool {
 /// True when the effective set holds CAP_DAC_READ_SEARCH: open_by_handle_at(2) works.
 pub fn have_read_search() -> bool {
     capabilities(None).is_ok_and(|c| c.effective.contains(CapabilitySet::DAC_READ_SEARCH))
+}
+
+/// True when the effective set holds CAP_DAC_OVERRIDE: modes do not keep us from our own work.
+pub fn have_dac_override() -> bool {
+    capabilities(None).is_ok_and(|c| c.effective.contains(CapabilitySet::DAC_OVERRIDE))
 }
 
 /// Sets or clears CAP_FSETID in the calling thread's effective set; returns what it was.
@@ -53,28 +59,47 @@ pub fn without_fsetid<T>(f: impl FnOnce() -> T) -> T {
     value
 }
 
+/// Whose name a thread can create in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Identity {
+    /// Anybody's.
+    Any,
+    /// Its own user's: without privilege.
+    Own,
+}
+
 /// Gives the calling thread its own umask and working directory (unshare CLONE_FS), and keeps its
-/// capabilities over setfsuid (SECBIT_NO_SETUID_FIXUP). Once per thread.
-fn own_fs_identity() -> Result<()> {
+/// capabilities over setfsuid (SECBIT_NO_SETUID_FIXUP), if it has any. Once per thread.
+fn own_fs_identity() -> Result<Identity> {
     // SAFETY: unshare(CLONE_FS) only separates umask, cwd and root of this thread.
     check(libc::c_long::from(unsafe { libc::unshare(libc::CLONE_FS) }))?;
     const SECBIT_NO_SETUID_FIXUP: libc::c_ulong = 1 << 2;
     // SAFETY: prctl with integer arguments only.
     let ret = unsafe { libc::prctl(libc::PR_SET_SECUREBITS, SECBIT_NO_SETUID_FIXUP, 0, 0, 0) };
-    check(libc::c_long::from(ret)).map(|_| ())
+    match check(libc::c_long::from(ret)) {
+        Ok(_) => Ok(Identity::Any),
+        Err(Errno::PERM) => Ok(Identity::Own),
+        Err(e) => Err(e),
+    }
 }
 
 /// Runs `f` as somebody else for the file system: owner, group and umask of what it creates.
-/// The thread's capabilities stay in effect. EPERM when the thread cannot get an identity of its own.
+/// The thread's capabilities stay in effect. EPERM when the thread cannot get an identity of its
+/// own, or has no privilege and `uid` is another user.
 pub fn as_creator<T>(uid: u32, gid: u32, umask: u32, f: impl FnOnce() -> T) -> Result<T> {
     thread_local! {
-        static READY: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
+        static READY: std::cell::Cell<Option<Identity>> = const { std::cell::Cell::new(None) };
     }
-    if !READY.get() {
-        own_fs_identity()?;
-        READY.set(true);
+    let identity = match READY.get() {
+        Some(identity) => identity,
+        None => own_fs_identity()?,
+    };
+    READY.set(Some(identity));
+    if identity == Identity::Own && uid != rustix::process::geteuid().as_raw() {
+        return Err(Errno::PERM);
     }
-    // SAFETY: setfsgid, setfsuid and umask take integers and concern this thread alone.
+    // SAFETY: setfsgid, setfsuid and umask take integers and concern this thread alone. Without
+    // privilege a group that is not ours changes nothing: the new inode has our own.
     let (old_gid, old_uid, old_mask) = unsafe {
         (
             libc::setfsgid(gid),

@@ -13,6 +13,7 @@ pub const POINTS: &[&str] = &[
     "hydrate-landed",
     "hydrate-durable",
     "hydrate-unmarked",
+    "perm-unmarked",
     "rename-origin",
     "rename-done",
     "dir-unmark",
