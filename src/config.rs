@@ -71,8 +71,12 @@ pub struct MountConfig {
     pub log_level: LogLevel,
     /// Mount flags that the mount itself honours: of `ro`, `nosuid`, `nodev`, `noexec`.
     pub mount_options: Vec<String>,
-    /// Without CAP_SYS_ADMIN: marks are `user.mirrorfs`, no passthrough.
+    /// Marks are `user.mirrorfs`: `trusted.*` is not for us.
     pub rootless: bool,
+    /// Without CAP_SYS_ADMIN: the mount is made by fusermount3.
+    pub helper: bool,
+    /// `-o allow_other`: what the helper is asked for. Root's own mounts always have it.
+    pub allow_other: bool,
 }
 
 impl MountConfig {
@@ -95,6 +99,8 @@ impl MountConfig {
             log_level: LogLevel::Info,
             mount_options: Vec::new(),
             rootless: false,
+            helper: false,
+            allow_other: false,
         }
     }
 

@@ -10,6 +10,7 @@ pub mod dir;
 pub mod fault;
 pub mod fd;
 pub mod handle;
+pub mod helper;
 pub mod host;
 pub mod local;
 pub mod name;

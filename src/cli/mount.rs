@@ -33,7 +33,9 @@ pub struct Mount {
     ///
     /// large=SIZE (files over it open at once and are pulled by range; 8M), threads=N (FUSE
     /// session threads), workers=N (copy workers), adopt, nobackground, finish, log=FILE,
-    /// loglevel=LEVEL. ro, nosuid, nodev and noexec apply to the mount. What mount(8) and
+    /// loglevel=LEVEL. ro, nosuid, nodev and noexec apply to the mount. allow_other lets other
+    /// users in where root is not asked (/etc/fuse.conf must allow it); root's mounts are open to
+    /// all anyway. What mount(8) and
     /// fstab(5) use for themselves (defaults, rw, nofail, noauto, _netdev, x-*, ...) is accepted
     /// and ignored; anything else is an error.
     #[arg(short = 'o', value_name = "OPT,...", action = ArgAction::Append)]
@@ -155,7 +157,6 @@ const GENERIC: &[&str] = &[
     "nolazytime",
     "silent",
     "loud",
-    "allow_other",
     "default_permissions",
 ];
 
@@ -173,6 +174,7 @@ fn mount_option(config: &mut MountConfig, option: &str) -> Result<(), String> {
     }
     match (key, value) {
         ("ro" | "nosuid" | "nodev" | "noexec", None) => config.mount_options.push(key.to_owned()),
+        ("allow_other", None) => config.allow_other = true,
         ("adopt", None) => config.adopt = true,
         ("nobackground", None) => config.background = false,
         ("finish", None) => config.finish = true,

@@ -4,9 +4,12 @@
 //!   attach()  it is on the mount point
 //!   detach()  umount -l: the native tree is there at once, open files live on here
 //!   wait()    the kernel has dropped the last of them
+//!
+//! Without CAP_SYS_ADMIN the helper mounts: then start() has put it on the mount point already, and
+//! whoever looks into it waits for the handshake.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
@@ -18,8 +21,9 @@ use rustix::io::Errno;
 use super::MirrorFs;
 use super::shared::Shared;
 use crate::config::MountConfig;
-use crate::error::{Context, Error, Result, Side};
+use crate::error::{Context, Error, Printable, Result, Side};
 use crate::mirror::{Ino, Invalidate, Mirror};
+use crate::sys::helper::{Helper, Wanted};
 use crate::sys::{caps, host, local, stat};
 
 /// A FUSE session that serves one mirror.
@@ -31,8 +35,10 @@ pub struct Session {
     on: OwnedFd,
     /// Dead mounts on the mount point.
     dead: usize,
-    /// Held until `attach`, then given to the kernel.
+    /// Held until `attach`, then given to the kernel. `None`: the helper has attached it already.
     mount: Mutex<Option<OwnedFd>>,
+    /// Who mounts and unmounts for us, without CAP_SYS_ADMIN.
+    helper: Option<Helper>,
     mount_id: AtomicU64,
     dev: OwnedFd,
     thread: Mutex<Option<JoinHandle<std::io::Result<()>>>>,
@@ -69,24 +75,54 @@ impl Session {
             nodev: flags & 4 != 0 || wants("nodev"),
             noexec: flags & 8 != 0 || wants("noexec"),
         };
-        let source = config.src.to_string_lossy();
-        let uid = rustix::process::geteuid().as_raw();
-        let gid = rustix::process::getegid().as_raw();
-        let (dev, mount) = host::fuse_open(&source, root.mode & 0o170000, uid, gid)
-            .and_then(|fuse| fuse.into_mount(flags))
-            .on("mount", Side::Host, &mountpoint)?;
-        let ours = host::dup(dev.as_fd()).on("dup", Side::Host, "/dev/fuse")?;
-        let shared = Arc::new(Shared::new(Arc::clone(&mirror)));
+        let helper = match config.helper {
+            true => Some(Helper::find().ok_or_else(|| Error::Unusable(NO_HELPER.into()))?),
+            false => None,
+        };
+        let (dev, mount) = match &helper {
+            Some(helper) => (mount_by(helper, &mountpoint, config, flags)?, None),
+            None => {
+                let source = config.src.to_string_lossy();
+                let uid = rustix::process::geteuid().as_raw();
+                let gid = rustix::process::getegid().as_raw();
+                let (dev, mount) = host::fuse_open(&source, root.mode & 0o170000, uid, gid)
+                    .and_then(|fuse| fuse.into_mount(flags))
+                    .on("mount", Side::Host, &mountpoint)?;
+                (dev, Some(mount))
+            }
+        };
+        let mut session = Session {
+            shared: Arc::new(Shared::new(Arc::clone(&mirror))),
+            mountpoint,
+            on,
+            dead,
+            mount: Mutex::new(mount),
+            helper,
+            mount_id: AtomicU64::new(0),
+            dev: host::dup(dev.as_fd()).on("dup", Side::Host, "/dev/fuse")?,
+            thread: Mutex::new(None),
+        };
+        let served = session.serve(dev, &mirror, config);
+        if let (Err(_), Some(helper)) = (&served, &session.helper)
+            && let Err(e) = helper.unmount(&session.mountpoint)
+        {
+            tracing::error!("{e}");
+        }
+        served.map(|()| session)
+    }
+
+    /// Answers the kernel's handshake and starts the threads.
+    fn serve(&mut self, dev: OwnedFd, mirror: &Mirror, config: &MountConfig) -> Result<()> {
         let mut threads = Config::default();
         threads.acl = SessionACL::All;
         threads.n_threads = Some(config.threads.max(1));
         threads.clone_fd = true;
         let unusable = |e: std::io::Error| Error::Unusable(format!("/dev/fuse: handshake: {e}"));
-        let fs = MirrorFs::new(Arc::clone(&shared));
+        let fs = MirrorFs::new(Arc::clone(&self.shared));
         let session =
             fuser::Session::from_fd(fs, dev, SessionACL::All, threads).map_err(unusable)?;
         mirror.set_invalidate(Box::new(Notify(session.notifier())));
-        shared.set_notifier(session.notifier());
+        self.shared.set_notifier(session.notifier());
         let thread = std::thread::Builder::new()
             .name("fuse".into())
             .spawn(move || {
@@ -95,16 +131,12 @@ impl Session {
                 session.run()
             })
             .map_err(unusable)?;
-        Ok(Session {
-            shared,
-            mountpoint,
-            on,
-            dead,
-            mount: Mutex::new(Some(mount)),
-            mount_id: AtomicU64::new(0),
-            dev: ours,
-            thread: Mutex::new(Some(thread)),
-        })
+        self.thread = Mutex::new(Some(thread));
+        if self.helper.is_some() {
+            let id = mount_id(&self.mountpoint)?;
+            self.mount_id.store(id, Ordering::Relaxed);
+        }
+        Ok(())
     }
 
     /// Puts the mount on the mount point: visible from now on. Dead mounts there hide what is below
@@ -158,7 +190,7 @@ impl Session {
                 self.mountpoint.display()
             )));
         }
-        host::detach(&self.mountpoint).on("umount", Side::Host, &self.mountpoint)?;
+        take_off(&self.mountpoint, self.helper.as_ref())?;
         self.shared.expire();
         if let Err(errno) = host::fuse_inc_epoch(self.dev.as_fd()) {
             // An older kernel: names in the detached mount may be stale for those still in it.
@@ -196,5 +228,60 @@ impl Session {
             Ok(Err(e)) => Err(Error::Unusable(format!("/dev/fuse: {e}"))),
             Err(_) => Err(Error::Unusable("a session thread panicked".into())),
         }
+    }
+}
+
+/// Takes the topmost mount off a mount point, by ourselves or through the helper.
+pub fn take_off(point: &Path, helper: Option<&Helper>) -> Result<()> {
+    match helper {
+        Some(helper) => helper.unmount(point).map_err(|line| refused(point, &line)),
+        None => host::detach(point).on("umount", Side::Host, point),
+    }
+}
+
+/// Why nobody but root can mount.
+pub const NO_HELPER: &str =
+    "mount: no fusermount3 in PATH: without root mirrorfs mounts through it (package fuse3)";
+
+fn mount_by(
+    helper: &Helper,
+    point: &Path,
+    config: &MountConfig,
+    flags: host::MountFlags,
+) -> Result<OwnedFd> {
+    let options: Vec<&str> = [
+        (config.allow_other, "allow_other"),
+        (flags.rdonly, "ro"),
+        (flags.nosuid, "nosuid"),
+        (flags.nodev, "nodev"),
+        (flags.noexec, "noexec"),
+    ]
+    .into_iter()
+    .filter_map(|(on, name)| on.then_some(name))
+    .collect();
+    let wanted = Wanted {
+        source: &config.src,
+        options: &options,
+    };
+    helper
+        .mount(point, &wanted)
+        .map_err(|line| refused(point, &line))
+}
+
+fn refused(point: &Path, line: &str) -> Error {
+    Error::Unusable(format!(
+        "MOUNTPOINT \"{}\": {line}",
+        Printable(point.as_os_str())
+    ))
+}
+
+/// The mount that the helper has just made, found as text: asking it would ask ourselves.
+fn mount_id(point: &Path) -> Result<u64> {
+    let gone = || refused(point, "the helper's mount is not there");
+    let mounts = host::mounts().map_err(|_| gone())?;
+    let top = mounts.iter().rfind(|m| m.point == point).ok_or_else(gone)?;
+    match top.fs_type == "fuse.mirrorfs" {
+        true => Ok(top.id),
+        false => Err(gone()),
     }
 }

@@ -346,7 +346,14 @@ pub(crate) fn daemons() -> Vec<Daemon> {
         let report = serde_json::from_value(value).ok()?;
         Some(Daemon { socket, report })
     };
-    sockets(&run_dir()).into_iter().filter_map(report).collect()
+    let dir = run_dir();
+    // In a directory of another user anybody could answer. Root may look where it wants.
+    let me = local::uid();
+    let ours = std::fs::metadata(&dir).is_ok_and(|m| me == 0 || m.uid() == me || m.uid() == 0);
+    if !ours {
+        return Vec::new();
+    }
+    sockets(&dir).into_iter().filter_map(report).collect()
 }
 
 /// The daemon whose mount point, dst or src is `path`.

@@ -129,9 +129,15 @@ fn serve(ground: Ground, log: &Log, parent: &mut Parent, mut screen: Option<Scre
     let mirror = Mirror::open(&config, trees, progress)?;
     let (events_in, events) = bounded(64);
     watch_signals(events_in.clone())?;
-    let session = Session::start(mirror.clone(), &config, dead.on_mountpoint)?;
     // Before the mount is seen: who sees it finds its daemon.
     let socket = listener.serve(handler(live.clone(), mirror.clone(), events_in))?;
+    let session = match Session::start(mirror.clone(), &config, dead.on_mountpoint) {
+        Ok(session) => session,
+        Err(error) => {
+            socket.close();
+            return Err(error.into());
+        }
+    };
     session.attach()?;
     dead.detach_elsewhere();
     live.set_phase(Phase::Serving);

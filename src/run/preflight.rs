@@ -11,8 +11,10 @@ use super::out::quoted;
 use super::{Failure, exit};
 use crate::config::{MountConfig, SyncConfig};
 use crate::error::Errno;
+use crate::fuse::session;
 use crate::mark::CONTROL_DIR;
 use crate::mirror::Trees;
+use crate::sys::helper::Helper;
 use crate::sys::stat::{Stat, stat_fd};
 use crate::sys::{caps, host, local};
 
@@ -125,8 +127,12 @@ impl Dead {
 }
 
 /// Everything that `mount` can know beforehand. Changes nothing.
-pub(super) fn mount(config: MountConfig) -> Result<Ground, Failure> {
-    host_can_mount()?;
+pub(super) fn mount(mut config: MountConfig) -> Result<Ground, Failure> {
+    config.helper = !caps::have_sys_admin();
+    config.rootless = config.helper || !in_initial_user_namespace();
+    if let Some(helper) = host_can_mount(&config)? {
+        return mount_by(&helper, config);
+    }
     let is_dead = |path: &Path| open_alive(path).is_err() && dead_mount_point(path).is_some();
     if !is_dead(&config.mountpoint) && !is_dead(&config.dst) {
         return look(config);
@@ -134,8 +140,11 @@ pub(super) fn mount(config: MountConfig) -> Result<Ground, Failure> {
     // The dead mounts stay where users can see them; below them is looked in private.
     let point = config.mountpoint.clone();
     local::in_private_mounts(|| {
-        let on_mountpoint = clear_dead_mounts(&config.mountpoint)?;
-        let elsewhere = clear_dead_mounts(&config.dst)?;
+        let take_off = |point: &Path| {
+            host::detach(point).map_err(|e| unusable("MOUNTPOINT", point, "umount", e))
+        };
+        let on_mountpoint = clear_dead_mounts(&config.mountpoint, &take_off)?;
+        let elsewhere = clear_dead_mounts(&config.dst, &take_off)?;
         let elsewhere = (elsewhere > 0).then(|| (config.dst.clone(), elsewhere));
         let dead = Dead {
             on_mountpoint,
@@ -147,6 +156,26 @@ pub(super) fn mount(config: MountConfig) -> Result<Ground, Failure> {
         })
     })
     .unwrap_or_else(|e| Err(unusable("MOUNTPOINT", &point, "unshare", e)))
+}
+
+/// Without CAP_SYS_ADMIN: nothing can be looked at below a dead mount, so that goes first.
+fn mount_by(helper: &Helper, config: MountConfig) -> Result<Ground, Failure> {
+    if config.mountpoint != config.src {
+        // A mistake here must not uncover a half-filled DST.
+        Root::open("SRC", &config.src)?;
+    }
+    let take_off = |point: &Path| {
+        let gone = session::take_off(point, Some(helper));
+        gone.map_err(|e| Failure::new(exit::UNUSABLE, e.to_string()))
+    };
+    for path in [&config.mountpoint, &config.dst] {
+        clear_dead_mounts(path, &take_off)?;
+    }
+    let ground = look(config)?;
+    let dst = Root::open("DST", &ground.config.dst)?;
+    let point = Root::open("MOUNTPOINT", &ground.config.mountpoint)?;
+    ours_to_mount_on(&dst, &point)?;
+    Ok(ground)
 }
 
 /// The two trees and the mount point, as the calling thread sees them.
@@ -190,7 +219,6 @@ fn look(mut config: MountConfig) -> Result<Ground, Failure> {
             return Err(Failure::new(exit::UNUSABLE, line));
         }
     }
-    config.rootless = !in_initial_user_namespace();
     Ok(Ground {
         trees: Trees::open(&config.src, &config.dst)?,
         src_fs: src.fs_type(),
@@ -292,7 +320,10 @@ fn open_alive(path: &Path) -> Result<(), Errno> {
 
 /// Takes away mounts of ours whose daemon is dead, as far as the calling thread sees them; returns
 /// how many there were.
-fn clear_dead_mounts(path: &Path) -> Result<usize, Failure> {
+fn clear_dead_mounts(
+    path: &Path,
+    take_off: &dyn Fn(&Path) -> Result<(), Failure>,
+) -> Result<usize, Failure> {
     for count in 0..DEAD_MOUNTS_MAX {
         if open_alive(path).is_ok() {
             return Ok(count);
@@ -300,7 +331,7 @@ fn clear_dead_mounts(path: &Path) -> Result<usize, Failure> {
         let Some(point) = dead_mount_point(path) else {
             return Ok(count); // Not ours: opening it says what is wrong.
         };
-        host::detach(&point).map_err(|e| unusable("MOUNTPOINT", &point, "umount", e))?;
+        take_off(&point)?;
     }
     Ok(DEAD_MOUNTS_MAX)
 }
@@ -314,25 +345,54 @@ fn dead_mount_point(path: &Path) -> Option<PathBuf> {
     (top.fs_type == OUR_TYPE).then_some(real)
 }
 
-fn host_can_mount() -> Result<(), Failure> {
-    if !caps::have_sys_admin() {
-        return Err(Failure::new(
-            exit::FAILURE,
-            "mount: fsopen: needs CAP_SYS_ADMIN: run as root, or as \
-             `unshare --user --map-root-user --mount mirrorfs mount ...`",
-        ));
+/// This machine has what a mount needs. The helper comes back when it has to mount for us.
+fn host_can_mount(config: &MountConfig) -> Result<Option<Helper>, Failure> {
+    // The helper opens it as its caller too.
+    let mut options = std::fs::File::options();
+    if let Err(e) = options.read(true).write(true).open("/dev/fuse") {
+        let remedy = match e.kind() {
+            std::io::ErrorKind::PermissionDenied => "users need it with mode 0666",
+            _ => "load the module with `modprobe fuse`",
+        };
+        let line = format!("\"/dev/fuse\": open: {e}; {remedy}");
+        return Err(Failure::new(exit::FAILURE, line));
     }
-    match std::fs::File::options()
-        .read(true)
-        .write(true)
-        .open("/dev/fuse")
-    {
-        Ok(_) => Ok(()),
-        Err(e) => Err(Failure::new(
-            exit::FAILURE,
-            format!("\"/dev/fuse\": open: {e}; load the module with `modprobe fuse`"),
-        )),
+    if !config.helper {
+        return Ok(None);
     }
+    let helper = Helper::find().ok_or_else(|| Failure::new(exit::FAILURE, session::NO_HELPER))?;
+    if config.allow_other && local::uid() != 0 && !conf_allows_other() {
+        let line = "-o allow_other: \"/etc/fuse.conf\" has no line `user_allow_other`";
+        return Err(Failure::new(exit::FAILURE, line));
+    }
+    Ok(Some(helper))
+}
+
+/// As the helper reads it: root lets users open their mounts to others.
+fn conf_allows_other() -> bool {
+    std::fs::read_to_string("/etc/fuse.conf").is_ok_and(|text| {
+        text.lines()
+            .any(|line| line.trim_end() == "user_allow_other")
+    })
+}
+
+/// Without privilege: DST's modes, times and marks are only its owner's to set, and the helper
+/// mounts only where its caller may write.
+fn ours_to_mount_on(dst: &Root, point: &Root) -> Result<(), Failure> {
+    let fail = |root: &Root, what: String| {
+        let line = format!("{} {}: {what}", root.role, quoted(&root.path));
+        Err(Failure::new(exit::UNUSABLE, line))
+    };
+    if dst.stat.uid != local::uid() && !caps::have_dac_override() {
+        return fail(
+            dst,
+            format!(
+                "owned by user {}: without root mirrorfs needs a DST of its own user",
+                dst.stat.uid
+            ),
+        );
+    }
+    local::may_write(point.fd.as_fd()).map_err(|e| unusable(point.role, &point.path, "access", e))
 }
 
 /// False for the root of a container or of `unshare --user`: `trusted.*` xattrs are not for us.

@@ -229,7 +229,7 @@ pub fn detach(path: &Path) -> Result<()> {
     rustix::mount::unmount(path, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW)
 }
 
-/// mount(2) as mount(8) does it, for tests and rootless helpers: not used on the hot path.
+/// True for what a mount answers whose daemon is dead.
 pub fn is_mount_gone(errno: Errno) -> bool {
     errno == Errno::NOTCONN || errno == Errno::CONNABORTED
 }

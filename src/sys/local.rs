@@ -75,6 +75,12 @@ pub fn may_list(dir: BorrowedFd<'_>) -> Result<()> {
     )
 }
 
+/// access(2) with the effective ids, for a directory that is to be mounted on.
+pub fn may_write(dir: BorrowedFd<'_>) -> Result<()> {
+    use rustix::fs::{Access, AtFlags, accessat};
+    accessat(dir, c".", Access::WRITE_OK, AtFlags::EACCESS)
+}
+
 /// Longest chain of `..` that is followed: deeper trees exist only to break programs.
 const DEPTH_MAX: usize = 100_000;
 

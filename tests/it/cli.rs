@@ -7,7 +7,8 @@ use std::process::Command;
 
 use crate::compare;
 use crate::fixture::{
-    Output, Scratch, World, can_mount, can_mount_on, fuse_mount_at, mirrorfs, need, run,
+    Output, Scratch, World, can_mount, can_mount_on, find_program, fuse_mount_at, mirrorfs, need,
+    run,
 };
 
 const COMMANDS: [&str; 8] = [
@@ -222,19 +223,20 @@ fn a_bind_mount_does_not_hide_that_dst_is_inside_src() {
 }
 
 #[test]
-fn mount_says_when_root_or_dev_fuse_is_missing() {
+fn mount_says_when_the_helper_or_dev_fuse_is_missing() {
     if !can_mount() {
         return;
     }
     let s = bad_places();
     let at = |name: &str| s.path().join(name);
     let program = mirrorfs().get_program().to_owned();
-    let unprivileged = run(Command::new("setpriv")
+    let unprivileged = run(Command::new(find_program("setpriv").unwrap())
+        .env("PATH", s.path())
         .args(["--bounding-set=-sys_admin", "--inh-caps=-all"])
         .arg(&program)
         .arg("mount")
         .args([at("src"), at("dst")]));
-    expect_refusal(unprivileged, 1, &["CAP_SYS_ADMIN", "root"]);
+    expect_refusal(unprivileged, 1, &["fusermount3", "root"]);
     let script = "mount -t tmpfs none /dev && exec \"$@\"";
     let without_fuse = run(Command::new("unshare")
         .args(["--mount", "sh", "-c", script, "sh"])

@@ -14,5 +14,6 @@ mod fidelity;
 mod fixture;
 mod nasty;
 mod raw;
+mod rootless;
 mod semantics;
 mod tidy;
