@@ -225,6 +225,9 @@ impl Session {
         };
         match thread.join() {
             Ok(Ok(())) => Ok(()),
+            // The last reference went while a thread was taking a request (a RELEASE, a FORGET):
+            // fs/fuse/dev.c says that instead of ENODEV.
+            Ok(Err(e)) if Errno::from_io_error(&e) == Some(Errno::CONNABORTED) => Ok(()),
             Ok(Err(e)) => Err(Error::Unusable(format!("/dev/fuse: {e}"))),
             Err(_) => Err(Error::Unusable("a session thread panicked".into())),
         }
