@@ -165,18 +165,30 @@ impl fmt::Display for Error {
 
 impl std::error::Error for Error {}
 
+/// Something that has a path, which is put together only when an error asks for it.
+pub trait Located {
+    /// The path, for a message.
+    fn located(&self) -> PathBuf;
+}
+
+impl<P: AsRef<Path>> Located for P {
+    fn located(&self) -> PathBuf {
+        self.as_ref().to_path_buf()
+    }
+}
+
 /// Adds the call, the side and the path to a bare errno.
 pub trait Context<T> {
     /// Names what was done, to what.
-    fn on(self, call: &'static str, side: Side, path: impl AsRef<Path>) -> Result<T>;
+    fn on(self, call: &'static str, side: Side, path: impl Located) -> Result<T>;
 }
 
 impl<T> Context<T> for std::result::Result<T, Errno> {
-    fn on(self, call: &'static str, side: Side, path: impl AsRef<Path>) -> Result<T> {
+    fn on(self, call: &'static str, side: Side, path: impl Located) -> Result<T> {
         self.map_err(|errno| Error::Call {
             call,
             side,
-            path: path.as_ref().to_path_buf(),
+            path: path.located(),
             errno,
         })
     }

@@ -381,7 +381,11 @@ pub fn set_times_fd(fd: BorrowedFd<'_>, atime: Time, mtime: Time) -> Result<(), 
 
 /// utimensat(2) with any timespec (UTIME_NOW, UTIME_OMIT) on an open inode (O_PATH too).
 pub fn utimens(fd: BorrowedFd<'_>, times: &Timestamps) -> Result<(), Errno> {
-    rustix::fs::utimensat(fd, c"", times, AtFlags::EMPTY_PATH)
+    match rustix::fs::futimens(fd, times) {
+        // An O_PATH fd: by its empty path, which costs a walk.
+        Err(Errno::BADF) => rustix::fs::utimensat(fd, c"", times, AtFlags::EMPTY_PATH),
+        other => other,
+    }
 }
 
 /// The kernel's form of two times.

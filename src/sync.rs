@@ -39,7 +39,7 @@ use rustix::io::Errno;
 
 use crate::config::{Fsync, SyncConfig};
 use crate::crew::Crew;
-use crate::error::{Context, Error, Result, Side};
+use crate::error::{Context, Error, Located, Result, Side};
 use crate::links::LinkGroups;
 use crate::mark::MarkName;
 use crate::progress::Progress;
@@ -385,11 +385,16 @@ impl Work<'_, '_> {
 
     /// Everything about an open src file or directory but its data: xattr values are asked for only
     /// where the list names some.
-    fn capture(&self, target: Target<'_>, stat: Stat, path: &RelPath) -> Result<crate::meta::Meta> {
+    fn capture(
+        &self,
+        target: Target<'_>,
+        stat: Stat,
+        path: impl Located + Copy,
+    ) -> Result<crate::meta::Meta> {
         let names = xattr::list(target).on("listxattr", Side::Src, path)?;
         if !names.is_empty() && self.is_pending(target, &names) {
             return Err(Error::SrcPending {
-                path: path.to_path(),
+                path: path.located(),
             });
         }
         let mut xattrs = Vec::new();

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::io::Errno;
 
-use super::dir::Dir;
+use super::dir::{At, Dir};
 use super::stamp::Born;
 use super::{Item, Work};
 use crate::config::Reflink;
@@ -72,6 +72,13 @@ pub(super) struct Transfer {
     pub(super) failed: Mutex<Option<Error>>,
 }
 
+impl Transfer {
+    /// Which file it is, for an error.
+    pub(super) fn at(&self) -> At<'_> {
+        self.dir.at(&self.name)
+    }
+}
+
 /// A part of a large file.
 pub(super) struct Slice {
     transfer: Arc<Transfer>,
@@ -93,13 +100,13 @@ impl Work<'_, '_> {
         if self.job.clone.load(Relaxed) == NO && !always {
             return Ok(false);
         }
-        let path = t.dir.path(&t.name);
+        let path = t.at();
         let cloned = copy::clone_file(t.src.as_fd(), t.dst.as_fd())
             .and_then(|done| match always && !done {
                 true => Err(Errno::OPNOTSUPP),
                 false => Ok(done),
             })
-            .on("FICLONE", Side::Dst, &path)
+            .on("FICLONE", Side::Dst, path)
             .inspect_err(|_| self.abandon(t))?;
         if t.meta.stat.key.dev == self.job.root_dev {
             self.job.clone.store(if cloned { YES } else { NO }, Relaxed);
@@ -113,7 +120,7 @@ impl Work<'_, '_> {
     /// One read, one write. A file that changed meanwhile is read again, once.
     pub(super) fn small(&self, buffers: &mut Buffers, t: &mut Transfer) -> Result<()> {
         for attempt in 0..2 {
-            let path = || t.dir.path(&t.name);
+            let path = || t.at();
             let size = usize::try_from(t.meta.stat.size).map_or(SMALL, |n| n.min(SMALL));
             let buf = &mut buffers.data[..size];
             let n = fd::pread_all(t.src.as_fd(), buf, 0).on("read", Side::Src, path())?;
@@ -126,7 +133,7 @@ impl Work<'_, '_> {
             if attempt > 0 || after.size > SMALL as u64 {
                 break; // seal() sees it too, and tells.
             }
-            let again = self.capture(Target::Open(t.src.as_fd()), after, &path());
+            let again = self.capture(Target::Open(t.src.as_fd()), after, t.at());
             copy::truncate(t.dst.as_fd(), 0).on("ftruncate", Side::Dst, path())?;
             t.meta = again?;
         }
@@ -140,7 +147,7 @@ impl Work<'_, '_> {
             // Its size first: a write that extends a file makes xfs preallocate behind it, and the
             // next one makes that fill the hole.
             copy::truncate(transfer.dst.as_fd(), size)
-                .on("ftruncate", Side::Dst, transfer.dir.path(&transfer.name))
+                .on("ftruncate", Side::Dst, transfer.at())
                 .inspect_err(|_| self.abandon(&transfer))?;
         } else {
             // A hint for layout and an early ENOSPC; the write tells what matters.
@@ -188,7 +195,7 @@ impl Work<'_, '_> {
 
     /// Copies the next piece of data in a range; returns where to go on.
     fn chunk(&self, buffers: &mut Buffers, t: &Transfer, range: &Range<u64>) -> Result<u64> {
-        let path = || t.dir.path(&t.name);
+        let path = || t.at();
         // A second signal ends the process; the first ends this file: it has no name yet.
         if self.stopping() {
             return Err(Error::Stopped);

@@ -77,7 +77,7 @@ impl Work<'_, '_> {
         dev: (u32, u32),
     ) -> Result<Open> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY;
-        let fd = fd::open_at(parent, name, flags).on("openat2", Side::Dst, &path)?;
+        let fd = fd::open_at(parent, name, flags).on("openat", Side::Dst, &path)?;
         let stat = stat_fd(fd.as_fd()).on("statx", Side::Dst, &path)?;
         if stat.mount_root && stat.key.dev != dev {
             // Another file system is mounted here: not ours to empty.
@@ -101,7 +101,7 @@ impl Work<'_, '_> {
             && stat.kind() == FileType::RegularFile
             && !self.job.config.dry_run
         {
-            let fd = fd::open_at(dir, name, OFlags::RDONLY).on("openat2", Side::Dst, path)?;
+            let fd = fd::open_at(dir, name, OFlags::RDONLY).on("openat", Side::Dst, path)?;
             stamp::clear_flags(fd.as_fd(), LATE_FLAGS).on("FS_IOC_SETFLAGS", Side::Dst, path)?;
         }
         self.unlink_as(dir, name, path, AtFlags::empty())

@@ -11,7 +11,7 @@ use rustix::io::Errno;
 use super::data::Buffers;
 use super::stamp::{self, Born};
 use super::{Item, What, Work, delete};
-use crate::error::{Context, Error, Result, Side};
+use crate::error::{Context, Error, Located, Result, Side};
 use crate::mark::CONTROL_DIR;
 use crate::meta::{DEFAULT_ACL, LATE_FLAGS, Meta};
 use crate::sys::dir::{self as sys_dir, Entry};
@@ -65,6 +65,11 @@ impl Dir {
         }
     }
 
+    /// Where an entry is, for an error.
+    pub(super) fn at<'a>(&'a self, name: &'a Name) -> At<'a> {
+        At(self, name)
+    }
+
     /// The path of an entry.
     pub(super) fn path(&self, name: &Name) -> RelPath {
         self.pair.path.join(name)
@@ -73,6 +78,22 @@ impl Dir {
     /// A name may be given to a file before it is complete: nobody can mistake it.
     pub(super) fn is_ours(&self) -> bool {
         self.fresh || self.listed.as_ref().is_some_and(HashSet::is_empty)
+    }
+}
+
+/// An entry of a directory: its path is put together only when somebody asks for it.
+#[derive(Clone, Copy)]
+pub(super) struct At<'a>(&'a Dir, &'a Name);
+
+impl At<'_> {
+    pub(super) fn path(&self) -> RelPath {
+        self.0.path(self.1)
+    }
+}
+
+impl Located for At<'_> {
+    fn located(&self) -> std::path::PathBuf {
+        self.path().to_path()
     }
 }
 

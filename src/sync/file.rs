@@ -27,9 +27,9 @@ impl Work<'_, '_> {
     pub(super) fn file(&self, buffers: &mut Buffers, dir: &Arc<Dir>, name: Name) {
         let begin = Instant::now();
         let opened = fd::open_src(dir.pair.src.as_fd(), &name)
-            .on("openat2", Side::Src, dir.path(&name))
+            .on("openat", Side::Src, dir.at(&name))
             .and_then(|src| {
-                let stat = stat_fd(src.as_fd()).on("statx", Side::Src, dir.path(&name))?;
+                let stat = stat_fd(src.as_fd()).on("statx", Side::Src, dir.at(&name))?;
                 Ok((src, stat))
             });
         self.job.totals.src_took(begin.elapsed());
@@ -73,7 +73,7 @@ impl Work<'_, '_> {
         self.grouped(buffers, dir, name, &stat, |buffers, group| {
             self.job.totals.bytes_total.add(stat.size);
             self.job.progress.bytes_seen.add(stat.size);
-            let meta = self.capture(Target::Open(src.as_fd()), stat, &dir.path(name))?;
+            let meta = self.capture(Target::Open(src.as_fd()), stat, dir.at(name))?;
             let Some(now) = dir.dst_stat(name)? else {
                 return self.create(buffers, dir, name, src, meta, group, None, What::New);
             };
@@ -121,7 +121,7 @@ impl Work<'_, '_> {
         let mut dst = None;
         let mut same = alone && looks_same && !config.ignore_times;
         if same {
-            let file = fd::open_src(dir.pair.dst.as_fd(), name).on("openat2", Side::Dst, &path)?;
+            let file = fd::open_src(dir.pair.dst.as_fd(), name).on("openat", Side::Dst, &path)?;
             same = !(config.checksum || self.job.record.doubts(&now))
                 || self.same_bytes(buffers, &src, &file, &path, meta.stat.size)?;
             dst = Some(file);
@@ -180,8 +180,9 @@ impl Work<'_, '_> {
         now: Option<Stat>,
         what: What,
     ) -> Result<Step> {
-        let path = dir.path(name);
-        self.line('>', FileType::RegularFile, &path, what, "");
+        if self.job.lines {
+            self.line('>', FileType::RegularFile, &dir.path(name), what, "");
+        }
         match what {
             What::New => self.job.totals.created.add(1),
             What::Changed(_) => self.job.totals.updated.add(1),
@@ -234,7 +235,7 @@ impl Work<'_, '_> {
         let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY;
         let flags = flags | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let file = rustix::fs::openat(&dir.pair.dst, name.as_cstr(), flags, mode);
-        let file = file.on("openat", Side::Dst, dir.path(name))?;
+        let file = file.on("openat", Side::Dst, dir.at(name))?;
         let perm = direct.then_some(perm);
         Ok((file, Born { perm, ..dir.born }))
     }
@@ -249,32 +250,37 @@ impl Work<'_, '_> {
     }
 
     fn sealed(&self, t: &Transfer) -> Result<FileKey> {
-        let path = t.dir.path(&t.name);
+        let path = t.at();
         let dst = t.dst.as_fd();
         let root = self.job.uid == 0;
         if t.dir.inherits {
             let dropped = crate::meta::drop_inherited_acl(Target::Open(dst), &t.meta);
-            dropped.on("removexattr", Side::Dst, &path)?;
+            dropped.on("removexattr", Side::Dst, path)?;
         }
         if !t.recorded && self.job.config.fsync != Fsync::Never {
             // Nothing would tell the next run that these bytes may be lost.
-            fd::fdatasync(dst).on("fdatasync", Side::Dst, &path)?;
+            fd::fdatasync(dst).on("fdatasync", Side::Dst, path)?;
         }
         if !t.unchanged && self.src_changed(t)?.is_some() {
             // What was read is better than nothing; but it must not pass the next run's quick
             // check, so it keeps the time of this copy.
             let mut meta = t.meta.clone();
-            meta.stat.mtime = stat_fd(dst).on("statx", Side::Dst, &path)?.mtime;
+            meta.stat.mtime = stat_fd(dst).on("statx", Side::Dst, path)?.mtime;
             let refused = stamp::fresh(dst, &meta, t.born, root);
+            let path = path.path();
             self.refused(&path, refused);
-            let path = path.to_path();
-            self.fail(&t.dir.path(&t.name), &Error::SrcChanged { path });
+            let changed = Error::SrcChanged {
+                path: path.to_path(),
+            };
+            self.fail(&path, &changed);
         } else {
             let refused = stamp::fresh(dst, &t.meta, t.born, root);
-            self.refused(&path, refused);
+            if !refused.is_empty() {
+                self.refused(&path.path(), refused);
+            }
         }
         if self.job.config.fsync == Fsync::File {
-            fd::fsync(dst).on("fsync", Side::Dst, &path)?;
+            fd::fsync(dst).on("fsync", Side::Dst, path)?;
         }
         if let Some(temp) = &t.temp {
             self.publish(&t.dir, temp, &t.name, t.now.as_ref())?;
@@ -284,20 +290,19 @@ impl Work<'_, '_> {
         self.job.progress.files_pulled.add(1);
         // Only a group asks for it: the usual file is not looked at again.
         match t.group {
-            Some(_) => Ok(stat_fd(dst).on("statx", Side::Dst, &path)?.key),
+            Some(_) => Ok(stat_fd(dst).on("statx", Side::Dst, path)?.key),
             None => Ok(t.meta.stat.key),
         }
     }
 
     /// +i and +a: now, or when all names are there.
     fn late_flags_of(&self, dir: &Dir, name: &Name, file: &OwnedFd, meta: &Meta) -> Result<()> {
-        let path = dir.path(name);
         match meta.flags & LATE_FLAGS {
             0 => {}
-            flags if meta.stat.nlink > 1 => self.late(&path, flags),
+            flags if meta.stat.nlink > 1 => self.late(&dir.path(name), flags),
             flags => {
                 let set = stamp::add_flags(file.as_fd(), flags);
-                set.on("FS_IOC_SETFLAGS", Side::Dst, &path)?;
+                set.on("FS_IOC_SETFLAGS", Side::Dst, dir.at(name))?;
             }
         }
         Ok(())
@@ -359,7 +364,7 @@ impl Work<'_, '_> {
     /// Looks at src again after a copy.
     pub(super) fn src_changed(&self, t: &Transfer) -> Result<Option<Stat>> {
         let after = stat_fd(t.src.as_fd());
-        let after = after.on("statx", Side::Src, t.dir.path(&t.name))?;
+        let after = after.on("statx", Side::Src, t.at())?;
         Ok(after.changed_since(&t.meta.stat).then_some(after))
     }
 

@@ -34,9 +34,16 @@ pub fn open_beneath(root: BorrowedFd<'_>, path: &RelPath, flags: OFlags) -> Resu
     openat2(dir.as_ref().map_or(root, |d| d.as_fd()), rest, flags)
 }
 
-/// Opens one name in `dir`, never following it.
+/// Opens one name in `dir`, never following it. A name is one component, so plain openat(2) stays as
+/// near as openat2(2) with all its restrictions would, and is cheaper.
 pub fn open_at(dir: BorrowedFd<'_>, name: &Name, flags: OFlags) -> Result<OwnedFd> {
-    openat2(dir, name.as_bytes(), flags)
+    let flags = flags | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+    loop {
+        match rustix::fs::openat(dir, name.as_cstr(), flags, Mode::empty()) {
+            Err(Errno::INTR) => {}
+            other => return other,
+        }
+    }
 }
 
 fn openat2(dir: BorrowedFd<'_>, path: &[u8], flags: OFlags) -> Result<OwnedFd> {
