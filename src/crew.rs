@@ -106,11 +106,10 @@ impl<'s, T: Send, M: Send> Crew<'s, T, M> {
         let mut stack = lock(&self.stack);
         let before = stack.items.len();
         stack.items.extend(items);
-        match stack.items.len() - before {
-            0 => {}
-            1 => self.work.notify_one(),
-            _ => self.work.notify_all(),
-        }
+        // As many as there is work for: a crowd that wakes for nothing costs more than the work.
+        let wake = (stack.items.len() - before).min(self.idle.load(Relaxed));
+        drop(stack);
+        (0..wake).for_each(|_| self.work.notify_one());
     }
 
     /// True when somebody has nothing to do: whoever has much left may push half of it.

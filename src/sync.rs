@@ -59,9 +59,7 @@ pub use report::{Event, Line, SyncError, SyncReport};
 /// Pairs of directories that may be open at once.
 const PAIRS_MAX: usize = 2000;
 /// Threads for a source whose latency leaves the processors idle, unless `--jobs` says otherwise.
-const THREADS_SLOW: usize = 64;
-/// Below this a look at src is a cache hit, and more threads than twice the CPUs only get in each other's way.
-const FAST_US: u128 = 150;
+const THREADS_SLOW: usize = 128;
 
 /// Copies all of `config.src` into `config.dst`. `on` gets lines and errors as they happen; `stop`
 /// ends the run early: what has begun is finished, so that every name stands for something whole.
@@ -137,10 +135,10 @@ fn note(report: &mut SyncReport, event: &Event) {
 /// they mostly wait for it (Little's law: latency times rate, 30 us of our own work per file).
 fn threads(config: &SyncConfig, cpus: usize, totals: &Totals) -> usize {
     let asked = (config.jobs != cpus).then_some(config.jobs);
-    let us = totals.src_latency().as_micros();
-    if us < FAST_US {
+    if !totals.is_slow() {
         return asked.map_or(2 * cpus, |n| n.min(2 * cpus));
     }
+    let us = totals.src_latency().as_micros();
     let wanted = usize::try_from(us / 30).unwrap_or(usize::MAX);
     wanted
         .saturating_mul(cpus)
@@ -238,6 +236,9 @@ impl<'a> Job<'a> {
     fn new(config: &'a SyncConfig, progress: Arc<Progress>, roots: Arc<Roots>) -> Result<Job<'a>> {
         let root = stat_fd(roots.src.as_fd()).on("statx", Side::Src, &config.src)?;
         let flags = copy::inode_flags(roots.src.as_fd());
+        let totals = Totals::default();
+        let fs = host::fs_stat(roots.src.as_fd()).on("fstatfs", Side::Src, &config.src)?;
+        totals.src_asks.store(host::asks_others(&fs), Relaxed);
         let dst = roots.dst.as_fd();
         let dst_dev = fd::device_of(dst).on("statx", Side::Dst, &config.dst)?;
         let dst_fd = host::dup(dst).on("dup", Side::Dst, &config.dst)?;
@@ -247,7 +248,7 @@ impl<'a> Job<'a> {
             config,
             progress,
             root_dev: root.key.dev,
-            totals: Totals::default(),
+            totals,
             groups: LinkGroups::default(),
             late: Mutex::default(),
             uid: local::uid(),
@@ -334,7 +335,7 @@ impl Work<'_, '_> {
                 shallow,
             } => self.dir(buffers, &place, fresh, shallow),
             Item::More(dir, from) => self.batch(buffers, &dir, from),
-            Item::Names(dir, names) => self.names(buffers, &dir, names),
+            Item::Names(dir, names) => self.names(buffers, &dir, names, &mut None),
             Item::Slice(slice) => self.slice(buffers, slice),
         }
     }

@@ -5,6 +5,7 @@ use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicUsize, Ordering::AcqRel, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 
@@ -29,6 +30,8 @@ const CLONE_MIN: u64 = 16 << 10;
 /// One thread's buffers.
 pub(super) struct Buffers {
     data: Vec<u8>,
+    /// How long src has kept the present file waiting.
+    pub(super) waited: Duration,
     /// For getdents64.
     pub(super) names: Vec<u8>,
 }
@@ -37,6 +40,7 @@ impl Buffers {
     pub(super) fn new() -> Buffers {
         Buffers {
             data: vec![0; SMALL],
+            waited: Duration::ZERO,
             names: Vec::with_capacity(32 << 10),
         }
     }
@@ -123,7 +127,9 @@ impl Work<'_, '_> {
             let path = || t.at();
             let size = usize::try_from(t.meta.stat.size).map_or(SMALL, |n| n.min(SMALL));
             let buf = &mut buffers.data[..size];
+            let begin = Instant::now();
             let n = fd::pread_all(t.src.as_fd(), buf, 0).on("read", Side::Src, path())?;
+            buffers.waited += begin.elapsed();
             fd::pwrite_all(t.dst.as_fd(), &buf[..n], 0).on("write", Side::Dst, path())?;
             self.copied(n as u64);
             let Some(after) = self.src_changed(t)? else {

@@ -4,6 +4,7 @@ use std::collections::HashSet;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::AcqRel, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use rustix::fs::{FileType, Mode};
 use rustix::io::Errno;
@@ -114,8 +115,10 @@ impl Work<'_, '_> {
         if path.is_root() {
             self.seen();
         }
+        let begin = Instant::now();
         let src = roots.open_src(place).on("openat2", Side::Src, path)?;
         let stat = stat_fd(src.as_fd()).on("statx", Side::Src, path)?;
+        self.job.totals.src_took(begin.elapsed());
         let meta = self.capture(Target::Open(src.as_fd()), stat, path)?;
         let dst = match self.job.config.dry_run && fresh {
             // Never looked at: nothing is in a directory that would be made.
@@ -176,7 +179,9 @@ impl Work<'_, '_> {
             .on("openat2", Side::Dst, &place.path)
     }
 
-    /// Lists a batch of src's names; whoever is free lists the next. Subdirectories first.
+    /// Lists a batch of src's names. Subdirectories first. Whoever has nothing to do lists the next
+    /// batch; if nobody is, this thread does after this one: two that make names in one directory
+    /// wait for each other.
     pub(super) fn batch(&self, buffers: &mut Buffers, dir: &Arc<Dir>, from: u64) {
         let mut names = Vec::new();
         let mut next = from;
@@ -191,9 +196,12 @@ impl Work<'_, '_> {
             let _ = error.map_err(|e| self.fail(&dir.pair.path, &e)); // Told; the rest goes on.
             true
         });
-        if !all {
+        let mut more = (!all).then(|| {
             dir.hold(1);
-            self.crew.push([Item::More(Arc::clone(dir), next)]);
+            Item::More(Arc::clone(dir), next)
+        });
+        if self.job.totals.is_slow() {
+            self.crew.push(more.take());
         }
         self.known(dir, &names);
         let (mut dirs, mut others): (Vec<Entry>, Vec<Entry>) = (Vec::new(), Vec::new());
@@ -224,7 +232,8 @@ impl Work<'_, '_> {
         }
         self.subdirs(dir, dirs);
         dir.hold(others.len());
-        self.names(buffers, dir, others);
+        self.names(buffers, dir, others, &mut more);
+        self.crew.push(more);
         self.done(buffers, dir, 1);
     }
 
@@ -316,13 +325,22 @@ impl Work<'_, '_> {
         }
     }
 
-    /// Copies names of a directory; gives half away whenever somebody has nothing to do.
-    pub(super) fn names(&self, buffers: &mut Buffers, dir: &Arc<Dir>, mut names: Vec<Entry>) {
+    /// Copies names of a directory; gives `more`, or half of them, away whenever somebody has nothing
+    /// to do.
+    pub(super) fn names(
+        &self,
+        buffers: &mut Buffers,
+        dir: &Arc<Dir>,
+        mut names: Vec<Entry>,
+        more: &mut Option<Item>,
+    ) {
         while let Some(entry) = names.pop() {
             if self.crew.stopping() {
                 return;
             }
-            if names.len() > 1 && self.crew.hungry() {
+            if more.is_some() && self.crew.hungry() {
+                self.crew.push(more.take());
+            } else if names.len() > 1 && self.crew.hungry() {
                 let half = names.split_off(names.len() / 2);
                 self.crew.push([Item::Names(Arc::clone(dir), half)]);
             }

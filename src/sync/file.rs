@@ -32,13 +32,14 @@ impl Work<'_, '_> {
                 let stat = stat_fd(src.as_fd()).on("statx", Side::Src, dir.at(&name))?;
                 Ok((src, stat))
             });
-        self.job.totals.src_took(begin.elapsed());
+        buffers.waited = begin.elapsed();
         let step = match opened {
             // It was a file when its directory was listed.
             Ok((_, stat)) if !stat.is_file() => return self.special(buffers, dir, name),
             Ok((src, stat)) => self.opened(buffers, dir, &name, src, stat),
             Err(e) => Err(e),
         };
+        self.job.totals.src_took(buffers.waited);
         self.stepped(buffers, dir, &name, step);
     }
 

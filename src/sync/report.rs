@@ -15,6 +15,9 @@ use crate::sys::name::RelPath;
 /// Errors that the report keeps; all are counted and told.
 pub(super) const ERRORS_KEPT_MAX: usize = 10_000;
 
+/// From this on a small file's time is waiting.
+const SLOW: Duration = Duration::from_micros(150);
+
 /// What a run tells while it works.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
@@ -174,26 +177,36 @@ pub(super) struct Totals {
     pub(super) deleted: Counter,
     pub(super) dst_full: AtomicBool,
     pub(super) max_delete_reached: AtomicBool,
-    /// Running median of how long src takes to open and stat a file, nanoseconds.
+    /// Running median of how long src takes to open, stat and read a small file, nanoseconds.
     src_ns: AtomicU64,
+    /// src may have to ask somebody: its first answers are believed at once.
+    pub(super) src_asks: AtomicBool,
 }
 
 impl Totals {
-    /// Notes how long one look at src took. A step towards it, whatever the distance: so the value
-    /// follows the median, and a thread that lost its CPU for a while (on a busy machine, or
-    /// because we have too many threads) does not make the source look slow. Threads may overwrite
-    /// each other: it is an estimate.
+    /// Notes how long src took for one small file, or to open a directory. A step towards it,
+    /// whatever the distance: so the value follows the median, and a thread that lost its CPU for a
+    /// while (on a busy machine, or because we have too many threads) does not make the source look
+    /// slow. Threads may overwrite each other: it is an estimate. What is known to be far away is
+    /// believed sooner: half the way with each answer.
     pub(super) fn src_took(&self, time: Duration) {
         let now = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
         let was = self.src_ns.load(Relaxed);
         let next = match now > was {
+            true if self.src_asks.load(Relaxed) => was + (now - was) / 2,
             true => was + was / 8 + 500,
             false => was - was / 8,
         };
         self.src_ns.store(next.min(1 << 40), Relaxed);
     }
 
-    /// How long src takes to open and stat a file.
+    /// True when threads mostly wait for src; else it answers from memory, and more threads than a
+    /// few only get in each other's way.
+    pub(super) fn is_slow(&self) -> bool {
+        self.src_latency() >= SLOW
+    }
+
+    /// How long src takes for a small file.
     pub(super) fn src_latency(&self) -> Duration {
         Duration::from_nanos(self.src_ns.load(Relaxed))
     }

@@ -297,6 +297,31 @@ pub(super) fn unescape(field: &[u8]) -> Vec<u8> {
     out
 }
 
+/// True for a file system that asks somebody else (a server, a daemon) for what it is asked: a call
+/// may wait for as long as that takes, and many can wait at once.
+pub fn asks_others(fs: &FsStat) -> bool {
+    // FUSE, NFS, SMB2, CIFS, SMB1, Ceph, Lustre, 9p, AFS (kafs, OpenAFS), GPFS, BeeGFS, OrangeFS,
+    // GFS2, OCFS2: linux/magic.h, and the sources of those that are not in it.
+    const MAGIC: [u64; 15] = [
+        0x6573_5546,
+        0x6969,
+        0xfe53_4d42,
+        0xff53_4d42,
+        0x517b,
+        0x00c3_6400,
+        0x0bd0_0bd0,
+        0x0102_1997,
+        0x6b41_4653,
+        0x5346_414f,
+        0x4750_4653,
+        0x1983_0326,
+        0x2003_0528,
+        0x0116_1970,
+        0x7461_636f,
+    ];
+    MAGIC.contains(&(fs.magic & 0xffff_ffff))
+}
+
 /// Which boot of this machine it is; `None` where /proc does not tell.
 pub fn boot_id() -> Option<String> {
     let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
