@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::atomic::{AtomicUsize, Ordering::AcqRel, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::AcqRel, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -22,14 +22,21 @@ use crate::sys::{copy, fd};
 
 /// Files up to this size are copied by one read and one write.
 pub(super) const SMALL: usize = 256 << 10;
+/// Larger ones are copied in pieces of this size: they stay in a processor's cache meanwhile.
+const PIECE: usize = 128 << 10;
 /// A file with more than this left is shared with whoever has nothing to do.
 const SHARE: u64 = 8 << 20;
+/// Parts of one file at once while src answers from memory: one looks for pages while another
+/// writes. Writes into one file wait for each other, so more, or many small ones, would only wait.
+const PARTS_FAST: usize = 2;
 /// Below this a clone costs more than the copy that it saves.
 const CLONE_MIN: u64 = 16 << 10;
 
 /// One thread's buffers.
 pub(super) struct Buffers {
     data: Vec<u8>,
+    /// For large files.
+    pipe: Option<copy::Pipe>,
     /// How long src has kept the present file waiting.
     pub(super) waited: Duration,
     /// For getdents64.
@@ -40,6 +47,7 @@ impl Buffers {
     pub(super) fn new() -> Buffers {
         Buffers {
             data: vec![0; SMALL],
+            pipe: None,
             waited: Duration::ZERO,
             names: Vec::with_capacity(32 << 10),
         }
@@ -71,6 +79,8 @@ pub(super) struct Transfer {
     pub(super) unchanged: bool,
     /// A power cut would be told by the run's record.
     pub(super) recorded: bool,
+    /// Its data can go through a pipe.
+    pub(super) pipes: AtomicBool,
     /// Parts that are not copied yet.
     pub(super) parts: AtomicUsize,
     pub(super) failed: Mutex<Option<Error>>,
@@ -155,9 +165,6 @@ impl Work<'_, '_> {
             copy::truncate(transfer.dst.as_fd(), size)
                 .on("ftruncate", Side::Dst, transfer.at())
                 .inspect_err(|_| self.abandon(&transfer))?;
-        } else {
-            // A hint for layout and an early ENOSPC; the write tells what matters.
-            let _ = copy::preallocate(transfer.dst.as_fd(), 0..size); // A hint.
         }
         copy::advise_sequential(transfer.src.as_fd());
         let transfer = Arc::new(transfer);
@@ -176,7 +183,9 @@ impl Work<'_, '_> {
             if lock(&t.failed).is_some() {
                 break;
             }
-            if range.end - range.start > SHARE && self.crew.hungry() {
+            let slow = self.job.totals.is_slow();
+            let may_share = slow || (!t.sparse && t.parts.load(Relaxed) < PARTS_FAST);
+            if range.end - range.start > SHARE && may_share && self.crew.hungry() {
                 let middle = range.start + (range.end - range.start) / 2;
                 let middle = middle.next_multiple_of(1 << 20).min(range.end);
                 t.parts.fetch_add(1, Relaxed);
@@ -215,21 +224,43 @@ impl Work<'_, '_> {
             }
         }
         while data.start < data.end {
-            let len = usize::try_from(data.end - data.start).map_or(SMALL, |n| n.min(SMALL));
-            let buf = &mut buffers.data[..len];
-            let n = fd::pread_all(t.src.as_fd(), buf, data.start).on("read", Side::Src, path())?;
+            let n = self.piece(buffers, t, &data)?;
             if n == 0 {
                 return Ok(range.end); // src shrank: seal() sees it.
             }
-            let written = fd::pwrite_all(t.dst.as_fd(), &buf[..n], data.start);
-            written.on("write", Side::Dst, path())?;
-            self.copied(n as u64);
-            data.start += n as u64;
+            self.copied(n);
+            data.start += n;
             if self.crew.hungry() || self.stopping() {
                 break;
             }
         }
         Ok(data.start)
+    }
+
+    /// Copies the beginning of a range of data; returns how much, 0 at src's end.
+    fn piece(&self, buffers: &mut Buffers, t: &Transfer, data: &Range<u64>) -> Result<u64> {
+        let (src, dst, at) = (t.src.as_fd(), t.dst.as_fd(), t.at());
+        let len = usize::try_from(data.end - data.start).map_or(PIECE, |n| n.min(PIECE));
+        if buffers.pipe.is_none() && t.pipes.load(Relaxed) {
+            buffers.pipe = copy::Pipe::new(PIECE).ok(); // No pipe left: read and write.
+        }
+        if let Some(mut pipe) = buffers.pipe.take_if(|_| t.pipes.load(Relaxed)) {
+            match pipe.fill(src, data.start, len) {
+                // Not from a file of this kind.
+                Err(Errno::INVAL | Errno::NOSYS) => t.pipes.store(false, Relaxed),
+                filled => {
+                    let n = filled.on("splice", Side::Src, at)?;
+                    let drained = pipe.drain(dst, data.start);
+                    drained.on("splice", Side::Dst, at)?;
+                    buffers.pipe = Some(pipe);
+                    return Ok(n as u64);
+                }
+            }
+        }
+        let buf = &mut buffers.data[..len];
+        let n = fd::pread_all(src, buf, data.start).on("read", Side::Src, at)?;
+        fd::pwrite_all(dst, &buf[..n], data.start).on("write", Side::Dst, at)?;
+        Ok(n as u64)
     }
 
     /// All parts are done.

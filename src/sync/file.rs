@@ -1,7 +1,7 @@
 //! File: one regular file: new, replaced by a complete new one, or amended in its metadata.
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
@@ -213,6 +213,7 @@ impl Work<'_, '_> {
             sparse,
             unchanged: size == 0,
             recorded,
+            pipes: AtomicBool::new(true),
             parts: AtomicUsize::new(1),
             failed: Mutex::new(None),
         };

@@ -1,7 +1,7 @@
 //! Calls that move or describe file data: clone, copy_file_range, data extents, preallocation.
 
 use std::ops::Range;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::{FallocateFlags, SeekFrom};
 use rustix::io::Errno;
@@ -30,6 +30,71 @@ pub fn copy_range(
 ) -> Result<usize> {
     let (mut from, mut to) = (src_offset, dst_offset);
     rustix::fs::copy_file_range(src, Some(&mut from), dst, Some(&mut to), len)
+}
+
+/// A pipe that carries file data: the pages of src's cache go into it by reference, so that they are
+/// copied once, into dst, where a read and a write copy them twice.
+pub struct Pipe {
+    out: OwnedFd,
+    into: OwnedFd,
+    /// Bytes that it may take at once.
+    room: usize,
+    /// Bytes that are in it.
+    full: usize,
+}
+
+impl Pipe {
+    /// An empty one for about `room` bytes.
+    pub fn new(room: usize) -> Result<Pipe> {
+        use rustix::pipe::{PipeFlags, fcntl_getpipe_size, fcntl_setpipe_size, pipe_with};
+        let (out, into) = pipe_with(PipeFlags::CLOEXEC)?;
+        // Over the limit of an unprivileged user: then it stays at its 64 KiB.
+        let _ = fcntl_setpipe_size(&into, room); // As said.
+        let room = fcntl_getpipe_size(&into)?.min(room);
+        Ok(Pipe {
+            out,
+            into,
+            room,
+            full: 0,
+        })
+    }
+
+    /// Takes up to `len` bytes of src into the empty pipe; returns how many (0: src ends here).
+    /// EINVAL: not from this file.
+    pub fn fill(&mut self, src: BorrowedFd<'_>, offset: u64, len: usize) -> Result<usize> {
+        let mut from = offset;
+        let len = len.min(self.room);
+        self.full = retry(|| {
+            let flags = rustix::pipe::SpliceFlags::empty();
+            rustix::pipe::splice(src, Some(&mut from), &self.into, None, len, flags)
+        })?;
+        Ok(self.full)
+    }
+
+    /// Writes all that is in the pipe into dst. After an error the pipe is of no use any more.
+    pub fn drain(&mut self, dst: BorrowedFd<'_>, offset: u64) -> Result<()> {
+        let mut to = offset;
+        while self.full > 0 {
+            let n = retry(|| {
+                let flags = rustix::pipe::SpliceFlags::empty();
+                rustix::pipe::splice(&self.out, None, dst, Some(&mut to), self.full, flags)
+            })?;
+            if n == 0 {
+                return Err(Errno::IO);
+            }
+            self.full -= n;
+        }
+        Ok(())
+    }
+}
+
+fn retry<T>(mut call: impl FnMut() -> Result<T>) -> Result<T> {
+    loop {
+        match call() {
+            Err(Errno::INTR) => {}
+            other => return other,
+        }
+    }
 }
 
 /// The first data extent at or after `from`, clipped to `size`; `None` when only hole is left.
