@@ -41,7 +41,7 @@ test: setup check ## check, then every test that this machine can run (as root: 
 test-all: ## as test, and a test that cannot run here is a failure
 	MIRRORFS_TEST_ALL=1 $(MAKE) test
 
-bench: ## measure the engine, populate and first access
+bench: ## measure the engine; names the scripts for first access and for sync beside other tools
 	$(CARGO) bench --locked
 	@for script in scripts/bench/*.sh; do [ -e "$$script" ] && echo "also: $$script"; done; true
 
