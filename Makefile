@@ -11,7 +11,7 @@ COMMANDS := mount sync status verify finish errors completions
 
 .DEFAULT_GOAL := help
 .PHONY: help setup build demo check test test-all bench doc install clean \
-        pjdfstest fsx crash powercut
+        pjdfstest fsx crash powercut nasty
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -73,6 +73,9 @@ fsx: build ## 100,000 random operations on a file that starts pending, on each f
 
 crash: build ## 100 kill -9 at random moments under a random workload (as root)
 	MIRRORFS=$(abspath $(BIN)) python3 scripts/crash/kill9.py --rounds 100
+
+nasty: build ## a tree with every awkward thing through mount and sync, on ext4, xfs, btrfs (as root)
+	MIRRORFS=$(abspath $(BIN)) scripts/nasty.sh
 
 powercut: build ## 200 power cuts on each of ext4, xfs, btrfs, of migrations and of sync (as root)
 	MIRRORFS=$(abspath $(BIN)) scripts/crash/powercut.sh
