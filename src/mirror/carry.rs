@@ -35,7 +35,7 @@ use crate::sys::handle::Handle;
 use crate::sys::name::{Name, RelPath};
 use crate::sys::stat::{self, Stat};
 use crate::sys::xattr::Target;
-use crate::sys::{copy, fd};
+use crate::sys::{copy, fault, fd};
 
 /// Files up to this size, bytes, are carried.
 const CARRY_MAX: u64 = 64 << 10;
@@ -204,12 +204,15 @@ impl Placer<'_> {
             return Ok(false);
         }
         let born = stat::stat_fd(dst).on("statx", Side::Dst, path)?;
+        fault::point("carry-written");
         let mark = self.mirror.mark.set(Target::Open(dst), &Mark::pending());
         mark.on("setxattr", Side::Dst, path)?;
+        fault::point("carry-marked");
         for refused in meta.apply_new(dst, &born, self.born_flags(dst)) {
             self.mirror.refused(path, &refused);
         }
         self.note_late_flags(meta, dst)?;
+        fault::point("carry-stamped");
         let handle = Handle::of(dst, c"").on("name_to_handle_at", Side::Dst, path)?;
         let progress = &self.mirror.progress;
         progress.files_seen.add(1);

@@ -7,6 +7,9 @@
 pub const POINTS: &[&str] = &[
     "populate-before-child",
     "populate-after-child",
+    "carry-written",
+    "carry-marked",
+    "carry-stamped",
     "populate-before-mark",
     "populate-after-mark",
     "hydrate-begin",

@@ -91,6 +91,11 @@ fn fill(src: &Path) {
     nasty::ordinary(src, 8, 8);
     let at = At::open(src);
     at.file("large", &bytes(77, LARGE + 100_000));
+    // Too large to come with their names.
+    let medium = at.dir("medium");
+    for j in 0..24 {
+        medium.file(format!("f{j}"), &bytes(200 + j, 70_000 + 100 * j as usize));
+    }
     let links = at.dir("links");
     links.file("a", &bytes(78, 30_000));
     links.link("a", &links, "b");
@@ -267,6 +272,13 @@ fn an_exit_at_each_point_of_populating_loses_nothing() {
 }
 
 #[test]
+fn an_exit_while_a_small_file_comes_with_its_name_loses_nothing() {
+    exit_at_each("ext4", &points("carry"), &[1, 6]);
+    exit_at_each("xfs", &points("carry"), &[3]);
+    exit_at_each("btrfs", &points("carry"), &[2]);
+}
+
+#[test]
 fn an_exit_at_each_point_of_hydrating_loses_nothing() {
     exit_at_each("ext4", &points("hydrate"), &[1, 3, 20]);
     exit_at_each("xfs", &points("hydrate"), &[5]);
@@ -287,7 +299,9 @@ fn an_exit_at_each_point_of_the_end_loses_nothing() {
 #[test]
 fn every_fault_point_is_exited_at() {
     // `perm` in rootless.rs.
-    let tested = ["populate", "hydrate", "rename", "dir", "finish", "perm"];
+    let tested = [
+        "populate", "carry", "hydrate", "rename", "dir", "finish", "perm",
+    ];
     for point in POINTS {
         assert!(
             tested.iter().any(|t| point.starts_with(t)),
