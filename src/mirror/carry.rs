@@ -5,8 +5,8 @@
 //! is populated, and marked before it looks like src's file. Then it is at once where a hydration is
 //! after `land`: the commit thread makes it durable and takes the mark away (D1).
 //!
-//!   wants()   small, one name, no holes, in a directory with nothing from an earlier start
-//!   carry()   read, captured, looked at again; made, written, marked, stamped, landed
+//!   wants_data()   small, one name, no holes, in a directory with nothing from an earlier start
+//!   carry()        read, captured, looked at again; made, written, marked, stamped, landed
 //!
 //! Whatever is unusual (src changed, an error on either side, dst full) goes the usual way, which
 //! knows what to do. Somebody who waits for the directory ends it too: names come first. A slow src
@@ -30,7 +30,7 @@ use super::populate::{DirRef, Waiter};
 use super::source::SrcDir;
 use crate::error::{Context, Result, Side};
 use crate::mark::Mark;
-use crate::meta::Meta;
+use crate::meta::{CAPABILITY, Meta};
 use crate::sys::handle::Handle;
 use crate::sys::name::{Name, RelPath};
 use crate::sys::stat::{self, Stat};
@@ -199,14 +199,24 @@ impl Placer<'_> {
             shares.note(cloned == Ok(true));
             cloned == Ok(true)
         };
+        // What was shared is later than what was read.
+        if shared && stat::stat_fd(src.as_fd()).is_ok_and(|now| now.changed_since(&meta.stat)) {
+            return Ok(false);
+        }
         // ENOSPC above all: the engine knows what to do about it.
         if !shared && fd::pwrite_all(dst, data, 0).is_err() {
             return Ok(false);
         }
         let born = stat::stat_fd(dst).on("statx", Side::Dst, path)?;
         fault::point("carry-written");
-        let mark = self.mirror.mark.set(Target::Open(dst), &Mark::pending());
-        mark.on("setxattr", Side::Dst, path)?;
+        // Hydrated again after a crash it would lose its capability without this (D7).
+        let capability = meta.xattr(CAPABILITY).is_some();
+        let mark = Mark {
+            capability,
+            ..Mark::pending()
+        };
+        let marked = self.mirror.mark.set(Target::Open(dst), &mark);
+        marked.on("setxattr", Side::Dst, path)?;
         fault::point("carry-marked");
         for refused in meta.apply_new(dst, &born, self.born_flags(dst)) {
             self.mirror.refused(path, &refused);

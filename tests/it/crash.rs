@@ -96,6 +96,14 @@ fn fill(src: &Path) {
     for j in 0..24 {
         medium.file(format!("f{j}"), &bytes(200 + j, 70_000 + 100 * j as usize));
     }
+    // Hydrated again after a crash they must not lose what writing takes away.
+    let capable = at.dir("capable");
+    for j in 0..8 {
+        let name = format!("f{j}");
+        capable.file(&name, &bytes(300 + j, 3_000));
+        capable.xattr(&name, "security.capability", &nasty::capability());
+        capable.stamp(&name, 1_350_000_000, 9);
+    }
     let links = at.dir("links");
     links.file("a", &bytes(78, 30_000));
     links.link("a", &links, "b");
