@@ -63,6 +63,19 @@ pub struct Applied {
     pub perm: u32,
 }
 
+/// What an inode that was just made already has.
+#[derive(Debug, Clone, Copy)]
+pub struct Born {
+    /// Owner.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+    /// Permissions; `None`: not known (a default ACL had its say), or not to be trusted.
+    pub perm: Option<u32>,
+    /// Inode flags; `None`: there are none, or they are to stay.
+    pub flags: Option<u32>,
+}
+
 /// What a capture is told about the source.
 #[derive(Debug, Clone, Copy)]
 pub struct Capture {
@@ -222,14 +235,8 @@ impl Meta {
         perm
     }
 
-    /// As `apply_fd`, to an inode that was just made: `born` is what it is, `born_flags` its inode
-    /// flags (`None` where there are none). What is right already costs nothing.
-    pub fn apply_new(
-        &self,
-        fd: BorrowedFd<'_>,
-        born: &Stat,
-        born_flags: Option<u32>,
-    ) -> Vec<Refused> {
+    /// As `apply_fd`, to an inode that was just made. What is right already costs nothing.
+    pub fn apply_new(&self, fd: BorrowedFd<'_>, born: Born) -> Vec<Refused> {
         let mut refused = Refusals::default();
         let chown = (born.uid, born.gid) != (self.stat.uid, self.stat.gid);
         let own = |uid, gid| rustix::fs::fchown(fd, uid, gid);
@@ -238,11 +245,11 @@ impl Meta {
             false => self.stat.perm(),
         };
         // chown clears setuid and setgid.
-        if born.perm() != perm || chown && perm & 0o6000 != 0 {
+        if born.perm != Some(perm) || chown && perm & 0o6000 != 0 {
             refused.note("chmod", chmod_fd(fd, perm));
         }
         self.apply_xattrs(Target::Open(fd), &mut refused);
-        self.change_flags(fd, born_flags, &mut refused);
+        self.change_flags(fd, born.flags, &mut refused);
         self.apply_times_fd(fd, &mut refused);
         refused.0
     }

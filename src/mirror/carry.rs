@@ -30,7 +30,7 @@ use super::populate::{DirRef, Waiter};
 use super::source::SrcDir;
 use crate::error::{Context, Result, Side};
 use crate::mark::Mark;
-use crate::meta::{CAPABILITY, Meta};
+use crate::meta::{Born, CAPABILITY, Meta};
 use crate::sys::handle::Handle;
 use crate::sys::name::{Name, RelPath};
 use crate::sys::stat::{self, Stat};
@@ -218,7 +218,13 @@ impl Placer<'_> {
         let marked = self.mirror.mark.set(Target::Open(dst), &mark);
         marked.on("setxattr", Side::Dst, path)?;
         fault::point("carry-marked");
-        for refused in meta.apply_new(dst, &born, self.born_flags(dst)) {
+        let now = Born {
+            uid: born.uid,
+            gid: born.gid,
+            perm: Some(born.perm()),
+            flags: self.born_flags(dst),
+        };
+        for refused in meta.apply_new(dst, now) {
             self.mirror.refused(path, &refused);
         }
         self.note_late_flags(meta, dst)?;

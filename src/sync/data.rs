@@ -10,11 +10,10 @@ use std::time::{Duration, Instant};
 use rustix::io::Errno;
 
 use super::dir::{At, Dir};
-use super::stamp::Born;
 use super::{Item, Work};
 use crate::config::Reflink;
 use crate::error::{Context, Error, Result, Side};
-use crate::meta::Meta;
+use crate::meta::{Born, Meta};
 use crate::sys::name::Name;
 use crate::sys::stat::{FileKey, Stat};
 use crate::sys::xattr::Target;

@@ -10,11 +10,11 @@ use rustix::fs::{FileType, Mode};
 use rustix::io::Errno;
 
 use super::data::Buffers;
-use super::stamp::{self, Born};
+use super::stamp;
 use super::{Item, What, Work, delete};
 use crate::error::{Context, Error, Located, Result, Side};
 use crate::mark::CONTROL_DIR;
-use crate::meta::{DEFAULT_ACL, LATE_FLAGS, Meta};
+use crate::meta::{Born, DEFAULT_ACL, LATE_FLAGS, Meta};
 use crate::sys::dir::{self as sys_dir, Entry};
 use crate::sys::name::{Name, RelPath};
 use crate::sys::pair::{Pair, Place};
@@ -163,6 +163,8 @@ impl Work<'_, '_> {
                 uid: self.job.uid,
                 gid,
                 perm: None,
+                // What is inherited from the directory may stay, as with cp(1).
+                flags: None,
             },
             inherits,
             extra: Mutex::new(listed.is_some().then_some(extra)),
@@ -389,7 +391,7 @@ impl Work<'_, '_> {
                 let dropped = crate::meta::drop_inherited_acl(Target::Open(fd), &dir.meta);
                 dropped.on("removexattr", Side::Dst, path)?;
             }
-            let refused = stamp::fresh(fd, &dir.meta, dir.born, root);
+            let refused = stamp::fresh(fd, &dir.meta, dir.born);
             self.refused(path, refused);
         } else {
             let now = stat_fd(fd).on("statx", Side::Dst, path)?;
@@ -408,7 +410,7 @@ impl Work<'_, '_> {
                 return Ok(());
             }
             if changes.any() {
-                let refused = stamp::amend(fd, &dir.meta, &now.0, root);
+                let refused = stamp::amend(fd, &dir.meta, &now.0);
                 self.refused(path, refused);
             }
         }

@@ -12,11 +12,11 @@ use super::data::{Buffers, SMALL, Transfer};
 use super::dir::Dir;
 use super::link::Step;
 use super::report::Changes;
-use super::stamp::{self, Born};
+use super::stamp;
 use super::{What, Work};
 use crate::config::Fsync;
 use crate::error::{Context, Error, Result, Side};
-use crate::meta::{LATE_FLAGS, Meta};
+use crate::meta::{Born, LATE_FLAGS, Meta};
 use crate::sys::name::Name;
 use crate::sys::stat::{FileKey, Stat, stat_fd};
 use crate::sys::xattr::Target;
@@ -162,7 +162,7 @@ impl Work<'_, '_> {
             let cleared = stamp::clear_flags(file.as_fd(), LATE_FLAGS);
             cleared.on("FS_IOC_SETFLAGS", Side::Dst, &path)?;
         }
-        let refused = stamp::amend(file.as_fd(), &meta, &was, root);
+        let refused = stamp::amend(file.as_fd(), &meta, &was);
         self.refused(&path, refused);
         self.late_flags_of(dir, name, &file, &meta)?;
         Ok(Step::Done(now.key))
@@ -254,7 +254,6 @@ impl Work<'_, '_> {
     fn sealed(&self, t: &Transfer) -> Result<FileKey> {
         let path = t.at();
         let dst = t.dst.as_fd();
-        let root = self.job.uid == 0;
         if t.dir.inherits {
             let dropped = crate::meta::drop_inherited_acl(Target::Open(dst), &t.meta);
             dropped.on("removexattr", Side::Dst, path)?;
@@ -268,7 +267,7 @@ impl Work<'_, '_> {
             // check, so it keeps the time of this copy.
             let mut meta = t.meta.clone();
             meta.stat.mtime = stat_fd(dst).on("statx", Side::Dst, path)?.mtime;
-            let refused = stamp::fresh(dst, &meta, t.born, root);
+            let refused = stamp::fresh(dst, &meta, t.born);
             let path = path.path();
             self.refused(&path, refused);
             let changed = Error::SrcChanged {
@@ -276,7 +275,7 @@ impl Work<'_, '_> {
             };
             self.fail(&path, &changed);
         } else {
-            let refused = stamp::fresh(dst, &t.meta, t.born, root);
+            let refused = stamp::fresh(dst, &t.meta, t.born);
             if !refused.is_empty() {
                 self.refused(&path.path(), refused);
             }

@@ -510,6 +510,41 @@ fn what_a_user_may_not_make_is_in_the_ledger_and_owners_are_not() {
 }
 
 #[test]
+fn a_user_s_sync_gives_nobody_his_rights() {
+    if !can_run() {
+        return;
+    }
+    let home = Home::new();
+    let root = nasty::At::open(&home.src);
+    for (name, mode) in [("setuid", 0o4755), ("both", 0o6755), ("setgid", 0o2750)] {
+        root.file(name, b"program");
+        root.chmod(name, mode);
+        root.stamp(name, 1_500_000_000, 1);
+    }
+    root.chmod("setgid", 0o2755);
+    // With an xattr the metadata goes the long way.
+    root.xattr("both", "user.note", b"x");
+    root.file("his own", b"program");
+    root.chown("his own", USER, USER);
+    root.chmod("his own", 0o6755);
+    let sync = || {
+        run(home
+            .command()
+            .args(["sync", "-i"])
+            .args([&home.src, &home.dst]))
+    };
+    sync().expect_code(0);
+    let mode = |name: &str| home.dst.join(name).metadata().unwrap().mode() & 0o7777;
+    for name in ["setuid", "both", "setgid"] {
+        assert_eq!(mode(name), 0o755, "{name}");
+    }
+    assert_eq!(mode("his own"), 0o6755);
+    // Nor does a second run try again, or call it a difference.
+    assert_eq!(sync().expect_code(0).out.trim(), "");
+    assert_eq!(mode("both"), 0o755);
+}
+
+#[test]
 fn pending_read_only_entries_look_and_behave_read_only() {
     if !can_run() {
         return;
