@@ -36,6 +36,9 @@ const NICE: i32 = 15;
 /// The pause after a pass that left something, growing up to the second.
 const PAUSE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
 
+/// The pause, at least, after a pass that met a full dst.
+const PAUSE_FULL: Duration = Duration::from_secs(5);
+
 /// What the walker does to pending entries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mode {
@@ -177,13 +180,15 @@ impl Shared {
             } else {
                 (pause * 2).min(PAUSE.1)
             };
-            if progress.dst_full.swap(false, Ordering::Relaxed) {
+            if progress.dst_full.load(Ordering::Relaxed) {
                 tracing::warn!("dst is full: the background goes on when there is room");
-                pause = pause.max(Duration::from_secs(5));
+                pause = pause.max(PAUSE_FULL);
             }
             if !self.pause(pause) {
                 return;
             }
+            // The next pass finds out; until then everybody is told.
+            progress.dst_full.store(false, Ordering::Relaxed);
         }
     }
 

@@ -1221,6 +1221,30 @@ fn with_dst_full_pending_files_can_still_be_read() {
     let full = fs::write(m.path("new"), bytes(1, 8 << 20)).unwrap_err();
     assert_eq!(full.raw_os_error(), Some(libc::ENOSPC));
     assert_ne!(m.status()["state"], "COMPLETE");
+    m.unmount();
+
+    // The background waits, says so all the while, and goes on when there is room.
+    let m = w.mount();
+    let is_full = || m.status()["state"] == "DEGRADED";
+    wait_until("the state says that dst is full", LIMIT, is_full);
+    let says = (0..15).filter(|_| {
+        thread::sleep(Duration::from_millis(200));
+        is_full()
+    });
+    let says = says.count();
+    assert!(says >= 12, "DEGRADED in {says} of 15 looks");
+    fs::remove_file(m.path("large")).unwrap();
+    for i in 10..30 {
+        fs::remove_file(m.path(format!("f{i}"))).unwrap();
+    }
+    m.wait_complete();
+    m.finish();
+    for i in 0..10 {
+        assert!(
+            fs::read(w.dst.join(format!("f{i}"))).unwrap() == bytes(i, 2 << 20),
+            "f{i}"
+        );
+    }
 }
 
 // The mark and the control directory.
