@@ -172,6 +172,32 @@ mod at {
         })
     }
 
+    /// # Safety
+    ///
+    /// `args.value` points to `args.size` bytes that the call `number` may read or write.
+    unsafe fn with_args(
+        number: libc::c_long,
+        dir: BorrowedFd<'_>,
+        entry: &CStr,
+        name: &CStr,
+        args: &Args,
+    ) -> Result<usize> {
+        // SAFETY: entry and name end with a NUL, args is as long as the last argument says, and what
+        // it points to is the caller's promise.
+        let ret = unsafe {
+            libc::syscall(
+                number,
+                dir.as_raw_fd(),
+                entry.as_ptr(),
+                NOFOLLOW,
+                name.as_ptr(),
+                &raw const *args,
+                size_of::<Args>(),
+            )
+        };
+        check(ret).map(|n| n as usize)
+    }
+
     pub(super) fn list(dir: BorrowedFd<'_>, entry: &CStr, buf: &mut [u8]) -> Result<usize> {
         // SAFETY: entry ends with a NUL; the kernel writes at most buf.len() bytes into buf.
         let ret = unsafe {
@@ -198,20 +224,8 @@ mod at {
             size: u32::try_from(buf.len()).unwrap_or(u32::MAX),
             flags: 0,
         };
-        // SAFETY: entry and name end with a NUL, args is as long as the last argument says, and the
-        // kernel writes at most args.size bytes into buf, which is borrowed for the whole call.
-        let ret = unsafe {
-            libc::syscall(
-                SYS_GETXATTRAT,
-                dir.as_raw_fd(),
-                entry.as_ptr(),
-                NOFOLLOW,
-                name.as_ptr(),
-                &raw const args,
-                size_of::<Args>(),
-            )
-        };
-        check(ret).map(|n| n as usize)
+        // SAFETY: args describes buf, which is borrowed for the whole call; the kernel writes there.
+        unsafe { with_args(SYS_GETXATTRAT, dir, entry, name, &args) }
     }
 
     pub(super) fn set(
@@ -226,19 +240,8 @@ mod at {
             size: u32::try_from(value.len()).map_err(|_| Errno::TOOBIG)?,
             flags: flags.bits(),
         };
-        // SAFETY: as for `get`; the kernel reads args.size bytes of value.
-        let ret = unsafe {
-            libc::syscall(
-                SYS_SETXATTRAT,
-                dir.as_raw_fd(),
-                entry.as_ptr(),
-                NOFOLLOW,
-                name.as_ptr(),
-                &raw const args,
-                size_of::<Args>(),
-            )
-        };
-        check(ret).map(drop)
+        // SAFETY: args describes value, which is borrowed for the whole call; the kernel reads it.
+        unsafe { with_args(SYS_SETXATTRAT, dir, entry, name, &args) }.map(drop)
     }
 
     pub(super) fn remove(dir: BorrowedFd<'_>, entry: &CStr, name: &CStr) -> Result<()> {
