@@ -29,8 +29,9 @@ use crate::sys::host;
 
 /// Entries of one directory that are looked at before its subdirectories are walked.
 const CHUNK: usize = 1024;
-/// Threads: they wait for src, so more than CPUs.
-const THREADS: usize = 4;
+/// Threads for each CPU: they wait for src, so more than one. And how many at the least and the most.
+const THREADS_PER_CPU: usize = 2;
+const THREADS: (usize, usize) = (4, 32);
 /// Session threads, which users wait for, take the CPU from walker threads at once.
 const NICE: i32 = 15;
 /// The pause after a pass that left something, growing up to the second.
@@ -102,7 +103,8 @@ impl Walker {
             shared,
             threads: Mutex::new(Vec::new()),
         };
-        let workers = if mode == Mode::Pull { THREADS } else { 1 };
+        let threads = (THREADS_PER_CPU * host::cpus().len()).clamp(THREADS.0, THREADS.1);
+        let workers = if mode == Mode::Pull { threads } else { 1 };
         for n in 0..workers {
             walker.spawn(format!("walk-{n}"), Shared::work)?;
         }
