@@ -33,17 +33,15 @@ def must(*cmd):
 
 
 def read_some(at, share, rnd):
-    """Reads files and lists directories of the mount, a share of them; by directory fds: paths are longer than PATH_MAX."""
+    """Lists all directories of the mount and reads a share of the files; by directory fds: paths are longer than PATH_MAX."""
     stack, count = [os.open(at, os.O_RDONLY | os.O_DIRECTORY)], 0
     while stack:
         fd = stack.pop()
         try:
             for e in os.scandir(fd):
-                if rnd.random() >= share:
-                    continue
                 if e.is_dir(follow_symlinks=False) and len(stack) < 8000:
                     stack.append(os.open(e.name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=fd))
-                elif e.is_file(follow_symlinks=False):
+                elif e.is_file(follow_symlinks=False) and rnd.random() < share:
                     f = os.open(e.name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=fd)
                     # The data, not the terabyte of holes around it.
                     size, at_byte = os.fstat(f).st_size, 0
