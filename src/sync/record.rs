@@ -12,10 +12,10 @@
 //!
 //! This costs nothing for each file; to write out and wait for one would cost more than its copy.
 //! The record is made before the files in the same journal, and synced itself; so it is never later
-//! than they are. Where there can be none (dst's root is not writable for us) each file is synced
-//! before it gets its times.
+//! than they are. Where this run can have none (dst's root is not writable for us, or another run is
+//! at work and holds a lock on its own) each file is synced before it gets its times.
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering::Acquire, Ordering::Release};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -42,6 +42,8 @@ pub(super) struct Record {
     /// An earlier run has left it.
     found: bool,
     state: Mutex<State>,
+    /// The record, flock(2)ed: it is this run's to take away.
+    held: Mutex<Option<OwnedFd>>,
     /// The state is not `Absent` any more.
     begun: AtomicBool,
 }
@@ -50,7 +52,7 @@ pub(super) struct Record {
 enum State {
     Absent,
     Here,
-    /// dst's root does not take it.
+    /// dst's root does not take it, or another run is at work and will take it away.
     Refused,
 }
 
@@ -76,6 +78,7 @@ impl Record {
             doubt: None,
             found: false,
             state: Mutex::new(State::Absent),
+            held: Mutex::default(),
             begun: AtomicBool::new(false),
         };
         let path = path();
@@ -90,8 +93,15 @@ impl Record {
             let stat = stat_fd(file.as_fd()).on("statx", Side::Dst, &path)?;
             record.doubt = Some(beginning(&stat));
         }
+        let ours = host::try_lock(file.as_fd()).is_ok();
+        if ours && stat_fd(file.as_fd()).on("statx", Side::Dst, &path)?.nlink == 0 {
+            // Whoever was at work has just ended.
+            record.doubt = None;
+            return Ok(record);
+        }
         record.found = true;
-        record.state = Mutex::new(State::Here);
+        record.state = Mutex::new(if ours { State::Here } else { State::Refused });
+        record.held = Mutex::new(ours.then_some(file));
         record.begun = AtomicBool::new(true);
         Ok(record)
     }
@@ -114,6 +124,8 @@ impl Record {
                 Err(Errno::ACCESS | Errno::PERM | Errno::ROFS | Errno::NAMETOOLONG) => {
                     State::Refused
                 }
+                // Another run has begun meanwhile.
+                Err(Errno::EXIST | Errno::WOULDBLOCK) => State::Refused,
                 Err(e) => return Err(e).on("making", Side::Dst, path()),
             };
             self.begun.store(true, Release);
@@ -130,12 +142,16 @@ impl Record {
         let flags = flags | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let mode = Mode::RUSR | Mode::WUSR;
         let file = rustix::fs::openat(root, path().as_bytes(), flags, mode)?;
+        host::try_lock(file.as_fd())?;
         let text = self.ours.as_deref().unwrap_or("").as_bytes();
         fd::pwrite_all(file.as_fd(), text, 0)?;
         if sync {
             fd::fsync(file.as_fd())?;
+            let control = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            fd::fsync(rustix::fs::openat(root, CONTROL_DIR, control, Mode::empty())?.as_fd())?;
             fd::fsync(root)?;
         }
+        *self.held.lock().unwrap_or_else(PoisonError::into_inner) = Some(file);
         Ok(())
     }
 

@@ -308,6 +308,40 @@ fn the_record_of_another_boot_stays_until_every_file_was_looked_at() {
 }
 
 #[test]
+fn a_run_beside_another_leaves_the_record_to_it() {
+    let t = trees();
+    let roots = open_roots(&t.config()).expect("roots").0;
+    let dst = roots.dst.as_fd();
+    let (first, late) = (
+        Record::look(dst).expect("look"),
+        Record::look(dst).expect("look"),
+    );
+    assert!(first.begin(dst, true).expect("begin"));
+    // It looked before there was a record: each of its files is synced by itself.
+    assert!(!late.begin(dst, true).expect("begin"));
+    let end = SyncConfig {
+        fsync: Fsync::End,
+        ..t.config()
+    };
+    let (report, lines) = sync(&end);
+    assert_eq!(report.failed, 0, "{lines:?}");
+    assert!(
+        t.dst.join(".mirrorfs/sync").exists(),
+        "the first is at work"
+    );
+    let durable = record::End {
+        durable: true,
+        carefree: false,
+        whole: true,
+    };
+    late.end(dst, durable).expect("not its own");
+    assert!(t.dst.join(".mirrorfs/sync").exists());
+    first.end(dst, durable).expect("its own");
+    assert!(!t.dst.join(".mirrorfs").exists());
+    assert_eq!(t.differences(), [] as [String; 0]);
+}
+
+#[test]
 fn a_run_that_was_killed_in_this_boot_is_believed() {
     let t = trees();
     t.sync();
@@ -321,6 +355,7 @@ fn a_run_that_was_killed_in_this_boot_is_believed() {
     // Before Linux 6.8 nobody is: the mounts have no numbers of their own.
     let told = crate::sys::stat::unique_mount(roots.dst.as_fd()).is_some();
     assert_eq!(again.doubts(&file), !told);
+    drop(again);
     let end = SyncConfig {
         fsync: Fsync::End,
         ..t.config()
