@@ -34,6 +34,8 @@ TOOLS = {
                ['rclone', 'copy', '--links', '--metadata', '--transfers', '32', '--checkers', '32', '{s}', '{d}']),
     'fpsync': ('fpsync', ['fpsync', '-n', str(CPUS), '-o', '-lptgoDHAX --numeric-ids', '{s}/', '{d}/'], None),
 }
+# src and dst on one file system; `shared` needs one that can share extents.
+ONE_VOLUME = {'same', 'shared'}
 # Left out where they take minutes and are never near.
 SLOW_TOOLS = {'rclone': {'tiny', 'links', 'sparse'}, 'fpsync': {'tiny', 'links', 'sparse', 'slow1', 'slow5'}}
 
@@ -90,7 +92,11 @@ def make(root, kind):
             os.close(put(first, i % 5000, rnd))
             for k in range(99):
                 os.link(first, '%s/d%d/l%d.%d' % (root, rnd.randrange(100), i, k))
-    elif kind == 'large':
+    elif kind == 'shared':
+        many(root, n(6000), n(400), rnd)
+        for i in range(n(500)):
+            os.close(put('%s/m%d' % (root, i), 4 * MIB, rnd))
+    elif kind in ('large', 'same'):
         for i in range(3):
             with open('%s/big%d' % (root, i), 'wb') as f:
                 for _ in range(n(512) // 4 + 1):
@@ -152,12 +158,20 @@ def run(command, src, dst):
     return time.monotonic() - begin, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024, os.waitstatus_to_exitcode(status)
 
 
+def unmount(at):
+    for _ in range(30):
+        if subprocess.run(['umount', at], stderr=subprocess.DEVNULL).returncode == 0:
+            return
+        time.sleep(0.1)         # a loop device that goes away later holds its image
+    subprocess.run(['umount', '-l', at], check=True)
+
+
 class Lab:
     """Images in memory (or on the disk), mounted; all of it goes in the end."""
 
     def __init__(self):
         self.top = tempfile.mkdtemp(prefix='mirrorfs-compare.')
-        self.mounts = []
+        self.mounts, self.images = [], {}
         self.room = os.environ.get('ROOM', '12g')
 
     def mount(self, *words):
@@ -175,20 +189,32 @@ class Lab:
         if not on_disk and not os.path.ismount(holder):
             self.mount('-t', 'tmpfs', '-o', 'size=' + self.room, 'none', holder)
         image = '%s/%s.image' % (holder, name)
+        self.images[at] = fs, image
+        self.format(at)
+        return at
+
+    def format(self, at):
+        fs, image = self.images[at]
+        if os.path.exists(image):
+            os.unlink(image)
         with open(image, 'wb') as f:
             f.truncate(16 << 30)
         subprocess.run([*MKFS[fs], image], check=True, stdout=subprocess.DEVNULL)
         self.mount('-o', 'loop', image, at)
-        return at
+
+    def renew(self, at):
+        """An empty file system for each run: the traces of a deletion (inodes that ext4 will not give out again for five
+        seconds, work that xfs and btrfs put off) would be paid by whoever comes next."""
+        unmount(at)
+        self.mounts.remove(at)
+        if at in self.images:
+            self.format(at)
+        else:
+            self.mount('-t', 'tmpfs', '-o', 'size=' + self.room, 'none', at)
 
     def close(self):
         for at in reversed(self.mounts):
-            for _ in range(30):
-                if subprocess.run(['umount', at], stderr=subprocess.DEVNULL).returncode == 0:
-                    break
-                time.sleep(0.1)         # a loop device that goes away later holds its image
-            else:
-                subprocess.run(['umount', '-l', at])
+            unmount(at)
         shutil.rmtree(self.top, ignore_errors=True)
 
 
@@ -196,8 +222,10 @@ class Slow:
     """The tree below a FUSE mount where each request takes a while; nothing of it is cached."""
 
     def __init__(self, lab, us):
-        self.us, self.at, self.program = us, lab.top + '/slow', lab.top + '/slowfs'
+        self.us, self.at, self.program = us, lab.top + '/slow', os.environ.get('SLOWFS') or lab.top + '/slowfs'
         os.makedirs(self.at, exist_ok=True)
+        if os.environ.get('SLOWFS'):
+            return
         flags = subprocess.run(['pkg-config', '--cflags', '--libs', 'fuse3'], stdout=subprocess.PIPE, text=True).stdout.split()
         subprocess.run(['gcc', '-O2', '-o', self.program, KIT + '/slowfs.c', *flags, '-lpthread'], check=True)
 
@@ -234,15 +262,19 @@ def workload(kind, fs, tools, lost):
     lab = Lab()
     try:
         slow = int(kind[4:]) if kind.startswith('slow') else 0
-        src = lab.volume('src', 'ext4' if slow else fs, on_disk=kind == 'cold') + '/tree'
-        dst = lab.volume('dst', fs) + '/tree'
+        at = lab.volume('src', 'ext4' if slow else fs, on_disk=kind == 'cold')
+        to = at if kind in ONE_VOLUME else lab.volume('dst', fs)
+        src, dst = at + '/tree', to + '/copy'
         make(src, kind)
         os.sync()
         server = Slow(lab, slow * 1000) if slow else None
         results = {t: [] for t in tools if kind not in SLOW_TOOLS.get(t, ())}
         for _ in range(ROUNDS):
             for tool in results:
-                shutil.rmtree(dst, ignore_errors=True)
+                if to == at:
+                    shutil.rmtree(dst, ignore_errors=True)
+                else:
+                    lab.renew(to)
                 os.sync()
                 _, command, patient = TOOLS[tool]
                 if slow:
@@ -294,7 +326,7 @@ def table(kind, fs, results, lost, calls):
 def main():
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    kinds = sys.argv[1:] or ['small', 'tiny', 'links', 'large', 'sparse', 'cold', 'slow1', 'slow5']
+    kinds = sys.argv[1:] or ['small', 'tiny', 'links', 'large', 'same', 'shared', 'sparse', 'cold', 'slow1', 'slow5']
     wanted = os.environ.get('TOOLS', '').split()
     tools = [t for t, (program, _, _) in TOOLS.items() if shutil.which(program) and (not wanted or t.split()[0] in wanted)]
     lab, lost = Lab(), {}
@@ -313,7 +345,7 @@ def main():
             print('%s: skipped: no slowfs.c (MIRRORFS_KIT)' % kind)
             continue
         for fs in os.environ.get('FS', 'ext4').split():
-            if kind == 'cold' and fs == 'tmpfs':
+            if (kind == 'cold' and fs == 'tmpfs') or (kind == 'shared' and fs not in ('xfs', 'btrfs')):
                 continue
             rows += workload(kind, fs, tools, lost)
             with open(os.environ['OUT'], 'w') as f:
