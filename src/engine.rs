@@ -8,7 +8,7 @@
 //! Floor 3. Upholds I8 (no lock is held while a Completion runs) and I9 (jobs, open files, buffers
 //! and ring entries have limits fixed at start).
 
-mod buffers;
+pub mod buffers;
 mod copy;
 pub mod job;
 mod latency;
@@ -16,7 +16,7 @@ mod perform;
 pub mod pool;
 mod queue;
 #[allow(unsafe_code)]
-mod ring;
+pub mod ring;
 #[cfg(test)]
 mod tests;
 mod worker;
@@ -32,6 +32,7 @@ use self::copy::Event;
 use self::job::{CopyJob, Priority};
 pub use self::pool::Pool;
 use self::queue::Queue;
+use self::ring::Opcodes;
 use self::worker::Worker;
 use crate::error::{Context, Errno, Error, Result, Side};
 use crate::sys;
@@ -53,6 +54,8 @@ pub struct EngineConfig {
     pub pool_threads: usize,
     /// False: plain system calls only, as on a kernel without io_uring.
     pub io_uring: bool,
+    /// Opcodes of io_uring that are not used although the kernel has them.
+    pub ring_off: Opcodes,
 }
 
 impl Default for EngineConfig {
@@ -65,6 +68,7 @@ impl Default for EngineConfig {
             files_in_flight_max: 64,
             pool_threads: 32,
             io_uring: true,
+            ring_off: ring_off(),
         }
     }
 }
@@ -201,6 +205,21 @@ fn io_max() -> usize {
 #[cfg(not(feature = "fault"))]
 fn io_max() -> usize {
     usize::MAX
+}
+
+/// MIRRORFS_RING_OFF=openat2,fsync (or `all`) switches opcodes off, as on a kernel without them.
+#[cfg(feature = "fault")]
+fn ring_off() -> Opcodes {
+    let text = std::env::var("MIRRORFS_RING_OFF").unwrap_or_default();
+    Opcodes::parse(&text).unwrap_or_else(|| {
+        tracing::error!(text, "MIRRORFS_RING_OFF: no such opcode");
+        Opcodes::NONE
+    })
+}
+
+#[cfg(not(feature = "fault"))]
+fn ring_off() -> Opcodes {
+    Opcodes::NONE
 }
 
 /// What the workers share.

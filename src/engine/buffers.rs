@@ -1,29 +1,33 @@
 //! BufferPool: aligned memory for reading and writing; a fixed number, never grows (I9).
 //!
 //! A buffer is a value: whoever holds it is the only one who can touch its bytes. While the kernel
-//! works on it the ring's slab holds it. `index` is its place in the ring's registered buffers.
+//! works on it the ring's slab holds it. A pool's buffers can be registered with one ring
+//! ([`Ring::register`](super::ring::Ring::register)); by pool and index the ring knows them again.
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use super::job::Priority;
 
 /// Files up to this size need one small buffer only.
-pub(super) const SMALL_BYTES: usize = 64 * 1024;
+pub const SMALL_BYTES: usize = 64 * 1024;
 
 const ALIGN: usize = 4096;
 
 /// Aligned memory with a name.
 #[derive(Debug)]
-pub(super) struct Buffer {
+pub struct Buffer {
     mem: Vec<u8>,
     start: usize,
     len: usize,
-    /// Place among the registered buffers.
+    /// Place in its pool.
     pub(super) index: u16,
+    /// Its pool's number.
+    pool: u64,
 }
 
 impl Buffer {
-    fn new(len: usize, index: u16) -> Buffer {
+    fn new(len: usize, index: u16, pool: u64) -> Buffer {
         let mem = vec![0u8; len + ALIGN];
         let start = mem.as_ptr().align_offset(ALIGN).min(ALIGN);
         Buffer {
@@ -31,23 +35,30 @@ impl Buffer {
             start,
             len,
             index,
+            pool,
         }
     }
 
+    /// Which pool it was made in.
+    pub(super) fn pool(&self) -> u64 {
+        self.pool
+    }
+
     /// How many bytes it holds.
-    pub(super) fn len(&self) -> usize {
+    #[allow(clippy::len_without_is_empty)] // It never is.
+    pub fn len(&self) -> usize {
         self.len
     }
 
     /// Some of the bytes. An empty slice when `range` is not inside.
-    pub(super) fn bytes(&self, range: Range<usize>) -> &[u8] {
+    pub fn bytes(&self, range: Range<usize>) -> &[u8] {
         self.mem[self.start..self.start + self.len]
             .get(range)
             .unwrap_or_default()
     }
 
     /// Some of the bytes, to be filled.
-    pub(super) fn bytes_mut(&mut self, range: Range<usize>) -> &mut [u8] {
+    pub fn bytes_mut(&mut self, range: Range<usize>) -> &mut [u8] {
         self.mem[self.start..self.start + self.len]
             .get_mut(range)
             .unwrap_or_default()
@@ -56,10 +67,13 @@ impl Buffer {
 
 /// One worker's buffers in two sizes.
 #[derive(Debug)]
-pub(super) struct BufferPool {
+pub struct BufferPool {
+    /// Never used again while the process runs.
+    id: u64,
     small: Vec<Buffer>,
     large: Vec<Buffer>,
     small_count: usize,
+    large_count: usize,
     /// The last ones, that background work leaves to demand.
     small_reserve: usize,
     large_reserve: usize,
@@ -67,25 +81,32 @@ pub(super) struct BufferPool {
 
 impl BufferPool {
     /// `small_count` buffers of [`SMALL_BYTES`], and `large_count` of `large_bytes` each.
-    pub(super) fn new(small_count: usize, large_count: usize, large_bytes: usize) -> BufferPool {
+    /// Sizes are rounded up to a page of 4096 bytes, and buffers begin at one, as O_DIRECT wants it.
+    pub fn new(small_count: usize, large_count: usize, large_bytes: usize) -> BufferPool {
+        static IDS: AtomicU64 = AtomicU64::new(0);
+        let id = IDS.fetch_add(1, Relaxed);
+        let large_bytes = large_bytes.max(1).next_multiple_of(ALIGN);
         let index = |i: usize| u16::try_from(i).unwrap_or(u16::MAX);
         let small = (0..small_count)
-            .map(|i| Buffer::new(SMALL_BYTES, index(i)))
+            .map(|i| Buffer::new(SMALL_BYTES, index(i), id))
             .collect();
         let large = (0..large_count)
-            .map(|i| Buffer::new(large_bytes, index(small_count + i)))
+            .map(|i| Buffer::new(large_bytes, index(small_count + i), id))
             .collect();
         BufferPool {
+            id,
             small,
             large,
             small_count,
+            large_count,
             small_reserve: (small_count / 4).max(1),
             large_reserve: (large_count / 4).max(1),
         }
     }
 
-    /// A buffer for `len` bytes, if there is one for somebody of this priority.
-    pub(super) fn take(&mut self, len: usize, priority: Priority) -> Option<Buffer> {
+    /// A buffer for `len` bytes, if there is one for somebody of this priority: a quarter of each size
+    /// (at least one) is for demand alone. Its content is what it held last.
+    pub fn take(&mut self, len: usize, priority: Priority) -> Option<Buffer> {
         let (free, reserve) = if len <= SMALL_BYTES {
             (&mut self.small, self.small_reserve)
         } else {
@@ -103,8 +124,11 @@ impl BufferPool {
         }
     }
 
-    /// Takes a buffer back.
-    pub(super) fn give(&mut self, buffer: Buffer) {
+    /// Takes a buffer back. One of another pool is freed.
+    pub fn give(&mut self, buffer: Buffer) {
+        if buffer.pool != self.id {
+            return;
+        }
         if usize::from(buffer.index) < self.small_count {
             self.small.push(buffer);
         } else {
@@ -112,7 +136,19 @@ impl BufferPool {
         }
     }
 
-    /// Every buffer that is free now, by index: at the start that is all of them.
+    /// The number that its buffers carry.
+    pub(super) fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// True while every buffer is in its place, as at the start.
+    pub(super) fn is_untouched(&self) -> bool {
+        let free = self.small.iter().chain(&self.large);
+        let indices = free.map(|b| usize::from(b.index));
+        indices.eq(0..self.small_count + self.large_count)
+    }
+
+    /// Every buffer that is free now, by index as long as the pool is untouched.
     pub(super) fn all_mut(&mut self) -> impl Iterator<Item = &mut Buffer> {
         self.small.iter_mut().chain(self.large.iter_mut())
     }

@@ -15,7 +15,7 @@ use super::buffers::{Buffer, SMALL_BYTES};
 use super::copy::{Action, Event, Failure, Offer, Piece};
 use super::job::{Copied, Priority};
 use super::latency::{Kind, Latencies, Way};
-use super::ring::{Completed, Op, OpKind, Reply, Ring};
+use super::ring::{Completed, Op, Opcode, Reply, Ring};
 use super::worker::{Pair, Worker, call};
 use crate::error::Error;
 use crate::sys;
@@ -58,9 +58,9 @@ impl Worker {
                 })
             }
             Action::Preallocate { len } => {
-                if self.ring_has(OpKind::Preallocate) {
+                if self.ring_has(Opcode::Fallocate) {
                     let fd = Arc::clone(&self.files[slot].as_ref()?.dst);
-                    return self.control(slot, action, Op::Preallocate { fd, len });
+                    return self.control(slot, action, preallocate(fd, len));
                 }
                 self.on_pool(slot, true, action, move |_, dst| {
                     sys::copy::preallocate(dst.as_fd(), 0..len).map(|()| Event::Preallocated)
@@ -74,9 +74,9 @@ impl Worker {
                 sys::copy::truncate(dst.as_fd(), size).map(|()| Event::Truncated)
             }),
             Action::Sync => {
-                if self.ring_has(OpKind::Sync) {
+                if self.ring_has(Opcode::Fsync) {
                     let fd = Arc::clone(&self.files[slot].as_ref()?.dst);
-                    return self.control(slot, action, Op::Sync { fd });
+                    return self.control(slot, action, fdatasync(fd));
                 }
                 self.on_pool(slot, false, action, |_, dst| {
                     sys::fd::fdatasync(dst.as_fd()).map(|()| Event::Synced)
@@ -127,6 +127,7 @@ impl Worker {
             buffer,
             result,
             took,
+            ..
         } = completed;
         let (slot, what) = ((token & 0xffff_ffff) as usize, token >> 32); // By `token_of`.
         match what {
@@ -237,10 +238,9 @@ impl Worker {
             let (fd, buffer) = (Arc::clone(src), file.buffers[chunk].take()?);
             file.pieces[chunk] = Some(action);
             let op = Op::Read {
-                fd,
+                file: fd.into(),
                 buffer,
-                at,
-                len,
+                range: at..at + len,
                 offset,
             };
             self.push(token_of(slot, CHUNK + chunk as u64), op, wait);
@@ -275,10 +275,9 @@ impl Worker {
             let (fd, buffer) = (Arc::clone(&file.dst), file.buffers[chunk].take()?);
             file.pieces[chunk] = Some(action);
             let op = Op::Write {
-                fd,
+                file: fd.into(),
                 buffer,
-                at,
-                len,
+                range: at..at + len,
                 offset,
             };
             self.push(token_of(slot, CHUNK + chunk as u64), op, wait);
@@ -313,10 +312,10 @@ impl Worker {
             self.close(slot, old, CLOSE_OLD);
         }
         let action = Action::Open { noatime };
-        if self.way(slot, Kind::Open, OpKind::Open) == Way::Ring {
+        if self.way(slot, Kind::Open, Opcode::OpenAt2) == Way::Ring {
             let file = self.files[slot].as_ref()?;
-            let (dir, name) = (Arc::clone(&file.src_dir), file.src_name.clone());
-            return self.control(slot, action, Op::Open { dir, name, noatime });
+            let op = Op::open_src(Arc::clone(&file.src_dir), &file.src_name, noatime);
+            return self.control(slot, action, op);
         }
         let file = self.files[slot].as_mut()?;
         let since = Instant::now();
@@ -335,12 +334,12 @@ impl Worker {
     }
 
     fn stat_src(&mut self, slot: usize) -> Option<Event> {
-        let ring = self.way(slot, Kind::Stat, OpKind::Stat) == Way::Ring;
+        let ring = self.way(slot, Kind::Stat, Opcode::Statx) == Way::Ring;
         let Some(src) = self.files[slot].as_ref()?.src.clone() else {
             return Some(Event::Failed(Action::StatSrc, Errno::BADF));
         };
         if ring {
-            return self.control(slot, Action::StatSrc, Op::Stat { fd: src });
+            return self.control(slot, Action::StatSrc, fstat(src));
         }
         let since = Instant::now();
         let stat = sys::stat::stat_fd(src.as_fd());
@@ -451,7 +450,7 @@ impl Worker {
     fn close(&mut self, slot: usize, src: Arc<OwnedFd>, what: u64) {
         let fd = Arc::into_inner(src);
         match fd {
-            Some(fd) if self.ring_has(OpKind::Close) => {
+            Some(fd) if self.ring_has(Opcode::Close) => {
                 self.push(token_of(slot, what), Op::Close { fd }, true);
             }
             _ => match what {
@@ -499,14 +498,14 @@ impl Worker {
         None
     }
 
-    fn way(&mut self, slot: usize, kind: Kind, op: OpKind) -> Way {
+    fn way(&mut self, slot: usize, kind: Kind, op: Opcode) -> Way {
         if !self.ring_has(op) {
             return Way::Direct;
         }
         self.meter(slot).choose(kind)
     }
 
-    fn ring_has(&self, op: OpKind) -> bool {
+    fn ring_has(&self, op: Opcode) -> bool {
         self.ring
             .as_ref()
             .is_some_and(|ring: &Ring| ring.supports(op))
@@ -533,6 +532,29 @@ const COPIES_BY_ITSELF: [u64; 4] = [0x6969, 0xff53_4d42, 0xfe53_4d42, 0x00c3_640
 
 fn token_of(slot: usize, what: u64) -> u64 {
     what << 32 | slot as u64
+}
+
+fn preallocate(fd: Arc<OwnedFd>, len: u64) -> Op {
+    Op::Fallocate {
+        file: fd.into(),
+        mode: rustix::fs::FallocateFlags::KEEP_SIZE,
+        offset: 0,
+        len,
+    }
+}
+
+fn fdatasync(fd: Arc<OwnedFd>) -> Op {
+    Op::Fsync {
+        file: fd.into(),
+        data_only: true,
+    }
+}
+
+fn fstat(fd: Arc<OwnedFd>) -> Op {
+    Op::Statx {
+        dir: fd,
+        path: None,
+    }
 }
 
 fn punch(dst: &OwnedFd, range: Range<u64>) -> sys::Result<Event> {

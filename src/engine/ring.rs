@@ -1,245 +1,221 @@
-//! Ring: io_uring plus a slab that owns whatever the kernel is using.
+//! Ring: file operations that the kernel makes while this thread does something else.
 //!
 //!   push()   the operation moves into the slab, its entry into the submission queue
 //!   enter()  the kernel takes the entries; completions arrive
-//!   pop()    the operation comes back with its result; only now may its buffer be touched
+//!   pop()    the operation comes back with its result and what it lent; only now may its buffer
+//!            be touched
 //!
-//! The only `unsafe` above sys. The argument is always the same: every pointer in an entry points
-//! to heap memory owned by the slab (a buffer, a name, a statx block), or into a static; it is
-//! given back by `pop` after the kernel's completion, and dropping the ring waits for the rest.
+//! A part of its own: the engine's workers use it, and so can anybody (`examples/ring.rs`). One ring
+//! belongs to one thread. What the running kernel has is asked once (IORING_REGISTER_PROBE); what it
+//! lacks, or what [`RingConfig::off`] switches off, is made as the system call that does the same,
+//! within `push`, on this thread, with the same answer (`call.rs`). On a kernel without io_uring, or
+//! where it is forbidden, that is everything: [`Ring::no_kernel`] says why.
+//!
+//! With the entries (`entry.rs`) the only `unsafe` above sys. The argument is always the same: every
+//! pointer in an entry points to heap memory owned by the slab (a buffer, a path, a statx block), or
+//! into a static; it is given back by `pop` after the kernel's completion, and dropping the ring
+//! waits for the rest.
+//!
+//! There are no linked chains (IOSQE_IO_LINK). A chain cannot look at a result, so a short read ends
+//! it or writes what was not read; whoever waits for it learns of no step's latency; and for small
+//! files it was measured slower than the same calls one by one.
 
-use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
+mod call;
+mod entry;
+mod lent;
+mod op;
+mod opcode;
+mod slab;
+mod slots;
+#[cfg(test)]
+mod tests;
+
+use std::collections::VecDeque;
+use std::marker::PhantomData;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use io_uring::types::{Fd, FsyncFlags, OpenHow};
-use io_uring::{IoUring, Probe, opcode, squeue};
-use rustix::fs::{OFlags, ResolveFlags};
+use io_uring::opcode::AsyncCancel;
+use io_uring::{IoUring, Probe, squeue};
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 
+use self::call::{Outcome, call};
+use self::entry::Held;
+pub use self::op::{Completed, How, Op, Reply, Slot, Target};
+pub use self::opcode::{Opcode, Opcodes, Row};
+use self::slab::Slab;
+use self::slots::Slots;
 use super::buffers::{Buffer, BufferPool};
 use crate::sys;
-use crate::sys::name::Name;
-use crate::sys::stat::{FileKey, Stat, Time};
 
-/// What the ring can be asked to do.
-pub(super) enum Op {
-    /// Open a name of src for reading, as `sys::fd::open_src` does.
-    Open {
-        dir: Arc<OwnedFd>,
-        name: Name,
-        noatime: bool,
-    },
-    /// statx of an open file.
-    Stat { fd: Arc<OwnedFd> },
-    /// Read into `buffer[at..at + len]`.
-    Read {
-        fd: Arc<OwnedFd>,
-        buffer: Buffer,
-        at: usize,
-        len: usize,
-        offset: u64,
-    },
-    /// Write from `buffer[at..at + len]`.
-    Write {
-        fd: Arc<OwnedFd>,
-        buffer: Buffer,
-        at: usize,
-        len: usize,
-        offset: u64,
-    },
-    /// fdatasync.
-    Sync { fd: Arc<OwnedFd> },
-    /// fallocate with FALLOC_FL_KEEP_SIZE.
-    Preallocate { fd: Arc<OwnedFd>, len: u64 },
-    /// close.
-    Close { fd: OwnedFd },
-    /// Read an eventfd: somebody wakes this worker.
-    Wake { fd: Arc<OwnedFd> },
+/// A ring's limits and options, fixed at start.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RingConfig {
+    /// Operations in flight that the queues are made for, 1 to 32,768. More are possible, and slower.
+    pub ops_max: usize,
+    /// Kernel threads for operations that wait (IORING_REGISTER_IOWQ_MAX_WORKERS); 0 leaves it to the
+    /// kernel, which takes four times the CPUs at most. Every operation on files that hangs holds
+    /// one: with fewer than there are in flight the others wait behind it.
+    pub kernel_workers_max: u32,
+    /// Places for files that are opened into a slot; 0: none.
+    pub slots: u32,
+    /// Opcodes that are not used although the kernel has them.
+    pub off: Opcodes,
+    /// False: system calls only, as on a kernel without io_uring.
+    pub kernel: bool,
 }
 
-/// What an operation returned.
-pub(super) enum Reply {
-    Fd(OwnedFd),
-    Stat(Stat),
-    Count(usize),
+impl Default for RingConfig {
+    fn default() -> RingConfig {
+        RingConfig {
+            ops_max: 64,
+            kernel_workers_max: 0,
+            slots: 0,
+            off: Opcodes::NONE,
+            kernel: true,
+        }
+    }
 }
 
-/// A finished operation.
-pub(super) struct Completed {
-    /// The number given to `push`.
-    pub(super) token: u64,
-    /// A buffer that was lent to the kernel.
-    pub(super) buffer: Option<Buffer>,
-    pub(super) result: Result<Reply, Errno>,
-    /// Since `push`.
-    pub(super) took: Duration,
+/// Where the kernel begins an operation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Start {
+    /// On this thread, at `enter`; it goes to a kernel thread only if it would wait and the file
+    /// system can say so before it waits (ext4, xfs and btrfs for reads; FUSE and NFS never: they
+    /// hold this thread). Cheapest for what is in the page cache.
+    Here,
+    /// On a kernel thread at once (IOSQE_ASYNC): a few microseconds more, and this thread never waits.
+    Elsewhere,
 }
 
-/// An operation in the slab, with the memory that its entry points to.
-enum Held {
-    Open {
-        _dir: Arc<OwnedFd>,
-        _name: Name,
-        _how: Box<OpenHow>,
-    },
-    Stat {
-        _fd: Arc<OwnedFd>,
-        block: Box<libc::statx>,
-    },
-    Buffer {
-        _fd: Arc<OwnedFd>,
-        buffer: Buffer,
-    },
-    File {
-        _fd: Arc<OwnedFd>,
-    },
-    Wake {
-        _fd: Arc<OwnedFd>,
-        _value: Box<[u8; 8]>,
-    },
-    Nothing,
+/// One io_uring, or system calls in its place, and the slab of what is in flight.
+pub struct Ring {
+    kernel: Result<IoUring, Errno>,
+    /// Opcodes that go through the kernel's ring.
+    has: Opcodes,
+    slab: Slab<InFlight>,
+    /// Ended within `push`.
+    done: VecDeque<Completed>,
+    /// Eventfds that are waited for without io_uring.
+    waiting: VecDeque<(u64, Arc<OwnedFd>, Instant)>,
+    slots: Slots,
+    /// The pool whose buffers are registered.
+    registered: Option<u64>,
+    /// The kernel takes entries only from the thread that made the ring.
+    _one_thread: PhantomData<*const ()>,
 }
 
-struct Entry {
+struct InFlight {
     held: Held,
     token: u64,
+    /// The slot of our own that a file is opened for.
+    into: Option<Slot>,
     since: Instant,
 }
 
-/// One io_uring and its slab.
-pub(super) struct Ring {
-    uring: IoUring,
-    slab: Vec<Option<Entry>>,
-    free: Vec<usize>,
-    /// Operations in the slab, without the wake.
-    in_flight: usize,
-    registered: bool,
-    probe: Probe,
-}
-
-const EMPTY_PATH: &std::ffi::CStr = c"";
+/// The user_data of what nobody waits for.
+const NOBODY: u64 = u64::MAX;
 
 impl Ring {
-    /// A ring for at most `ops_max` operations, with all of `buffers` registered where the memory
-    /// limit allows. Must be called, and used, on the worker's own thread.
-    pub(super) fn new(ops_max: usize, buffers: &mut BufferPool) -> sys::Result<Ring> {
-        let entries = u32::try_from(ops_max.next_power_of_two()).map_err(|_| Errno::INVAL)?;
-        let entries = entries.clamp(8, 32768);
-        let uring = IoUring::builder()
-            .setup_single_issuer()
-            .setup_defer_taskrun()
-            .setup_taskrun_flag()
-            .dontfork()
-            .build(entries)
-            .or_else(|_| IoUring::builder().dontfork().build(entries)) // Before Linux 6.1.
-            .map_err(errno_of)?;
-        let mut probe = Probe::new();
-        uring
-            .submitter()
-            .register_probe(&mut probe)
-            .map_err(errno_of)?;
-        for needed in [opcode::Read::CODE, opcode::Write::CODE] {
-            if !probe.is_supported(needed) {
-                return Err(Errno::NOSYS);
-            }
-        }
-        // Every operation that hangs holds a kernel worker; with fewer than we have in flight,
-        // demand would wait behind hung background work. Unbounded ones (sockets) we don't use.
-        let mut workers = [u32::try_from(ops_max).unwrap_or(u32::MAX), 0];
-        if let Err(e) = uring.submitter().register_iowq_max_workers(&mut workers) {
-            tracing::debug!(error = %e, "io_uring worker limit not raised");
-        }
-        let vecs: Vec<libc::iovec> = buffers
-            .all_mut()
-            .map(|b| {
-                let len = b.len();
-                let bytes = b.bytes_mut(0..len);
-                libc::iovec {
-                    iov_base: bytes.as_mut_ptr().cast(),
-                    iov_len: len,
-                }
-            })
-            .collect();
-        // SAFETY: the vectors describe heap memory of buffers that are freed only after the ring
-        // (the worker drops its ring first, and the slab owns what is lent); registering pins the
-        // pages and reads or writes nothing.
-        let registered = match unsafe { uring.submitter().register_buffers(&vecs) } {
-            Ok(()) => true,
-            Err(e) => {
-                tracing::debug!(error = %e, "buffers not registered");
-                false
-            }
+    /// A ring for this thread. Always there: without io_uring it makes system calls.
+    pub fn new(config: &RingConfig) -> Ring {
+        let made = match config.kernel {
+            true => kernel_ring(config),
+            false => Err(Errno::NOSYS),
         };
-        Ok(Ring {
-            uring,
-            slab: Vec::new(),
-            free: Vec::new(),
-            in_flight: 0,
-            registered,
-            probe,
-        })
-    }
-
-    /// True when the running kernel has the operation.
-    pub(super) fn supports(&self, op: OpKind) -> bool {
-        self.probe.is_supported(match op {
-            OpKind::Open => opcode::OpenAt2::CODE,
-            OpKind::Stat => opcode::Statx::CODE,
-            OpKind::Sync => opcode::Fsync::CODE,
-            OpKind::Preallocate => opcode::Fallocate::CODE,
-            OpKind::Close => opcode::Close::CODE,
-        })
-    }
-
-    /// Queues an operation. `wait` says that it may wait (IOSQE_ASYNC): the kernel then does not
-    /// try it on this thread first.
-    pub(super) fn push(&mut self, token: u64, op: Op, wait: bool) {
-        let fixed = self.registered;
-        let (held, entry) = prepare(op, fixed);
-        if !matches!(held, Held::Wake { .. }) {
-            self.in_flight += 1;
-        }
-        let entry_of = Entry {
-            held,
-            token,
-            since: Instant::now(),
+        let (kernel, has) = match made {
+            Ok((uring, has)) => (Ok(uring), has.without(config.off)),
+            Err(errno) => (Err(errno), Opcodes::NONE),
         };
-        let index = match self.free.pop() {
-            Some(index) => {
-                self.slab[index] = Some(entry_of);
-                index
+        let mut slots = Slots::here(config.slots);
+        if config.slots > 0 && has.keeps_slots() {
+            let table = kernel.as_ref().map(|u| u.submitter());
+            if table.is_ok_and(|t| t.register_files_sparse(config.slots).is_ok()) {
+                slots = Slots::Kernel;
             }
-            None => {
-                self.slab.push(Some(entry_of));
-                self.slab.len() - 1
-            }
-        };
-        let mut entry = entry.user_data(index as u64);
-        if wait {
-            entry = entry.flags(squeue::Flags::ASYNC);
         }
-        // SAFETY: everything that the entry points to is now owned by the slab's heap memory
-        // (moving a Box, Vec or CString moves no pointee), until its completion was popped.
-        while unsafe { self.uring.submission().push(&entry) }.is_err() {
-            if let Err(e) = self.enter(false) {
-                // Cannot happen with a ring that worked until now; the entry must not be lost.
-                tracing::error!(error = %e, "io_uring_enter");
-                std::thread::sleep(Duration::from_millis(10));
-            }
+        Ring {
+            kernel,
+            has,
+            slab: Slab::with_capacity(config.ops_max.min(1 << 16)),
+            done: VecDeque::new(),
+            waiting: VecDeque::new(),
+            slots,
+            registered: None,
+            _one_thread: PhantomData,
         }
     }
 
-    /// Gives the queued entries to the kernel and lets completions arrive; waits for one if told.
-    pub(super) fn enter(&mut self, wait: bool) -> sys::Result<()> {
-        if !wait {
-            let submission = self.uring.submission();
-            if submission.is_empty() && !submission.taskrun() {
+    /// Why there is no io_uring: ENOSYS (the kernel has none, or before 5.6, or it was not asked for),
+    /// EPERM (kernel.io_uring_disabled, seccomp), ENOMEM (RLIMIT_MEMLOCK before 5.12).
+    pub fn no_kernel(&self) -> Option<Errno> {
+        self.kernel.as_ref().err().copied()
+    }
+
+    /// True when the operation goes through io_uring; else it is made within `push`, and may wait there.
+    pub fn supports(&self, opcode: Opcode) -> bool {
+        self.has.has(opcode)
+    }
+
+    /// Registers a pool's buffers: their pages stay mapped for the kernel, which saves it that work
+    /// at every read and write. Once per ring, before any buffer was taken (else EINVAL); ENOMEM over
+    /// RLIMIT_MEMLOCK, ENOSYS without io_uring. Buffers that are not registered work as well.
+    pub fn register(&mut self, buffers: &mut BufferPool) -> sys::Result<()> {
+        let uring = self.kernel.as_ref().map_err(|errno| *errno)?;
+        let id = buffers.id();
+        if self.registered.is_some() || !buffers.is_untouched() {
+            return Err(Errno::INVAL);
+        }
+        let vecs: Vec<libc::iovec> = buffers.all_mut().map(iovec).collect();
+        // SAFETY: the vectors describe heap memory; registering pins its pages and reads or writes
+        // nothing. Only entries use them, and an entry's buffer is in the slab. A buffer that is
+        // freed before the ring leaves pinned pages that no entry names: `is_fixed` goes by the pool
+        // that a buffer was made in, not by its address.
+        unsafe { uring.submitter().register_buffers(&vecs) }.map_err(errno_of)?;
+        self.registered = Some(id);
+        Ok(())
+    }
+
+    /// Queues an operation; its completion carries `token`. The kernel sees it at the next `enter`.
+    pub fn push(&mut self, token: u64, mut op: Op, start: Start) {
+        if let Err(errno) = self.admit(&mut op) {
+            return self.end(token, Err(errno), op);
+        }
+        let into = match (&mut op, &self.slots) {
+            (Op::Open { slot, .. }, Slots::Here(_)) => slot.take(),
+            _ => None,
+        };
+        match op {
+            Op::EventFd { fd } if self.kernel.is_err() => {
+                self.waiting.push_back((token, fd, Instant::now()));
+            }
+            Op::CloseSlot { slot } if !matches!(self.slots, Slots::Kernel) => {
+                let cleared = self.slots.clear(slot).map(|()| Reply::Done);
+                self.end(token, cleared, Op::CloseSlot { slot });
+            }
+            op if self.goes_through(&op) => self.submit(token, op, into, start),
+            op => self.make(token, op, into),
+        }
+    }
+
+    /// Gives the queued entries to the kernel and lets completions arrive; with `wait` it returns only
+    /// when there is one to `pop`, at once when nothing is in flight, or without one for a signal.
+    pub fn enter(&mut self, wait: bool) -> sys::Result<()> {
+        let wait = wait && self.done.is_empty();
+        let Ok(uring) = &mut self.kernel else {
+            return self.wait_for_eventfd(wait);
+        };
+        if !wait || self.slab.is_empty() {
+            let submission = uring.submission();
+            if submission.is_empty() && !submission.taskrun() && !submission.cq_overflow() {
                 return Ok(());
             }
         }
+        let wanted = usize::from(wait && !self.slab.is_empty());
         loop {
-            match self.uring.submit_and_wait(usize::from(wait)) {
+            match uring.submit_and_wait(wanted) {
                 Ok(_) => return Ok(()),
                 Err(e) => match errno_of(e) {
                     Errno::INTR => {}
@@ -252,291 +228,225 @@ impl Ring {
     }
 
     /// The next completion that has arrived.
-    pub(super) fn pop(&mut self) -> Option<Completed> {
-        let cqe = self.uring.completion().next()?;
-        let index = usize::try_from(cqe.user_data()).ok()?;
-        let Entry { held, token, since } = self.slab.get_mut(index)?.take()?;
-        self.free.push(index);
-        let result = match cqe.result() {
-            n if n < 0 => Err(Errno::from_raw_os_error(-n)),
-            n => Ok(n),
-        };
-        let mut buffer = None;
-        if !matches!(held, Held::Wake { .. }) {
-            self.in_flight -= 1;
+    pub fn pop(&mut self) -> Option<Completed> {
+        if let Some(completed) = self.done.pop_front() {
+            return Some(completed);
         }
-        let count = |n: i32| Reply::Count(n.unsigned_abs() as usize);
-        let result = match held {
-            Held::Open { .. } => result.map(|n| {
-                // SAFETY: a successful open's result is a new fd that nobody else owns.
-                Reply::Fd(unsafe { OwnedFd::from_raw_fd(n) })
-            }),
-            Held::Stat { block, .. } => result.map(|_| Reply::Stat(stat_of(&block))),
-            Held::Buffer { buffer: b, .. } => {
-                buffer = Some(b);
-                result.map(count)
+        loop {
+            let cqe = self.kernel.as_mut().ok()?.completion().next()?;
+            let Some(in_flight) = self.slab.remove(cqe.user_data()) else {
+                continue; // A cancellation's own answer.
+            };
+            let InFlight {
+                held,
+                token,
+                into,
+                since,
+            } = in_flight;
+            let mut outcome = entry::finish(held, cqe.result());
+            if into.is_some() {
+                outcome.result = self.slots.fill(into, outcome.result);
             }
-            Held::File { .. } | Held::Wake { .. } | Held::Nothing => result.map(count),
+            return Some(completed(token, since, outcome));
+        }
+    }
+
+    /// How many operations were pushed and not yet popped.
+    pub fn in_flight(&self) -> usize {
+        self.slab.len() + self.done.len() + self.waiting.len()
+    }
+
+    /// Whether an operation can be begun at all; makes a slot of our own an fd.
+    fn admit(&self, op: &mut Op) -> sys::Result<()> {
+        op.check()?;
+        for target in op.targets_mut().into_iter().flatten() {
+            self.slots.resolve(target)?;
+        }
+        Ok(())
+    }
+
+    fn goes_through(&self, op: &Op) -> bool {
+        match op {
+            Op::EventFd { .. } => true,
+            Op::Read { buffer, .. } if self.is_fixed(buffer, Opcode::ReadFixed) => true,
+            Op::Write { buffer, .. } if self.is_fixed(buffer, Opcode::WriteFixed) => true,
+            op => self.has.has(op.opcode()) && entry::fits(op),
+        }
+    }
+
+    fn is_fixed(&self, buffer: &Buffer, opcode: Opcode) -> bool {
+        self.registered == Some(buffer.pool()) && self.has.has(opcode)
+    }
+
+    fn submit(&mut self, token: u64, op: Op, into: Option<Slot>, start: Start) {
+        let fixed = match &op {
+            Op::Read { buffer, .. } => self.is_fixed(buffer, Opcode::ReadFixed),
+            Op::Write { buffer, .. } => self.is_fixed(buffer, Opcode::WriteFixed),
+            _ => false,
         };
-        Some(Completed {
+        let (held, entry) = entry::prepare(op, fixed);
+        let key = self.slab.insert(InFlight {
+            held,
             token,
-            buffer,
+            into,
+            since: Instant::now(),
+        });
+        let mut entry = entry.user_data(key);
+        if start == Start::Elsewhere {
+            entry = entry.flags(squeue::Flags::ASYNC);
+        }
+        self.queue(&entry);
+    }
+
+    fn queue(&mut self, entry: &squeue::Entry) {
+        loop {
+            let Ok(uring) = &mut self.kernel else { return };
+            // SAFETY: everything that the entry points to is owned by a value in the slab, at an
+            // address that does not move with it, until its completion was popped.
+            if unsafe { uring.submission().push(entry) }.is_ok() {
+                return;
+            }
+            if let Err(e) = self.enter(false) {
+                // Cannot happen with a ring that worked until now; the entry must not be lost.
+                tracing::error!(error = %e, "io_uring_enter");
+                std::thread::sleep(Duration::from_millis(10));
+            }
+        }
+    }
+
+    /// Makes the system call, here and now.
+    fn make(&mut self, token: u64, op: Op, into: Option<Slot>) {
+        let since = Instant::now();
+        let mut outcome = call(op);
+        outcome.result = self.slots.fill(into, outcome.result);
+        self.done.push_back(completed(token, since, outcome));
+    }
+
+    /// Ends an operation that no kernel saw.
+    fn end(&mut self, token: u64, result: sys::Result<Reply>, op: Op) {
+        let (buffer, value) = op.into_lent();
+        let outcome = Outcome {
             result,
-            took: since.elapsed(),
-        })
+            buffer,
+            value,
+        };
+        self.done
+            .push_back(completed(token, Instant::now(), outcome));
+    }
+
+    /// Without io_uring only eventfds can be in flight.
+    fn wait_for_eventfd(&mut self, wait: bool) -> sys::Result<()> {
+        if self.waiting.is_empty() {
+            return Ok(());
+        }
+        let fds = self.waiting.iter();
+        let mut fds: Vec<_> = fds
+            .map(|(_, fd, _)| PollFd::from_borrowed_fd(fd.as_fd(), PollFlags::IN))
+            .collect();
+        let at_once = rustix::event::Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        match poll(&mut fds, (!wait).then_some(&at_once)) {
+            Err(Errno::INTR) => return Ok(()),
+            other => other?,
+        };
+        let ready: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
+        for ready in ready {
+            let Some((token, fd, since)) = self.waiting.pop_front() else {
+                break;
+            };
+            if !ready {
+                self.waiting.push_back((token, fd, since));
+                continue;
+            }
+            let outcome = Outcome {
+                result: sys::fd::eventfd_wait(fd.as_fd()).map(|()| Reply::Count(8)),
+                buffer: None,
+                value: None,
+            };
+            self.done.push_back(completed(token, since, outcome));
+        }
+        Ok(())
     }
 }
 
 impl Drop for Ring {
+    /// Waits for what is in flight: the kernel may still write into what the slab owns. Reads, splices
+    /// and eventfds are cancelled first. What cannot be waited for is leaked, not freed.
     fn drop(&mut self) {
-        // The kernel may still write into what the slab owns: wait for it. What cannot be waited
-        // for is leaked, not freed.
-        while self.in_flight > 0 {
+        let keys = self.slab.iter().filter(|(_, f)| f.held.may_be_cancelled());
+        let keys: Vec<u64> = keys.map(|(key, _)| key).collect();
+        for key in keys {
+            self.queue(&AsyncCancel::new(key).build().user_data(NOBODY));
+        }
+        while !self.slab.is_empty() {
             if self.enter(true).is_err() {
                 break;
             }
             while self.pop().is_some() {}
         }
-        if self.slab.iter().any(Option::is_some) {
-            // The wake's 8 bytes: nobody signals it any more, but the kernel could still write.
-            self.slab.drain(..).for_each(std::mem::forget);
-        }
+        self.slab.leak(); // Empty, unless the ring is broken.
     }
 }
 
-/// Operations that a kernel may lack.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum OpKind {
-    Open,
-    Stat,
-    Sync,
-    Preallocate,
-    Close,
+/// The kernel's ring, and what it can do. ENOSYS when it is of no use.
+fn kernel_ring(config: &RingConfig) -> sys::Result<(IoUring, Opcodes)> {
+    let entries = u32::try_from(config.ops_max.next_power_of_two()).map_err(|_| Errno::INVAL)?;
+    let entries = entries.clamp(8, 32768);
+    let uring = IoUring::builder()
+        .setup_single_issuer()
+        .setup_defer_taskrun()
+        .setup_taskrun_flag()
+        .dontfork()
+        .build(entries)
+        .or_else(|_| IoUring::builder().dontfork().build(entries)) // Before Linux 6.1.
+        .map_err(errno_of)?;
+    let mut probe = Probe::new();
+    // Before 5.6 there is nothing to ask, and too little to find.
+    let asked = uring.submitter().register_probe(&mut probe);
+    let table = Opcode::table().iter();
+    let has: Opcodes = table
+        .filter(|row| asked.is_ok() && probe.is_supported(row.code))
+        .map(|row| row.opcode)
+        .collect();
+    if !has.has(Opcode::Read) || !has.has(Opcode::Write) {
+        return Err(Errno::NOSYS);
+    }
+    if config.kernel_workers_max > 0 {
+        // The first is for files, the second for sockets and the like, which we don't use.
+        let mut workers = [config.kernel_workers_max, 0];
+        if let Err(e) = uring.submitter().register_iowq_max_workers(&mut workers) {
+            tracing::debug!(error = %e, "io_uring worker limit not raised"); // Before 5.15.
+        }
+    }
+    Ok((uring, has))
 }
 
-/// Splits an operation into what the slab keeps and the entry that points to it.
-fn prepare(op: Op, fixed: bool) -> (Held, squeue::Entry) {
-    match op {
-        Op::Open { dir, name, noatime } => {
-            let mut flags = OFlags::RDONLY
-                | OFlags::NONBLOCK
-                | OFlags::NOCTTY
-                | OFlags::NOFOLLOW
-                | OFlags::CLOEXEC;
-            flags.set(OFlags::NOATIME, noatime);
-            let resolve =
-                ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
-            let how = OpenHow::new()
-                .flags(u64::from(flags.bits()))
-                .resolve(resolve.bits());
-            let how = Box::new(how);
-            let entry = opcode::OpenAt2::new(
-                Fd(dir.as_raw_fd()),
-                name.as_cstr().as_ptr(),
-                &raw const *how,
-            )
-            .build();
-            (
-                Held::Open {
-                    _dir: dir,
-                    _name: name,
-                    _how: how,
-                },
-                entry,
-            )
-        }
-        Op::Stat { fd } => {
-            // SAFETY: statx is plain integers; all zeros is a value.
-            let mut block: Box<libc::statx> = Box::new(unsafe { std::mem::zeroed() });
-            let mask = libc::STATX_BASIC_STATS | libc::STATX_BTIME | libc::STATX_MNT_ID;
-            let to = (&raw mut *block).cast();
-            let entry = opcode::Statx::new(Fd(fd.as_raw_fd()), EMPTY_PATH.as_ptr(), to)
-                .flags(libc::AT_EMPTY_PATH)
-                .mask(mask)
-                .build();
-            (Held::Stat { _fd: fd, block }, entry)
-        }
-        Op::Read {
-            fd,
-            mut buffer,
-            at,
-            len,
-            offset,
-        } => {
-            let bytes = buffer.bytes_mut(at..at + len);
-            let (to, len) = (bytes.as_mut_ptr(), bytes.len() as u32); // A buffer is under 4 GiB.
-            let on = Fd(fd.as_raw_fd());
-            let entry = if fixed {
-                opcode::ReadFixed::new(on, to, len, buffer.index)
-                    .offset(offset)
-                    .build()
-            } else {
-                opcode::Read::new(on, to, len).offset(offset).build()
-            };
-            (Held::Buffer { _fd: fd, buffer }, entry)
-        }
-        Op::Write {
-            fd,
-            buffer,
-            at,
-            len,
-            offset,
-        } => {
-            let bytes = buffer.bytes(at..at + len);
-            let (from, len) = (bytes.as_ptr(), bytes.len() as u32); // A buffer is under 4 GiB.
-            let on = Fd(fd.as_raw_fd());
-            let entry = if fixed {
-                opcode::WriteFixed::new(on, from, len, buffer.index)
-                    .offset(offset)
-                    .build()
-            } else {
-                opcode::Write::new(on, from, len).offset(offset).build()
-            };
-            (Held::Buffer { _fd: fd, buffer }, entry)
-        }
-        Op::Sync { fd } => {
-            let entry = opcode::Fsync::new(Fd(fd.as_raw_fd()))
-                .flags(FsyncFlags::DATASYNC)
-                .build();
-            (Held::File { _fd: fd }, entry)
-        }
-        Op::Preallocate { fd, len } => {
-            let entry = opcode::Fallocate::new(Fd(fd.as_raw_fd()), len)
-                .mode(libc::FALLOC_FL_KEEP_SIZE)
-                .build();
-            (Held::File { _fd: fd }, entry)
-        }
-        Op::Close { fd } => {
-            (
-                Held::Nothing,
-                opcode::Close::new(Fd(fd.into_raw_fd())).build(),
-            ) // The kernel's now.
-        }
-        Op::Wake { fd } => {
-            let mut value = Box::new([0u8; 8]);
-            let entry = opcode::Read::new(Fd(fd.as_raw_fd()), value.as_mut_ptr(), 8).build();
-            (
-                Held::Wake {
-                    _fd: fd,
-                    _value: value,
-                },
-                entry,
-            )
-        }
+fn iovec(buffer: &mut Buffer) -> libc::iovec {
+    let len = buffer.len();
+    let bytes = buffer.bytes_mut(0..len);
+    libc::iovec {
+        iov_base: bytes.as_mut_ptr().cast(),
+        iov_len: len,
+    }
+}
+
+fn completed(token: u64, since: Instant, outcome: Outcome) -> Completed {
+    let Outcome {
+        result,
+        buffer,
+        value,
+    } = outcome;
+    Completed {
+        token,
+        buffer,
+        value,
+        result,
+        took: since.elapsed(),
     }
 }
 
 fn errno_of(e: std::io::Error) -> Errno {
     Errno::from_io_error(&e).unwrap_or(Errno::IO)
-}
-
-/// `sys::stat` keeps its own conversion private; this is the same from libc's struct.
-fn stat_of(x: &libc::statx) -> Stat {
-    let time = |t: &libc::statx_timestamp| Time {
-        sec: t.tv_sec,
-        nsec: t.tv_nsec,
-    };
-    let has = |bit: i32| x.stx_attributes & u64::from(bit.unsigned_abs()) != 0;
-    Stat {
-        key: FileKey {
-            dev: (x.stx_dev_major, x.stx_dev_minor),
-            ino: x.stx_ino,
-        },
-        mnt_id: x.stx_mnt_id,
-        mode: u32::from(x.stx_mode),
-        nlink: x.stx_nlink,
-        uid: x.stx_uid,
-        gid: x.stx_gid,
-        size: x.stx_size,
-        blocks: x.stx_blocks,
-        blksize: x.stx_blksize,
-        rdev: (x.stx_rdev_major, x.stx_rdev_minor),
-        atime: time(&x.stx_atime),
-        mtime: time(&x.stx_mtime),
-        ctime: time(&x.stx_ctime),
-        btime: time(&x.stx_btime),
-        immutable: has(libc::STATX_ATTR_IMMUTABLE),
-        append: has(libc::STATX_ATTR_APPEND),
-        mount_root: has(libc::STATX_ATTR_MOUNT_ROOT),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::os::fd::AsFd;
-
-    use super::*;
-
-    fn wait(ring: &mut Ring) -> Completed {
-        loop {
-            if let Some(c) = ring.pop() {
-                return c;
-            }
-            ring.enter(true).expect("enter");
-        }
-    }
-
-    #[test]
-    fn the_ring_sees_the_same_file_as_plain_calls_do() {
-        let dir = tempfile::tempdir().expect("tempdir");
-        std::fs::write(dir.path().join("f"), b"hello").expect("write");
-        let dir = Arc::new(OwnedFd::from(
-            std::fs::File::open(dir.path()).expect("open"),
-        ));
-        let mut buffers = BufferPool::new(2, 2, 1 << 17);
-        let Ok(mut ring) = Ring::new(16, &mut buffers) else {
-            eprintln!("skipped: no io_uring");
-            return;
-        };
-        let name = Name::new(b"f").expect("name");
-        let open = Op::Open {
-            dir: Arc::clone(&dir),
-            name: name.clone(),
-            noatime: true,
-        };
-        ring.push(7, open, true);
-        let done = wait(&mut ring);
-        assert_eq!(done.token, 7);
-        let Ok(Reply::Fd(fd)) = done.result else {
-            panic!("not opened")
-        };
-        let fd = Arc::new(fd);
-        ring.push(
-            8,
-            Op::Stat {
-                fd: Arc::clone(&fd),
-            },
-            true,
-        );
-        let Ok(Reply::Stat(stat)) = wait(&mut ring).result else {
-            panic!("no stat")
-        };
-        assert_eq!(stat, sys::stat::stat_fd(fd.as_fd()).expect("fstat"));
-        let buffer = buffers
-            .take(9, super::super::job::Priority::Demand)
-            .expect("a buffer");
-        let read = Op::Read {
-            fd: Arc::clone(&fd),
-            buffer,
-            at: 10,
-            len: 9,
-            offset: 1,
-        };
-        ring.push(9, read, false);
-        let done = wait(&mut ring);
-        assert!(matches!(done.result, Ok(Reply::Count(4))));
-        assert_eq!(done.buffer.expect("given back").bytes(10..14), b"ello");
-        let missing = Name::new(b"nope").expect("name");
-        ring.push(
-            10,
-            Op::Open {
-                dir,
-                name: missing,
-                noatime: true,
-            },
-            true,
-        );
-        assert!(matches!(wait(&mut ring).result, Err(Errno::NOENT)));
-        assert_eq!(ring.in_flight, 0);
-    }
 }

@@ -21,7 +21,7 @@ use super::copy::{Action, CopyPlan, Event, Limits, Piece};
 use super::job::{Completion, CopyJob, Priority};
 use super::latency::Latencies;
 use super::pool::{Pool, panic_text};
-use super::ring::{Completed, Op, Ring};
+use super::ring::{Completed, Op, Ring, RingConfig, Start};
 use super::{AWAKE, Bell, EngineConfig, NO_ROOM, ROOM_FOR_ALL, ROOM_FOR_DEMAND, Shared};
 use crate::error::Error;
 use crate::sys;
@@ -129,15 +129,22 @@ impl Worker {
             .clamp(2 * SMALL_BYTES, 1 << 30)
             .next_multiple_of(4096);
         let mut buffers = BufferPool::new(slots, large, chunk);
-        let (ring, no_ring) = if config.io_uring {
-            // Per file one operation about no chunk and one close; per buffer one; the wake.
-            match Ring::new(slots * 3 + large + 1, &mut buffers) {
-                Ok(ring) => (Some(ring), None),
-                Err(errno) => (None, Some(errno)),
-            }
-        } else {
-            (None, None)
-        };
+        // Per file one operation about no chunk and one close; per buffer one; the wake.
+        let ops_max = slots * 3 + large + 1;
+        let ring = config.io_uring.then(|| {
+            Ring::new(&RingConfig {
+                ops_max,
+                // Demand would wait behind hung background work if these were fewer.
+                kernel_workers_max: u32::try_from(ops_max).unwrap_or(u32::MAX),
+                off: config.ring_off,
+                ..RingConfig::default()
+            })
+        });
+        let no_ring = ring.as_ref().and_then(Ring::no_kernel);
+        let mut ring = ring.filter(|ring| ring.no_kernel().is_none());
+        if let Some(Err(e)) = ring.as_mut().map(|ring| ring.register(&mut buffers)) {
+            tracing::debug!(error = %e, "buffers not registered");
+        }
         let limits = Limits {
             small_bytes: SMALL_BYTES as u64,
             chunk_bytes: chunk as u64,
@@ -382,7 +389,7 @@ impl Worker {
                 Some(ring) => {
                     if !self.wake_armed {
                         self.wake_armed = true;
-                        ring.push(WAKE, Op::Wake { fd: eventfd }, false);
+                        ring.push(WAKE, Op::EventFd { fd: eventfd }, Start::Here);
                     }
                     ring.enter(true)
                 }
@@ -395,10 +402,11 @@ impl Worker {
         self.bell().state.store(AWAKE, SeqCst);
     }
 
-    /// For `perform`: a ring operation about a file.
+    /// For `perform`: a ring operation about a file. `wait`: it may.
     pub(super) fn push(&mut self, token: u64, op: Op, wait: bool) {
+        let start = if wait { Start::Elsewhere } else { Start::Here };
         if let Some(ring) = &mut self.ring {
-            ring.push(token, op, wait);
+            ring.push(token, op, start);
         }
     }
 

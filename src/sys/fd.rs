@@ -1,7 +1,7 @@
 //! Opening below a root, temporary files, reading and writing all of a buffer.
 
 use std::ffi::CStr;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, OwnedFd};
 
 use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
@@ -194,4 +194,11 @@ pub fn eventfd_wait(fd: BorrowedFd<'_>) -> Result<()> {
             other => return other.map(|_| ()),
         }
     }
+}
+
+/// close(2), for who wants its answer: an error of a delayed write on NFS. The fd is gone either way.
+pub fn close(fd: OwnedFd) -> Result<()> {
+    // SAFETY: the fd is owned and given up here: nobody closes it again.
+    let ret = unsafe { libc::close(fd.into_raw_fd()) };
+    super::check(libc::c_long::from(ret)).map(|_| ())
 }

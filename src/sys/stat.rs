@@ -96,7 +96,8 @@ impl Stat {
     }
 }
 
-fn want() -> StatxFlags {
+/// What every statx asks for.
+pub(crate) fn want() -> StatxFlags {
     StatxFlags::BASIC_STATS | StatxFlags::BTIME | StatxFlags::MNT_ID
 }
 
@@ -125,7 +126,8 @@ pub fn unique_mount(fd: BorrowedFd<'_>) -> Option<u64> {
     (x.stx_mask & MNT_ID_UNIQUE != 0).then_some(x.stx_mnt_id)
 }
 
-fn from_statx(x: &rustix::fs::Statx) -> Stat {
+/// The kernel's struct as ours.
+pub(crate) fn from_statx(x: &rustix::fs::Statx) -> Stat {
     let time = |t: &rustix::fs::StatxTimestamp| Time {
         sec: t.tv_sec,
         nsec: t.tv_nsec,
