@@ -237,12 +237,7 @@ impl Worker {
         if through_ring {
             let (fd, buffer) = (Arc::clone(src), file.buffers[chunk].take()?);
             file.pieces[chunk] = Some(action);
-            let op = Op::Read {
-                file: fd.into(),
-                buffer,
-                range: at..at + len,
-                offset,
-            };
+            let op = Op::read(fd, buffer, at..at + len, offset);
             self.push(token_of(slot, CHUNK + chunk as u64), op, wait);
             return None;
         }
@@ -274,12 +269,7 @@ impl Worker {
         if through_ring {
             let (fd, buffer) = (Arc::clone(&file.dst), file.buffers[chunk].take()?);
             file.pieces[chunk] = Some(action);
-            let op = Op::Write {
-                file: fd.into(),
-                buffer,
-                range: at..at + len,
-                offset,
-            };
+            let op = Op::write(fd, buffer, at..at + len, offset);
             self.push(token_of(slot, CHUNK + chunk as u64), op, wait);
             return None;
         }

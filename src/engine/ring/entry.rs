@@ -432,3 +432,22 @@ fn held_xattr(fd: Arc<OwnedFd>, name: Lent<CStr>, value: Vec<u8>, get: bool) -> 
 fn count(len: usize) -> u32 {
     len.min(COUNT_MAX) as u32 // By the min.
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_advice_of_more_than_32_bits_is_no_entry() {
+        let file = Arc::new(std::fs::File::open("/dev/null").expect("open").into());
+        for (len, can) in [(0, true), (u64::from(u32::MAX), true), (1 << 32, false)] {
+            let op = Op::Fadvise {
+                file: Target::Fd(Arc::clone(&file)),
+                offset: 0,
+                len,
+                advice: rustix::fs::Advice::Normal,
+            };
+            assert_eq!(fits(&op), can, "{len}");
+        }
+    }
+}

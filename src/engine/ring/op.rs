@@ -231,6 +231,26 @@ impl Op {
         }
     }
 
+    /// Reads into `buffer[range]`, from `offset` of the file on.
+    pub fn read(file: impl Into<Target>, buffer: Buffer, range: Range<usize>, offset: u64) -> Op {
+        Op::Read {
+            file: file.into(),
+            buffer,
+            range,
+            offset,
+        }
+    }
+
+    /// Writes `buffer[range]`, to `offset` of the file on.
+    pub fn write(file: impl Into<Target>, buffer: Buffer, range: Range<usize>, offset: u64) -> Op {
+        Op::Write {
+            file: file.into(),
+            buffer,
+            range,
+            offset,
+        }
+    }
+
     /// Its opcode. A read or write of a registered buffer has the fixed one besides.
     pub fn opcode(&self) -> Opcode {
         match self {
