@@ -8,6 +8,7 @@
 //! Floor 3. Upholds I8 (no lock is held while a Completion runs) and I9 (jobs, open files, buffers
 //! and ring entries have limits fixed at start).
 
+mod bell;
 pub mod buffers;
 mod copy;
 pub mod job;
@@ -17,22 +18,23 @@ pub mod pool;
 mod queue;
 #[allow(unsafe_code)]
 pub mod ring;
+mod sync;
 #[cfg(test)]
 mod tests;
 mod worker;
 
-use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering::SeqCst, fence};
 use std::thread::JoinHandle;
 
 use parking_lot::Mutex;
 
+use self::bell::Bell;
 use self::copy::Event;
 use self::job::{CopyJob, Priority};
 pub use self::pool::Pool;
 use self::queue::Queue;
 use self::ring::Opcodes;
+use self::sync::Signal;
 use self::worker::Worker;
 use crate::error::{Context, Errno, Error, Result, Side};
 use crate::sys;
@@ -95,8 +97,9 @@ impl Engine {
             config.workers
         };
         let bells = (0..workers)
-            .map(|_| Bell::new())
-            .collect::<Result<Vec<_>>>()?;
+            .map(|_| Signal::new().map(Bell::new))
+            .collect::<sys::Result<_>>()
+            .on("eventfd", Side::Host, "worker")?;
         let shared = Arc::new(Shared {
             queue: Queue::new(config.queue_len_max),
             bells,
@@ -225,82 +228,17 @@ fn ring_off() -> Opcodes {
 /// What the workers share.
 struct Shared {
     queue: Queue<CopyJob>,
-    bells: Vec<Bell>,
+    bells: Vec<Bell<(usize, Event)>>,
 }
 
 impl Shared {
-    /// Wakes one sleeping worker that has room for a job of this priority, if there is one. Who is
-    /// awake looks at the queue before it sleeps.
+    /// Wakes a sleeping worker that has room for a job of this priority, if there is one.
     fn wake_one(&self, priority: Priority) -> bool {
-        fence(SeqCst); // The push before this, and `Worker::sleep`'s store before its second look.
-        let needed = if priority == Priority::Demand {
-            ROOM_FOR_DEMAND
-        } else {
-            ROOM_FOR_ALL
-        };
-        self.bells
-            .iter()
-            .any(|b| b.state.load(SeqCst) >= needed && b.ring())
+        bell::wake_one(&self.bells, priority)
     }
 
     /// True when somebody sleeps who could take a background job.
     fn anyone_idle(&self) -> bool {
-        self.bells
-            .iter()
-            .any(|b| b.state.load(SeqCst) == ROOM_FOR_ALL)
-    }
-}
-
-const AWAKE: u8 = 0;
-const NO_ROOM: u8 = 1;
-const ROOM_FOR_DEMAND: u8 = 2;
-const ROOM_FOR_ALL: u8 = 3;
-
-/// How others reach a worker: its eventfd, and results of calls that the pool made for it.
-struct Bell {
-    /// AWAKE, or asleep and with room for what.
-    state: AtomicU8,
-    eventfd: Arc<OwnedFd>,
-    results: Mutex<Vec<(usize, Event)>>,
-    results_len: AtomicUsize,
-}
-
-impl Bell {
-    fn new() -> Result<Bell> {
-        Ok(Bell {
-            state: AtomicU8::new(AWAKE),
-            eventfd: Arc::new(sys::fd::eventfd().on("eventfd", Side::Host, "worker")?),
-            results: Mutex::new(Vec::new()),
-            results_len: AtomicUsize::new(0),
-        })
-    }
-
-    /// Wakes the worker; true when it slept.
-    fn ring(&self) -> bool {
-        if self.state.swap(AWAKE, SeqCst) == AWAKE {
-            return false;
-        }
-        if let Err(e) = sys::fd::eventfd_signal(self.eventfd.as_fd()) {
-            tracing::error!(error = %e, "eventfd"); // Only a closed or full eventfd fails.
-        }
-        true
-    }
-
-    /// A call that the pool made for this worker came back.
-    fn deliver(&self, slot: usize, event: Event) {
-        let mut results = self.results.lock();
-        results.push((slot, event));
-        self.results_len.store(results.len(), SeqCst);
-        drop(results);
-        self.ring();
-    }
-
-    fn take_results(&self) -> Vec<(usize, Event)> {
-        if self.results_len.load(SeqCst) == 0 {
-            return Vec::new();
-        }
-        let mut results = self.results.lock();
-        self.results_len.store(0, SeqCst);
-        std::mem::take(&mut *results)
+        self.bells.iter().any(Bell::is_idle)
     }
 }

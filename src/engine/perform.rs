@@ -482,7 +482,7 @@ impl Worker {
         let (shared, index) = (Arc::clone(&self.shared), self.index());
         let task = move || {
             let event = event();
-            shared.bells[index].deliver(slot, event);
+            shared.bells[index].deliver((slot, event));
         };
         self.pool.run(priority, Box::new(task));
         None

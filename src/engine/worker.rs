@@ -11,18 +11,18 @@
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::{AsFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{Ordering::SeqCst, fence};
 use std::sync::{Arc, Weak};
 
 use rustix::io::Errno;
 
+use super::bell::{Bell, Room};
 use super::buffers::{Buffer, BufferPool, SMALL_BYTES};
 use super::copy::{Action, CopyPlan, Event, Limits, Piece};
 use super::job::{Completion, CopyJob, Priority};
 use super::latency::Latencies;
 use super::pool::{Pool, panic_text};
 use super::ring::{Completed, Op, Ring, RingConfig, Start};
-use super::{AWAKE, Bell, EngineConfig, NO_ROOM, ROOM_FOR_ALL, ROOM_FOR_DEMAND, Shared};
+use super::{EngineConfig, Shared};
 use crate::error::Error;
 use crate::sys;
 use crate::sys::name::{Name, RelPath};
@@ -228,7 +228,7 @@ impl Worker {
     }
 
     /// How others reach this worker.
-    pub(super) fn bell(&self) -> &Bell {
+    pub(super) fn bell(&self) -> &Bell<(usize, Event)> {
         &self.shared.bells[self.index]
     }
 
@@ -373,33 +373,33 @@ impl Worker {
     /// Sleeps until an operation completes or somebody rings the bell.
     fn sleep(&mut self, stopping: bool) {
         let (demand, background) = self.room();
-        let state = match (demand, background) {
-            (_, true) => ROOM_FOR_ALL,
-            (true, false) => ROOM_FOR_DEMAND,
-            (false, false) => NO_ROOM,
+        let room = match (demand, background) {
+            (_, true) => Room::All,
+            (true, false) => Room::Demand,
+            (false, false) => Room::Nothing,
         };
-        self.bell().state.store(state, SeqCst);
-        fence(SeqCst); // The store before the second look; see `Shared::wake_one`.
+        self.bell().lie_down(room);
         let called = self.shared.queue.has(demand, background)
-            || self.bell().results_len.load(SeqCst) > 0
+            || self.bell().has_results()
             || self.shared.queue.is_closed() != stopping;
         if !called {
-            let eventfd = Arc::clone(&self.bell().eventfd);
+            let shared = Arc::clone(&self.shared);
+            let signal = shared.bells[self.index].signal();
             let slept = match &mut self.ring {
                 Some(ring) => {
                     if !self.wake_armed {
                         self.wake_armed = true;
-                        ring.push(WAKE, Op::EventFd { fd: eventfd }, Start::Here);
+                        ring.push(WAKE, Op::EventFd { fd: signal.fd() }, Start::Here);
                     }
                     ring.enter(true)
                 }
-                None => sys::fd::eventfd_wait(eventfd.as_fd()),
+                None => signal.wait(),
             };
             if let Err(e) = slept {
                 tracing::error!(error = %e, "a copy thread cannot sleep");
             }
         }
-        self.bell().state.store(AWAKE, SeqCst);
+        self.bell().get_up();
     }
 
     /// For `perform`: a ring operation about a file. `wait`: it may.
