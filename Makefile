@@ -10,7 +10,7 @@ SHELLS := bash zsh fish
 COMMANDS := mount sync status verify finish errors completions
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo check test test-all bench doc install clean \
+.PHONY: help setup build demo check test test-all loom asan bench doc install clean \
         pjdfstest fsx crash powercut nasty
 
 help: ## list the targets
@@ -37,9 +37,18 @@ check: ## format, lints, dependencies
 test: setup check ## check, then every test that this machine can run (as root: on real mounts)
 	$(CARGO) test --locked --features fault --lib
 	$(CARGO) test --locked --features fault --test it
+	$(CARGO) test --locked --features fault --test loom
 
 test-all: ## as test, and a test that cannot run here is a failure
 	MIRRORFS_TEST_ALL=1 $(MAKE) test
+
+loom: ## the engine's queue and bells in every order of threads (MIRRORFS_TEST_ALL=1: in more)
+	$(CARGO) test --locked --test loom
+
+# A tree of its own: with other flags everything would be built anew each time.
+asan: ## the ring's tests under AddressSanitizer (needs a nightly toolchain)
+	RUSTFLAGS=-Zsanitizer=address CARGO_TARGET_DIR=$(TARGET_DIR)/asan $(CARGO) +nightly test --locked \
+	  --target x86_64-unknown-linux-gnu --lib engine::ring
 
 bench: ## measure the engine; names the scripts for first access and for sync beside other tools
 	$(CARGO) bench --locked

@@ -5,7 +5,7 @@
 //!
 //!     make loom
 
-#![allow(dead_code)] // What the models don't call.
+#![allow(dead_code, clippy::unwrap_used)] // What the models do not call; a test may panic.
 
 use std::sync::Arc;
 

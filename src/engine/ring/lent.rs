@@ -3,7 +3,7 @@
 //! A `Box` that moves may invalidate the pointers that were made from it (Rust counts a moved Box as
 //! the only way to its memory). So the slab keeps what it lends as the pointer itself: the kernel's
 //! copy and ours are the same, wherever the value moves, and it becomes a Box again when the kernel
-//! is done. Miri checks exactly that.
+//! is done.
 
 use std::ptr::NonNull;
 

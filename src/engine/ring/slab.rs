@@ -128,7 +128,6 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(if cfg!(miri) { 8 } else { 256 }))]
         #[test]
         fn any_order_of_insertions_and_removals(steps in prop::collection::vec((any::<bool>(), any::<usize>()), 0..200)) {
             let (mut slab, mut model, mut gone) = (Slab::with_capacity(0), HashMap::new(), Vec::new());

@@ -73,7 +73,6 @@ mod tests {
     }
 
     #[test]
-    #[cfg_attr(miri, ignore = "opens a device")]
     fn a_slot_is_full_until_it_is_cleared() {
         let mut slots = Slots::here(2);
         let mut target = Target::Slot(Slot(1));
