@@ -37,7 +37,7 @@ TOOLS = {
 # src and dst on one file system; `shared` needs one that can share extents.
 ONE_VOLUME = {'same', 'shared'}
 # Left out where they take minutes and are never near.
-SLOW_TOOLS = {'rclone': {'tiny', 'links', 'sparse'}, 'fpsync': {'tiny', 'links', 'sparse', 'slow1', 'slow5'}}
+SLOW_TOOLS = {'rclone': {'tiny', 'wide', 'links', 'sparse'}, 'fpsync': {'tiny', 'wide', 'links', 'sparse', 'slow1', 'slow5'}}
 
 
 def put(path, size, rnd, owner=(0, 0), mode=0o644):
@@ -87,11 +87,14 @@ def make(root, kind):
     elif kind == 'links':
         for d in range(100):
             os.mkdir('%s/d%d' % (root, d))
-        for i in range(n(1000)):
+        for i in range(n(10_000)):
             first = '%s/d%d/f%d' % (root, i % 100, i)
             os.close(put(first, i % 5000, rnd))
             for k in range(99):
                 os.link(first, '%s/d%d/l%d.%d' % (root, rnd.randrange(100), i, k))
+    elif kind == 'wide':
+        for i in range(n(1_000_000)):
+            os.close(put('%s/file number %d' % (root, i), 1 + rnd.randrange(64) if i % 10 == 0 else 0, rnd))
     elif kind == 'shared':
         many(root, n(6000), n(400), rnd)
         for i in range(n(500)):
@@ -326,7 +329,7 @@ def table(kind, fs, results, lost, calls):
 def main():
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    kinds = sys.argv[1:] or ['small', 'tiny', 'links', 'large', 'same', 'shared', 'sparse', 'cold', 'slow1', 'slow5']
+    kinds = sys.argv[1:] or ['small', 'tiny', 'wide', 'links', 'large', 'same', 'shared', 'sparse', 'cold', 'slow1', 'slow5']
     wanted = os.environ.get('TOOLS', '').split()
     tools = [t for t, (program, _, _) in TOOLS.items() if shutil.which(program) and (not wanted or t.split()[0] in wanted)]
     lab, lost = Lab(), {}
