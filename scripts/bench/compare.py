@@ -253,7 +253,7 @@ def cold(src):
     """Forgets what is cached of one file system, without touching anybody else's cache."""
     at = os.path.dirname(src)
     image = subprocess.run(['findmnt', '-no', 'SOURCE', at], stdout=subprocess.PIPE, text=True).stdout.strip()
-    file = subprocess.run(['losetup', '-no', 'BACK-FILE', image], stdout=subprocess.PIPE, text=True).stdout.strip()
+    file = subprocess.run(['losetup', '-nO', 'BACK-FILE', image], stdout=subprocess.PIPE, text=True).stdout.strip()
     subprocess.run(['umount', at], check=True)
     with open(file, 'rb') as f:
         os.fsync(f.fileno())
