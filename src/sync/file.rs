@@ -18,7 +18,7 @@ use crate::config::Fsync;
 use crate::error::{Context, Error, Result, Side};
 use crate::meta::{Born, LATE_FLAGS, Meta};
 use crate::sys::name::Name;
-use crate::sys::stat::{FileKey, Stat, stat_fd};
+use crate::sys::stat::{FileKey, Stat, fd_changed_since, stat_fd};
 use crate::sys::xattr::Target;
 use crate::sys::{copy, fd};
 
@@ -364,9 +364,12 @@ impl Work<'_, '_> {
 
     /// Looks at src again after a copy.
     pub(super) fn src_changed(&self, t: &Transfer) -> Result<Option<Stat>> {
+        let changed = fd_changed_since(t.src.as_fd(), &t.meta.stat);
+        if !changed.on("fstat", Side::Src, t.at())? {
+            return Ok(None);
+        }
         let after = stat_fd(t.src.as_fd());
-        let after = after.on("statx", Side::Src, t.at())?;
-        Ok(after.changed_since(&t.meta.stat).then_some(after))
+        after.on("statx", Side::Src, t.at()).map(Some)
     }
 
     /// The run was asked to stop.

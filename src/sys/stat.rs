@@ -106,6 +106,15 @@ pub fn stat_fd(fd: BorrowedFd<'_>) -> Result<Stat> {
     rustix::fs::statx(fd, c"", AtFlags::EMPTY_PATH, want()).map(|x| from_statx(&x))
 }
 
+/// [`Stat::changed_since`] of an open inode, by the shorter fstat(2).
+pub fn fd_changed_since(fd: BorrowedFd<'_>, earlier: &Stat) -> Result<bool> {
+    let s = rustix::fs::fstat(fd)?;
+    let same = |t: Time, sec: i64, nsec: u64| t.sec == sec && u64::from(t.nsec) == nsec;
+    Ok(s.st_size as u64 != earlier.size
+        || !same(earlier.mtime, s.st_mtime, s.st_mtime_nsec)
+        || !same(earlier.ctime, s.st_ctime, s.st_ctime_nsec))
+}
+
 /// The inode that `name` in `dir` is; a symlink is not followed, an automount not triggered.
 pub fn stat_at(dir: BorrowedFd<'_>, name: &CStr) -> Result<Stat> {
     let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT;
@@ -153,5 +162,58 @@ pub(crate) fn from_statx(x: &rustix::fs::Statx) -> Stat {
         immutable: x.stx_attributes.contains(StatxAttributes::IMMUTABLE),
         append: x.stx_attributes.contains(StatxAttributes::APPEND),
         mount_root: x.stx_attributes.contains(StatxAttributes::MOUNT_ROOT),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::os::fd::AsFd;
+
+    use super::*;
+
+    #[test]
+    fn the_short_look_sees_each_change_that_the_long_one_sees() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("file");
+        let mut file = std::fs::File::create_new(&path).expect("a file");
+        // Before 1970 as well: nanoseconds count forward from the second.
+        let times = rustix::fs::Timestamps {
+            last_access: rustix::fs::Timespec {
+                tv_sec: -2,
+                tv_nsec: 5,
+            },
+            last_modification: rustix::fs::Timespec {
+                tv_sec: -2,
+                tv_nsec: 999_999_999,
+            },
+        };
+        rustix::fs::futimens(&file, &times).expect("its times");
+        let changed = |was: &Stat| fd_changed_since(file_fd(&path).as_fd(), was).expect("a look");
+        let was = stat_fd(file.as_fd()).expect("a look");
+        assert!(!changed(&was));
+        for other in [
+            Stat { size: 1, ..was },
+            Stat {
+                mtime: Time { sec: -2, nsec: 0 },
+                ..was
+            },
+            Stat {
+                ctime: Time {
+                    sec: was.ctime.sec - 1,
+                    ..was.ctime
+                },
+                ..was
+            },
+        ] {
+            assert!(changed(&other) && was.changed_since(&other));
+        }
+        file.write_all(b"x").expect("a byte");
+        let now = stat_fd(file.as_fd()).expect("a look");
+        assert!(changed(&was) && now.changed_since(&was) && !changed(&now));
+    }
+
+    fn file_fd(path: &std::path::Path) -> std::fs::File {
+        std::fs::File::open(path).expect("it is there")
     }
 }
