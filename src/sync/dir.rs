@@ -232,6 +232,8 @@ impl Work<'_, '_> {
                 _ => others.push(entry),
             }
         }
+        // Inode tables are read from their start: what src has to fetch comes in larger pieces.
+        others.sort_unstable_by_key(|e| std::cmp::Reverse(e.ino));
         self.subdirs(dir, dirs);
         dir.hold(others.len());
         self.names(buffers, dir, others, &mut more);
