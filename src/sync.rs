@@ -61,6 +61,9 @@ const PAIRS_MAX: usize = 2000;
 /// Threads for a source whose latency leaves the processors idle, unless `--jobs` says otherwise.
 const THREADS_SLOW: usize = 128;
 
+/// f_type of xfs (linux/magic.h).
+const XFS_MAGIC: u64 = 0x5846_5342;
+
 /// Copies all of `config.src` into `config.dst`. `on` gets lines and errors as they happen; `stop`
 /// ends the run early: what has begun is finished, so that every name stands for something whole.
 /// `Err` is only what prevents the run: a root that cannot be used.
@@ -88,7 +91,7 @@ pub fn run(
             if stop.load(Relaxed) || job.totals.dst_full.load(Relaxed) {
                 halt.store(true, Relaxed);
             }
-            threads(config, cpus, &job.totals)
+            job.threads(cpus)
         },
         Buffers::new,
         |crew: &Crew<'_, Item, Event>, buffers, item| {
@@ -129,20 +132,6 @@ fn note(report: &mut SyncReport, event: &Event) {
             report.errors.push(error.clone());
         }
     }
-}
-
-/// How many threads the source deserves: two for each CPU while it answers from memory, more when
-/// they mostly wait for it (Little's law: latency times rate, 30 us of our own work per file).
-fn threads(config: &SyncConfig, cpus: usize, totals: &Totals) -> usize {
-    let asked = (config.jobs != cpus).then_some(config.jobs);
-    if !totals.is_slow() {
-        return asked.map_or(2 * cpus, |n| n.min(2 * cpus));
-    }
-    let us = totals.src_latency().as_micros();
-    let wanted = usize::try_from(us / 30).unwrap_or(usize::MAX);
-    wanted
-        .saturating_mul(cpus)
-        .clamp(1, asked.unwrap_or(THREADS_SLOW))
 }
 
 /// Opens both roots; makes dst's last component when it is missing (then it is fresh).
@@ -200,6 +189,8 @@ struct Job<'a> {
     /// src has inode flags (FS_IOC_GETFLAGS).
     src_flags: bool,
     lines: bool,
+    /// More makers of inodes than CPUs only stand in line in dst.
+    dst_queues: bool,
     /// Whether FICLONE works between the two roots: unknown, yes, no.
     clone: AtomicU8,
     deletes_left: AtomicU64,
@@ -240,6 +231,7 @@ impl<'a> Job<'a> {
         let fs = host::fs_stat(roots.src.as_fd()).on("fstatfs", Side::Src, &config.src)?;
         totals.src_asks.store(host::asks_others(&fs), Relaxed);
         let dst = roots.dst.as_fd();
+        let dst_fs = host::fs_stat(dst).on("fstatfs", Side::Dst, &config.dst)?;
         let dst_dev = fd::device_of(dst).on("statx", Side::Dst, &config.dst)?;
         let dst_fd = host::dup(dst).on("dup", Side::Dst, &config.dst)?;
         Ok(Job {
@@ -256,11 +248,29 @@ impl<'a> Job<'a> {
             umask: local::umask(),
             src_flags: matches!(flags, Ok(Some(_))),
             lines: config.itemize || config.verbose > 0,
+            // 30,000 files on 2 CPUs, 2 and 4 threads: xfs 0.63 s and 0.78 s, btrfs 2.1 s and 2.4 s,
+            // but ext4 0.63 s and 0.56 s.
+            dst_queues: [XFS_MAGIC, host::BTRFS_MAGIC].contains(&dst_fs.magic),
             clone: AtomicU8::new(0),
             deletes_left: AtomicU64::new(config.max_delete.unwrap_or(u64::MAX)),
             temp_count: AtomicU64::new(0),
             roots,
         })
+    }
+
+    /// How many threads the source deserves: few while it answers from memory, more when they mostly
+    /// wait for it (Little's law: latency times rate, 30 us of our own work per file).
+    fn threads(&self, cpus: usize) -> usize {
+        let asked = (self.config.jobs != cpus).then_some(self.config.jobs);
+        if !self.totals.is_slow() {
+            let few = if self.dst_queues { cpus } else { 2 * cpus };
+            return asked.map_or(few, |n| n.min(few));
+        }
+        let us = self.totals.src_latency().as_micros();
+        let wanted = usize::try_from(us / 30).unwrap_or(usize::MAX);
+        wanted
+            .saturating_mul(cpus)
+            .clamp(1, asked.unwrap_or(THREADS_SLOW))
     }
 
     /// A name that no user has, for an entry that is not complete yet.
