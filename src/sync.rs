@@ -30,7 +30,7 @@ mod stamp;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
@@ -193,6 +193,10 @@ struct Job<'a> {
     dst_queues: bool,
     /// Whether FICLONE works between the two roots: unknown, yes, no.
     clone: AtomicU8,
+    /// CPUs that we may run on.
+    cpus: usize,
+    /// Threads that copy large files now.
+    bulk: AtomicUsize,
     deletes_left: AtomicU64,
     temp_count: AtomicU64,
     record: Record,
@@ -252,6 +256,8 @@ impl<'a> Job<'a> {
             // but ext4 0.63 s and 0.56 s.
             dst_queues: [XFS_MAGIC, host::BTRFS_MAGIC].contains(&dst_fs.magic),
             clone: AtomicU8::new(0),
+            cpus: host::cpus().len().max(1),
+            bulk: AtomicUsize::new(0),
             deletes_left: AtomicU64::new(config.max_delete.unwrap_or(u64::MAX)),
             temp_count: AtomicU64::new(0),
             roots,

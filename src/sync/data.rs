@@ -21,8 +21,9 @@ use crate::sys::{copy, fd};
 
 /// Files up to this size are copied by one read and one write.
 pub(super) const SMALL: usize = 256 << 10;
-/// Larger ones are copied in pieces of this size: they stay in a processor's cache meanwhile.
-const PIECE: usize = 128 << 10;
+/// Larger ones are copied in pieces of this size, as much as a pipe may hold for everybody: pages of
+/// src travel by reference, and dst's file system takes them in large folios.
+const PIECE: usize = 1 << 20;
 /// A file with more than this left is shared with whoever has nothing to do.
 const SHARE: u64 = 8 << 20;
 /// Parts of one file at once while src answers from memory: one looks for pages while another
@@ -178,12 +179,19 @@ impl Work<'_, '_> {
             transfer: t,
             mut range,
         } = slice;
+        self.job.bulk.fetch_add(1, Relaxed);
         while range.start < range.end {
             if lock(&t.failed).is_some() {
                 break;
             }
-            let slow = self.job.totals.is_slow();
-            let may_share = slow || (!t.sparse && t.parts.load(Relaxed) < PARTS_FAST);
+            let may_share = match self.job.totals.is_slow() {
+                true => true,
+                false => {
+                    !t.sparse
+                        && t.parts.load(Relaxed) < PARTS_FAST
+                        && self.job.bulk.load(Relaxed) < self.job.cpus
+                }
+            };
             if range.end - range.start > SHARE && may_share && self.crew.hungry() {
                 let middle = range.start + (range.end - range.start) / 2;
                 let middle = middle.next_multiple_of(1 << 20).min(range.end);
@@ -202,6 +210,7 @@ impl Work<'_, '_> {
                 }
             }
         }
+        self.job.bulk.fetch_sub(1, Relaxed);
         if t.parts.fetch_sub(1, AcqRel) == 1 {
             self.complete(buffers, &t);
         }
@@ -239,7 +248,8 @@ impl Work<'_, '_> {
     /// Copies the beginning of a range of data; returns how much, 0 at src's end.
     fn piece(&self, buffers: &mut Buffers, t: &Transfer, data: &Range<u64>) -> Result<u64> {
         let (src, dst, at) = (t.src.as_fd(), t.dst.as_fd(), t.at());
-        let len = usize::try_from(data.end - data.start).map_or(PIECE, |n| n.min(PIECE));
+        let left = usize::try_from(data.end - data.start).unwrap_or(usize::MAX);
+        let len = left.min(PIECE);
         if buffers.pipe.is_none() && t.pipes.load(Relaxed) {
             buffers.pipe = copy::Pipe::new(PIECE).ok(); // No pipe left: read and write.
         }
@@ -256,7 +266,7 @@ impl Work<'_, '_> {
                 }
             }
         }
-        let buf = &mut buffers.data[..len];
+        let buf = &mut buffers.data[..left.min(SMALL)];
         let n = fd::pread_all(src, buf, data.start).on("read", Side::Src, at)?;
         fd::pwrite_all(dst, &buf[..n], data.start).on("write", Side::Dst, at)?;
         Ok(n as u64)
