@@ -131,6 +131,19 @@ pub enum Fsync {
     Never,
 }
 
+/// What a copy of large files leaves in the page cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cache {
+    /// Everything, until that is a quarter of the free memory; then nothing.
+    Auto,
+    /// Everything.
+    Keep,
+    /// Nothing that was not there before.
+    Drop,
+    /// Data goes past it (O_DIRECT).
+    Direct,
+}
+
 /// Whether `sync` shares extents between src and dst.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reflink {
@@ -175,6 +188,8 @@ pub struct SyncConfig {
     pub jobs: usize,
     /// Whether extents are shared.
     pub reflink: Reflink,
+    /// Whether large files stay in the page cache.
+    pub cache: Cache,
     /// Compare both trees after the copy, bytes too.
     pub verify: bool,
     /// A page of totals at the end.
@@ -208,6 +223,7 @@ impl SyncConfig {
             fsync: Fsync::End,
             jobs: cpus(),
             reflink: Reflink::Auto,
+            cache: Cache::Auto,
             verify: false,
             stats: false,
             json: false,

@@ -4,6 +4,7 @@
 //! They return a bare `Errno`: the caller knows the path and adds it (`error::Context`).
 //! EINTR is retried here where the call can be repeated.
 
+pub mod cache;
 pub mod caps;
 pub mod copy;
 pub mod dir;

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{ArgAction, Args, ValueEnum};
 
 use super::EXIT_CODES;
-use crate::config::{Fsync, Reflink, SyncConfig};
+use crate::config::{Cache, Fsync, Reflink, SyncConfig};
 
 pub(super) const ABOUT: &str = "\
 Copies the tree of SRC to DST: data, holes, owner, mode, times, xattrs, ACLs, capabilities, hard \
@@ -85,6 +85,14 @@ pub struct Sync {
         help_heading = "How it is copied"
     )]
     pub reflink: ReflinkArg,
+    /// What large files leave in the page cache
+    #[arg(
+        long,
+        value_name = "WHAT",
+        default_value = "auto",
+        help_heading = "How it is copied"
+    )]
+    pub cache: CacheArg,
     /// When to make durable what was written
     #[arg(
         long,
@@ -184,6 +192,19 @@ pub enum ReflinkArg {
     Never,
 }
 
+/// `--cache`.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum CacheArg {
+    /// Everything, up to a quarter of the free memory
+    Auto,
+    /// Everything
+    Keep,
+    /// Nothing that was not there before
+    Drop,
+    /// Nothing: past the cache (O_DIRECT)
+    Direct,
+}
+
 /// `--fsync`.
 #[derive(Debug, Clone, Copy, ValueEnum)]
 pub enum FsyncArg {
@@ -223,6 +244,12 @@ impl Sync {
             ReflinkArg::Auto => Reflink::Auto,
             ReflinkArg::Always => Reflink::Always,
             ReflinkArg::Never => Reflink::Never,
+        };
+        config.cache = match self.cache {
+            CacheArg::Auto => Cache::Auto,
+            CacheArg::Keep => Cache::Keep,
+            CacheArg::Drop => Cache::Drop,
+            CacheArg::Direct => Cache::Direct,
         };
         config.verify = self.verify;
         config.stats = self.stats;

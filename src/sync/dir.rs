@@ -335,13 +335,16 @@ impl Work<'_, '_> {
         &self,
         buffers: &mut Buffers,
         dir: &Arc<Dir>,
-        mut names: Vec<Entry>,
+        names: Vec<Entry>,
         more: &mut Option<Item>,
     ) {
-        while let Some(entry) = names.pop() {
+        // Where `slice` finds them, if one of them is a large file.
+        buffers.rest = (Some(Arc::clone(dir)), names);
+        while let Some(entry) = buffers.rest.1.pop() {
             if self.crew.stopping() {
-                return;
+                break;
             }
+            let names = &mut buffers.rest.1;
             if more.is_some() && self.crew.hungry() {
                 self.crew.push(more.take());
             } else if names.len() > 1 && self.crew.hungry() {
@@ -350,6 +353,7 @@ impl Work<'_, '_> {
             }
             self.entry(buffers, dir, entry.name, entry.kind);
         }
+        buffers.rest = (None, Vec::new());
     }
 
     /// One entry that is no directory. It counts as done here or, when others finish it, there.

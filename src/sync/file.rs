@@ -10,6 +10,7 @@ use rustix::io::Errno;
 
 use super::data::{Buffers, SMALL, Transfer};
 use super::dir::Dir;
+use super::flow::Flow;
 use super::link::Step;
 use super::report::Changes;
 use super::stamp;
@@ -213,6 +214,7 @@ impl Work<'_, '_> {
             sparse,
             unchanged: size == 0,
             recorded,
+            flow: Flow::keep(),
             pipes: AtomicBool::new(true),
             parts: AtomicUsize::new(1),
             failed: Mutex::new(None),

@@ -5,6 +5,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 
 use super::*;
+use crate::config::{Cache, Reflink};
 use crate::verify::{Difference, VerifyOptions, verify};
 
 /// A src and a dst that does not exist yet.
@@ -363,4 +364,65 @@ fn a_run_that_was_killed_in_this_boot_is_believed() {
     sync(&end);
     assert!(!t.dst.join(".mirrorfs").exists());
     assert_eq!(t.differences(), [] as [String; 0]);
+}
+
+#[test]
+fn every_way_through_or_past_the_cache_brings_every_byte() {
+    use std::io::{Seek, SeekFrom, Write};
+    for cache in [Cache::Auto, Cache::Keep, Cache::Drop, Cache::Direct] {
+        let t = trees();
+        let odd: Vec<u8> = (0..(40 << 20) + 4097u32).map(|i| (i % 249) as u8).collect();
+        fs::write(t.src.join("a/odd"), &odd).expect("write");
+        let mut holes = fs::File::create(t.src.join("a/holes")).expect("create");
+        for at in [5000u64, 3 << 20, (33 << 20) + 1] {
+            holes.seek(SeekFrom::Start(at)).expect("seek");
+            holes.write_all(&odd[..100_001]).expect("write");
+        }
+        holes.set_len(64 << 20).expect("truncate");
+        for jobs in [1, 8] {
+            let config = SyncConfig {
+                cache,
+                jobs,
+                ignore_times: true,
+                ..t.config()
+            };
+            let (report, lines) = sync(&config);
+            assert_eq!((report.failed, report.vanished), (0, 0), "{lines:?}");
+            assert_eq!(t.differences(), Vec::<String>::new(), "{cache:?} {jobs}");
+        }
+    }
+}
+
+#[test]
+fn a_dropped_copy_is_not_in_the_page_cache_and_a_kept_one_is() {
+    const TMPFS: u64 = 0x0102_1994;
+    for (cache, kept) in [
+        (Cache::Keep, true),
+        (Cache::Drop, false),
+        (Cache::Direct, false),
+    ] {
+        let t = trees();
+        fs::write(t.src.join("big"), vec![3u8; 64 << 20]).expect("write");
+        let src = fs::File::open(t.src.join("big")).expect("open");
+        if host::fs_stat(src.as_fd()).expect("statfs").magic == TMPFS {
+            return; // Its pages are the file.
+        }
+        src.sync_all().expect("fsync");
+        let all = 0..64u64 << 20;
+        crate::sys::cache::forget(src.as_fd(), &all);
+        let config = SyncConfig {
+            cache,
+            reflink: Reflink::Never,
+            fsync: Fsync::End,
+            ..t.config()
+        };
+        assert_eq!(sync(&config).0.failed, 0);
+        let dst = fs::File::open(t.dst.join("big")).expect("open");
+        for file in [&src, &dst] {
+            let Some(cached) = crate::sys::cache::cached(file.as_fd(), &all) else {
+                return; // A kernel that does not tell.
+            };
+            assert_eq!(cached > 32 << 20, kept, "{cache:?}: {cached}");
+        }
+    }
 }

@@ -1,0 +1,266 @@
+//! Flow: whether a large file's data stays in the page cache (`--cache`).
+//!
+//!   keep     through the cache, as everybody copies: fastest, and whoever reads the copy next finds it
+//!   drop     through the cache once: what was not in it before is not in it afterwards, and no more than
+//!            two windows of dst are dirty. By RWF_DONTCACHE, or by hand where a file system has none
+//!   direct   past it (O_DIRECT); what is not aligned, and who cannot, goes the way of drop
+//!   auto     keep, until large files have taken a quarter of the memory that was free; then drop
+//!
+//! So a copy of a tree larger than memory does not push out what other programs use.
+
+use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::{
+    AtomicBool, AtomicU64, Ordering::Acquire, Ordering::Relaxed, Ordering::Release,
+};
+
+use rustix::io::Errno;
+
+use super::data::Transfer;
+use crate::config::Cache;
+use crate::sys::cache::{self, Aligned};
+use crate::sys::{Result, fd};
+
+/// Bytes that go through one buffer at once.
+pub(super) const BULK: usize = 1 << 20;
+/// What is written back, waited for and forgotten together: large enough for a disk to stream.
+const WINDOW: u64 = 16 << 20;
+/// Part of the free memory that `auto` fills with large files.
+const KEPT_PART: u64 = 4;
+
+/// What a run's large files may still leave in the cache.
+pub(super) struct Allowance {
+    cache: Cache,
+    left: AtomicU64,
+}
+
+impl Allowance {
+    pub(super) fn new(cache: Cache) -> Allowance {
+        let free = cache::memory_available();
+        Allowance {
+            cache,
+            left: AtomicU64::new(free.map_or(u64::MAX, |free| free / KEPT_PART)),
+        }
+    }
+
+    /// How a file with that much data flows.
+    pub(super) fn flow(&self, bytes: u64) -> Flow {
+        let take = |left: u64| left.checked_sub(bytes);
+        let (passing, direct) = match self.cache {
+            Cache::Keep => (false, false),
+            Cache::Drop => (true, false),
+            Cache::Direct => (true, true),
+            Cache::Auto => (
+                self.left.fetch_update(Relaxed, Relaxed, take).is_err(),
+                false,
+            ),
+        };
+        Flow {
+            passing,
+            src: Lane::new(direct),
+            dst: Lane::new(direct),
+        }
+    }
+}
+
+/// One file's way.
+pub(super) struct Flow {
+    /// It leaves nothing in the cache.
+    pub(super) passing: bool,
+    src: Lane,
+    dst: Lane,
+}
+
+impl Flow {
+    /// Through the cache.
+    pub(super) fn keep() -> Flow {
+        Flow {
+            passing: false,
+            src: Lane::new(false),
+            dst: Lane::new(false),
+        }
+    }
+}
+
+/// What one side's file system can do: tried, and switched off for good when refused.
+struct Lane {
+    direct: AtomicBool,
+    once: AtomicBool,
+}
+
+impl Lane {
+    fn new(direct: bool) -> Lane {
+        Lane {
+            direct: AtomicBool::new(direct),
+            once: AtomicBool::new(true),
+        }
+    }
+
+    /// Whether this piece goes past the cache. With the first that cannot, nothing does any more: the
+    /// flag belongs to all threads of the file, and nobody sets it again under another's write.
+    fn direct(&self, file: BorrowedFd<'_>, aligned: bool) -> Result<bool> {
+        if !self.direct.load(Acquire) {
+            return Ok(false);
+        }
+        if !aligned {
+            // In this order: who finds it off may write anything.
+            cache::set_direct(file, false)?;
+            self.direct.store(false, Release);
+        }
+        Ok(aligned)
+    }
+
+    fn read(&self, file: BorrowedFd<'_>, buf: &mut [u8], offset: u64) -> Result<usize> {
+        if self.direct(file, aligned(offset, buf.len()))? {
+            match fd::pread_some(file, buf, offset) {
+                Err(Errno::INVAL) => self.direct(file, false)?,
+                other => return other,
+            };
+        }
+        if self.once.load(Relaxed) {
+            match cache::read_once(file, buf, offset) {
+                Err(Errno::OPNOTSUPP) => self.once.store(false, Relaxed),
+                other => return other,
+            }
+        }
+        fd::pread_some(file, buf, offset)
+    }
+
+    fn write(&self, file: BorrowedFd<'_>, buf: &[u8], offset: u64) -> Result<()> {
+        if self.direct(file, aligned(offset, buf.len()))? {
+            match fd::pwrite_all(file, buf, offset) {
+                Err(Errno::INVAL) => self.direct(file, false)?,
+                other => return other,
+            };
+        }
+        if self.once.load(Relaxed) {
+            match cache::write_once(file, buf, offset) {
+                Err(Errno::OPNOTSUPP) => self.once.store(false, Relaxed),
+                other => return other,
+            }
+        }
+        fd::pwrite_all(file, buf, offset)
+    }
+}
+
+fn aligned(offset: u64, len: usize) -> bool {
+    const UNIT: u64 = Aligned::UNIT as u64;
+    offset.is_multiple_of(UNIT) && len.is_multiple_of(Aligned::UNIT)
+}
+
+/// What a thread knows of the window that it is in.
+#[derive(Clone, Copy)]
+pub(super) struct Window {
+    index: u64,
+    /// Somebody else had src's pages in the cache already.
+    theirs: bool,
+}
+
+impl Flow {
+    /// Before the first byte: O_DIRECT on whatever takes it.
+    pub(super) fn begin(&self, src: BorrowedFd<'_>, dst: BorrowedFd<'_>) -> Result<()> {
+        for (lane, file) in [(&self.src, src), (&self.dst, dst)] {
+            if lane.direct.load(Relaxed) {
+                lane.direct.store(cache::set_direct(file, true)?, Relaxed);
+            }
+        }
+        Ok(())
+    }
+
+    /// True when nothing is read ahead or written behind by the kernel: several parts at once then do it.
+    pub(super) fn is_direct(&self) -> bool {
+        self.passing && (self.src.direct.load(Relaxed) || self.dst.direct.load(Relaxed))
+    }
+
+    /// Reads the beginning of a range; returns how much, 0 at src's end.
+    pub(super) fn read(
+        &self,
+        t: &Transfer,
+        memory: &mut Aligned,
+        window: &mut Option<Window>,
+        data: &Range<u64>,
+    ) -> Result<usize> {
+        let src = t.src.as_fd();
+        let index = data.start / WINDOW;
+        if window.is_none_or(|w| w.index != index) {
+            let all = index * WINDOW..(index + 1) * WINDOW;
+            // Readahead of ours may reach into it. What nobody can tell stays.
+            let theirs = cache::cached(src, &all).is_none_or(|n| n >= WINDOW / 2);
+            *window = Some(Window { index, theirs });
+        }
+        let left = usize::try_from(data.end - data.start).unwrap_or(usize::MAX);
+        let mut len = left.min(BULK);
+        if len > Aligned::UNIT && self.is_direct() {
+            len -= len % Aligned::UNIT; // The odd end last.
+        }
+        self.src.read(src, &mut memory.bytes()[..len], data.start)
+    }
+
+    /// Writes what was read, and sees to what is behind it.
+    pub(super) fn write(
+        &self,
+        t: &Transfer,
+        memory: &mut Aligned,
+        window: Option<Window>,
+        offset: u64,
+        len: usize,
+    ) -> Result<()> {
+        let (src, dst) = (t.src.as_fd(), t.dst.as_fd());
+        self.dst.write(dst, &memory.bytes()[..len], offset)?;
+        let (this, next) = (offset / WINDOW, (offset + len as u64) / WINDOW);
+        if this == next {
+            return Ok(());
+        }
+        let of = |first: u64, last: u64| first * WINDOW..last * WINDOW;
+        if !self.dst.direct.load(Relaxed) {
+            cache::start_writeback(dst, &of(this, next))?;
+            let before = of(this.saturating_sub(1), this);
+            cache::finish_writeback(dst, &before)?;
+            cache::forget(dst, &before);
+        }
+        let by_hand = !self.src.direct.load(Relaxed) && !self.src.once.load(Relaxed);
+        if by_hand && window.is_some_and(|w| !w.theirs) {
+            cache::forget(src, &of(this, next));
+        }
+        Ok(())
+    }
+
+    /// After the last byte. With RWF_DONTCACHE the kernel does the rest itself.
+    pub(super) fn end(&self, t: &Transfer, window: Option<Window>) -> Result<()> {
+        let all = 0..t.meta.stat.size;
+        if !self.dst.once.load(Relaxed) {
+            cache::finish_writeback(t.dst.as_fd(), &all)?;
+            cache::forget(t.dst.as_fd(), &all);
+        }
+        if !self.src.once.load(Relaxed)
+            && let Some(Window {
+                index,
+                theirs: false,
+            }) = window
+        {
+            let last = index * WINDOW..all.end.max(index * WINDOW);
+            cache::forget(t.src.as_fd(), &last);
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn auto_keeps_large_files_until_its_part_of_the_memory_is_taken() {
+        let allowance = Allowance {
+            cache: Cache::Auto,
+            left: AtomicU64::new(100),
+        };
+        let passing: Vec<bool> = [60, 60, 40, 1]
+            .map(|bytes| allowance.flow(bytes).passing)
+            .into();
+        assert_eq!(passing, [false, true, false, true]);
+        assert!(!Allowance::new(Cache::Keep).flow(u64::MAX).passing);
+        assert!(Allowance::new(Cache::Drop).flow(1).passing);
+        assert!(Allowance::new(Cache::Direct).flow(1).is_direct());
+    }
+}
