@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use rustix::io::Errno;
 
 use super::dir::{At, Dir};
-use super::flow::{BULK, Flow, Window};
+use super::flow::{BULK, Flow};
 use super::{Item, Work};
 use crate::config::Reflink;
 use crate::error::{Context, Error, Result, Side};
@@ -39,7 +39,6 @@ pub(super) struct Buffers {
     pipe: Option<copy::Pipe>,
     /// For large files that leave nothing in the page cache.
     bulk: Option<Aligned>,
-    window: Option<Window>,
     /// How long src has kept the present file waiting.
     pub(super) waited: Duration,
     /// Names of a directory that this thread has still before it.
@@ -54,7 +53,6 @@ impl Buffers {
             data: vec![0; SMALL],
             pipe: None,
             bulk: None,
-            window: None,
             waited: Duration::ZERO,
             rest: (None, Vec::new()),
             names: Vec::with_capacity(32 << 10),
@@ -185,9 +183,8 @@ impl Work<'_, '_> {
                 .inspect_err(|_| self.abandon(&transfer))?;
         }
         if transfer.flow.passing {
-            let begun = transfer
-                .flow
-                .begin(transfer.src.as_fd(), transfer.dst.as_fd());
+            let (src, dst) = (transfer.src.as_fd(), transfer.dst.as_fd());
+            let begun = transfer.flow.begin(src, dst, &stat);
             begun
                 .on("fcntl", Side::Dst, transfer.at())
                 .inspect_err(|_| self.abandon(&transfer))?;
@@ -205,7 +202,6 @@ impl Work<'_, '_> {
             transfer: t,
             mut range,
         } = slice;
-        buffers.window = None;
         while range.start < range.end {
             if lock(&t.failed).is_some() {
                 break;
@@ -281,9 +277,9 @@ impl Work<'_, '_> {
         let (src, dst, at) = (t.src.as_fd(), t.dst.as_fd(), t.at());
         if t.flow.passing {
             let memory = buffers.bulk.get_or_insert_with(|| Aligned::new(BULK));
-            let n = t.flow.read(t, memory, &mut buffers.window, data);
+            let n = t.flow.read(t, memory, data);
             let n = n.on("read", Side::Src, at)?;
-            let written = t.flow.write(t, memory, buffers.window, data.start, n);
+            let written = t.flow.write(t, memory, data.start, n);
             written.on("write", Side::Dst, at)?;
             return Ok(n as u64);
         }
@@ -319,7 +315,7 @@ impl Work<'_, '_> {
                 Err(e)
             }
             None if t.flow.passing => {
-                let ended = t.flow.end(t, buffers.window);
+                let ended = t.flow.end(t);
                 ended
                     .on("sync_file_range", Side::Dst, t.at())
                     .and_then(|()| self.seal(t))

@@ -19,6 +19,7 @@ use rustix::io::Errno;
 use super::data::Transfer;
 use crate::config::Cache;
 use crate::sys::cache::{self, Aligned};
+use crate::sys::stat::Stat;
 use crate::sys::{Result, fd};
 
 /// Bytes that go through one buffer at once.
@@ -57,6 +58,7 @@ impl Allowance {
         };
         Flow {
             passing,
+            theirs: true,
             src: Lane::new(direct),
             dst: Lane::new(direct),
         }
@@ -67,6 +69,8 @@ impl Allowance {
 pub(super) struct Flow {
     /// It leaves nothing in the cache.
     pub(super) passing: bool,
+    /// Somebody else has src in the cache.
+    theirs: bool,
     src: Lane,
     dst: Lane,
 }
@@ -76,6 +80,7 @@ impl Flow {
     pub(super) fn keep() -> Flow {
         Flow {
             passing: false,
+            theirs: true,
             src: Lane::new(false),
             dst: Lane::new(false),
         }
@@ -148,17 +153,18 @@ fn aligned(offset: u64, len: usize) -> bool {
     offset.is_multiple_of(UNIT) && len.is_multiple_of(Aligned::UNIT)
 }
 
-/// What a thread knows of the window that it is in.
-#[derive(Clone, Copy)]
-pub(super) struct Window {
-    index: u64,
-    /// Somebody else had src's pages in the cache already.
-    theirs: bool,
-}
-
 impl Flow {
-    /// Before the first byte: O_DIRECT on whatever takes it.
-    pub(super) fn begin(&self, src: BorrowedFd<'_>, dst: BorrowedFd<'_>) -> Result<()> {
+    /// Before the first byte: O_DIRECT on whatever takes it, and whether half of src is in the cache
+    /// for somebody else. Asked later, it would be our own readahead; what nobody can tell stays.
+    pub(super) fn begin(
+        &mut self,
+        src: BorrowedFd<'_>,
+        dst: BorrowedFd<'_>,
+        stat: &Stat,
+    ) -> Result<()> {
+        let bytes = stat.size.min(stat.blocks.saturating_mul(512));
+        let cached = cache::cached(src, &(0..stat.size));
+        self.theirs = cached.is_none_or(|n| n > bytes / 2);
         for (lane, file) in [(&self.src, src), (&self.dst, dst)] {
             if lane.direct.load(Relaxed) {
                 lane.direct.store(cache::set_direct(file, true)?, Relaxed);
@@ -177,17 +183,9 @@ impl Flow {
         &self,
         t: &Transfer,
         memory: &mut Aligned,
-        window: &mut Option<Window>,
         data: &Range<u64>,
     ) -> Result<usize> {
         let src = t.src.as_fd();
-        let index = data.start / WINDOW;
-        if window.is_none_or(|w| w.index != index) {
-            let all = index * WINDOW..(index + 1) * WINDOW;
-            // Readahead of ours may reach into it. What nobody can tell stays.
-            let theirs = cache::cached(src, &all).is_none_or(|n| n >= WINDOW / 2);
-            *window = Some(Window { index, theirs });
-        }
         let left = usize::try_from(data.end - data.start).unwrap_or(usize::MAX);
         let mut len = left.min(BULK);
         if len > Aligned::UNIT && self.is_direct() {
@@ -201,7 +199,6 @@ impl Flow {
         &self,
         t: &Transfer,
         memory: &mut Aligned,
-        window: Option<Window>,
         offset: u64,
         len: usize,
     ) -> Result<()> {
@@ -218,30 +215,27 @@ impl Flow {
             cache::finish_writeback(dst, &before)?;
             cache::forget(dst, &before);
         }
-        let by_hand = !self.src.direct.load(Relaxed) && !self.src.once.load(Relaxed);
-        if by_hand && window.is_some_and(|w| !w.theirs) {
+        if self.src_by_hand() {
             cache::forget(src, &of(this, next));
         }
         Ok(())
     }
 
     /// After the last byte. With RWF_DONTCACHE the kernel does the rest itself.
-    pub(super) fn end(&self, t: &Transfer, window: Option<Window>) -> Result<()> {
+    pub(super) fn end(&self, t: &Transfer) -> Result<()> {
         let all = 0..t.meta.stat.size;
         if !self.dst.once.load(Relaxed) {
             cache::finish_writeback(t.dst.as_fd(), &all)?;
             cache::forget(t.dst.as_fd(), &all);
         }
-        if !self.src.once.load(Relaxed)
-            && let Some(Window {
-                index,
-                theirs: false,
-            }) = window
-        {
-            let last = index * WINDOW..all.end.max(index * WINDOW);
-            cache::forget(t.src.as_fd(), &last);
+        if self.src_by_hand() {
+            cache::forget(t.src.as_fd(), &all);
         }
         Ok(())
+    }
+
+    fn src_by_hand(&self) -> bool {
+        !self.theirs && !self.src.once.load(Relaxed)
     }
 }
 
