@@ -7,6 +7,7 @@
 //! names. Prints medians: seconds for one thread and for two on the halves, processor seconds, and
 //! how much of src and dst is in the page cache afterwards.
 #![allow(unsafe_code)] // mmap and io_uring as they are: what the program itself does not use.
+#![allow(clippy::print_stdout, clippy::print_stderr)] // A program's output.
 
 use std::fs::{File, OpenOptions};
 use std::io::{IoSlice, IoSliceMut, Result};

@@ -23,7 +23,12 @@ const OPEN_DIRS: NonZeroUsize = NonZeroUsize::new(512).expect("not zero");
 const KNOWN_FILES: NonZeroUsize = NonZeroUsize::new(1 << 17).expect("not zero");
 
 /// File systems whose inode flags (chattr) are worth an open per file: ext, xfs, btrfs, f2fs.
-const FLAG_MAGICS: [u64; 4] = [0xef53, 0x5846_5342, host::BTRFS_MAGIC, 0xf2f5_2010];
+const FLAG_MAGICS: [u64; 4] = [
+    host::EXT4_MAGIC,
+    host::XFS_MAGIC,
+    host::BTRFS_MAGIC,
+    0xf2f5_2010,
+];
 
 /// A directory of src, open.
 #[derive(Debug)]

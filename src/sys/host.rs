@@ -42,6 +42,10 @@ pub struct FsStat {
 
 /// btrfs' f_type: the file system that needs a barrier before a directory is published (D6).
 pub const BTRFS_MAGIC: u64 = 0x9123_683e;
+/// f_type of ext2, ext3 and ext4 (linux/magic.h).
+pub const EXT4_MAGIC: u64 = 0xef53;
+/// f_type of xfs (linux/magic.h).
+pub const XFS_MAGIC: u64 = 0x5846_5342;
 
 /// statfs(2) and fstatvfs(3) of an fd.
 pub fn fs_stat(fd: BorrowedFd<'_>) -> Result<FsStat> {
