@@ -56,7 +56,8 @@ pub struct EngineConfig {
     pub pool_threads: usize,
     /// False: plain system calls only, as on a kernel without io_uring.
     pub io_uring: bool,
-    /// Opcodes of io_uring that are not used although the kernel has them.
+    /// Opcodes of io_uring that are not used although the kernel has them. Without read and write
+    /// there are plain system calls only.
     pub ring_off: Opcodes,
 }
 

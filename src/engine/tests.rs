@@ -14,6 +14,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
 use super::job::{Completion, Copied, CopyJob, Durability, Priority, Span};
+use super::ring::Opcodes;
 use super::{Engine, EngineConfig};
 use crate::error::{Errno, Error, Result, Side};
 use crate::ranges::RangeSet;
@@ -157,17 +158,23 @@ fn noise(len: usize, seed: u64) -> Vec<u8> {
     bytes
 }
 
-/// The engine in each of its ways: ring, plain calls, and both with short transfers.
+/// The engine in each of its ways: ring, ring without what may be missing, plain calls; each with
+/// short transfers too.
 fn each_way(mut check: impl FnMut(&Bench)) {
-    for io_uring in [true, false] {
+    let data = Opcodes::parse("read,write").expect("names");
+    for (io_uring, ring_off) in [
+        (true, Opcodes::NONE),
+        (true, Opcodes::all().without(data)),
+        (true, Opcodes::all()),
+        (false, Opcodes::NONE),
+    ] {
         for io_max in [usize::MAX, 4097] {
-            check(&Bench::new(
-                &EngineConfig {
-                    io_uring,
-                    ..config()
-                },
-                io_max,
-            ));
+            let config = EngineConfig {
+                io_uring,
+                ring_off,
+                ..config()
+            };
+            check(&Bench::new(&config, io_max));
         }
     }
 }

@@ -21,7 +21,7 @@ use super::copy::{Action, CopyPlan, Event, Limits, Piece};
 use super::job::{Completion, CopyJob, Priority};
 use super::latency::Latencies;
 use super::pool::{Pool, panic_text};
-use super::ring::{Completed, Op, Ring, RingConfig, Start};
+use super::ring::{Completed, Op, Opcode, Ring, RingConfig, Start};
 use super::{EngineConfig, Shared};
 use crate::error::Error;
 use crate::sys;
@@ -141,7 +141,9 @@ impl Worker {
             })
         });
         let no_ring = ring.as_ref().and_then(Ring::no_kernel);
-        let mut ring = ring.filter(|ring| ring.no_kernel().is_none());
+        // A ring that makes its reads within `push` would only be in the way.
+        let data = [Opcode::Read, Opcode::Write];
+        let mut ring = ring.filter(|ring| data.iter().all(|opcode| ring.supports(*opcode)));
         if let Some(Err(e)) = ring.as_mut().map(|ring| ring.register(&mut buffers)) {
             tracing::debug!(error = %e, "buffers not registered");
         }
