@@ -11,6 +11,7 @@ mod attr;
 mod carry;
 mod commit;
 mod control;
+mod crowd;
 mod file;
 mod finish;
 mod hydrate;
@@ -110,7 +111,7 @@ pub struct Mirror {
     /// dst is btrfs: publishing needs a barrier (D6).
     btrfs: bool,
     source: Source,
-    pace: carry::Pace,
+    crowd: crowd::Crowd,
     shares: carry::Shares,
     nodes: NodeTable,
     anchors: Anchors,
@@ -175,7 +176,7 @@ impl Mirror {
         })?;
         let mirror = Arc::new(Mirror {
             source: Source::new(Arc::new(src), mark),
-            pace: carry::Pace::default(),
+            crowd: crowd::Crowd::default(),
             shares: carry::Shares::default(),
             nodes: NodeTable::new(Arc::clone(&dst), root),
             dst,
@@ -274,6 +275,11 @@ impl Mirror {
             anchor: node.anchor.clone(),
             origin: Some(Arc::new(RelPath::root())),
         }))
+    }
+
+    /// True while src keeps most calls waiting.
+    pub fn src_is_slow(&self) -> bool {
+        self.crowd.pace.is_slow()
     }
 
     /// Who is told when cached answers become wrong. Once.

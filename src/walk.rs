@@ -32,11 +32,15 @@ const CHUNK: usize = 1024;
 /// Threads for each CPU: they wait for src, so more than one. And how many at the least and the most.
 const THREADS_PER_CPU: usize = 2;
 const THREADS: (usize, usize) = (4, 32);
+/// Threads while src is slow: what they wait for costs no CPU.
+const THREADS_SLOW: usize = 32;
 /// Session threads, which users wait for, take the CPU from walker threads at once.
 const NICE: i32 = 15;
 /// The pause after a pass that left something, growing up to the second.
 const PAUSE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
 
+/// How long a step is put off at most while somebody waits.
+const YIELD: Duration = Duration::from_millis(4);
 /// The pause, at least, after a pass that met a full dst.
 const PAUSE_FULL: Duration = Duration::from_secs(5);
 
@@ -52,13 +56,19 @@ pub enum Mode {
 /// The threads that walk.
 pub struct Walker {
     shared: Arc<Shared>,
-    threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
 struct Shared {
     mirror: Arc<Mirror>,
     mode: Mode,
     stack: Mutex<Vec<Step>>,
+    /// Threads that have no step.
+    idle: AtomicUsize,
+    /// Threads that take steps.
+    workers: AtomicUsize,
+    /// Of those, how many take steps while src is fast.
+    workers_fast: usize,
+    threads: Mutex<Vec<JoinHandle<()>>>,
     wake: Condvar,
     stop: AtomicBool,
     /// The pass that runs now: 0 is the first.
@@ -91,45 +101,33 @@ struct Step {
 impl Walker {
     /// Starts to walk.
     pub fn start(mirror: Arc<Mirror>, mode: Mode) -> Result<Walker> {
+        let threads = (THREADS_PER_CPU * host::cpus().len()).clamp(THREADS.0, THREADS.1);
+        let workers = if mode == Mode::Pull { threads } else { 1 };
         let shared = Arc::new(Shared {
             mirror,
             mode,
             stack: Mutex::new(Vec::new()),
+            idle: AtomicUsize::new(0),
+            workers: AtomicUsize::new(0),
+            workers_fast: workers,
+            threads: Mutex::new(Vec::new()),
             wake: Condvar::new(),
             stop: AtomicBool::new(false),
             pass: AtomicU64::new(0),
         });
-        let walker = Walker {
-            shared,
-            threads: Mutex::new(Vec::new()),
-        };
-        let threads = (THREADS_PER_CPU * host::cpus().len()).clamp(THREADS.0, THREADS.1);
-        let workers = if mode == Mode::Pull { threads } else { 1 };
-        for n in 0..workers {
-            walker.spawn(format!("walk-{n}"), Shared::work)?;
+        for _ in 0..workers {
+            shared.add_worker()?;
         }
-        walker.spawn("walk".to_owned(), Shared::passes)?;
-        Ok(walker)
-    }
-
-    fn spawn(&self, name: String, run: fn(&Arc<Shared>)) -> Result<()> {
-        let shared = Arc::clone(&self.shared);
-        let thread = std::thread::Builder::new()
-            .name(name)
-            .spawn(move || {
-                host::be_nice(NICE);
-                run(&shared);
-            })
-            .map_err(|e| Error::Unusable(format!("cannot start a thread: {e}")))?;
-        self.threads.lock().push(thread);
-        Ok(())
+        shared.spawn("walk".to_owned(), Shared::passes)?;
+        Ok(Walker { shared })
     }
 
     /// Stops to walk: what is in the engine goes on, nothing new is asked for.
     pub fn stop(&self) {
         self.shared.stop.store(true, Ordering::Relaxed);
         self.shared.wake.notify_all();
-        for thread in self.threads.lock().drain(..) {
+        let threads = std::mem::take(&mut *self.shared.threads.lock());
+        for thread in threads {
             if thread.join().is_err() {
                 tracing::error!("a walker thread panicked; what it left is still pending");
             }
@@ -140,6 +138,50 @@ impl Walker {
 impl Shared {
     fn stopping(&self) -> bool {
         self.stop.load(Ordering::Relaxed) || self.mirror.stopping()
+    }
+
+    fn spawn(
+        self: &Arc<Self>,
+        name: String,
+        run: impl FnOnce(&Arc<Shared>) + Send + 'static,
+    ) -> Result<()> {
+        let mut threads = self.threads.lock();
+        if self.stopping() {
+            return Err(Error::Stopped);
+        }
+        let shared = Arc::clone(self);
+        let thread = std::thread::Builder::new()
+            .name(name)
+            .spawn(move || {
+                host::be_nice(NICE);
+                run(&shared);
+            })
+            .map_err(|e| Error::Unusable(format!("cannot start a thread: {e}")))?;
+        threads.push(thread);
+        Ok(())
+    }
+
+    /// One more thread that takes steps.
+    fn add_worker(self: &Arc<Self>) -> Result<()> {
+        let n = self.workers.fetch_add(1, Ordering::Relaxed);
+        let added = self.spawn(format!("walk-{n}"), move |shared| shared.work(n));
+        if added.is_err() {
+            self.workers.fetch_sub(1, Ordering::Relaxed);
+        }
+        added
+    }
+
+    /// A slow src keeps the threads waiting: there should be one for each step, up to a limit.
+    fn add_workers(self: &Arc<Self>, steps: usize) {
+        if self.mode != Mode::Pull || !self.mirror.src_is_slow() {
+            return;
+        }
+        let spare = self.idle.load(Ordering::Relaxed);
+        for _ in spare..steps {
+            if self.workers.load(Ordering::Relaxed) >= THREADS_SLOW || self.add_worker().is_err() {
+                return;
+            }
+        }
     }
 
     /// Sleeps, unless the walker is to stop. False: it is.
@@ -223,12 +265,15 @@ impl Shared {
         }
     }
 
-    fn push(&self, steps: Vec<Step>) {
+    fn push(self: &Arc<Self>, steps: Vec<Step>) {
+        self.add_workers(steps.len());
         self.stack.lock().extend(steps);
         self.wake.notify_all();
     }
 
-    fn work(self: &Arc<Self>) {
+    /// Takes steps. Threads beyond the usual number rest while src is fast.
+    fn work(self: &Arc<Self>, n: usize) {
+        let rests = || n >= self.workers_fast && !self.mirror.src_is_slow();
         loop {
             let step = {
                 let mut stack = self.stack.lock();
@@ -237,12 +282,19 @@ impl Shared {
                         stack.clear();
                         return;
                     }
-                    if let Some(step) = stack.pop() {
+                    if let Some(step) = (!rests()).then(|| stack.pop()).flatten() {
                         break step;
                     }
+                    let idle = self.idle.fetch_add(1, Ordering::Relaxed) + 1;
+                    // Nothing more comes before what is under way has been made durable.
+                    if stack.is_empty() && idle == self.workers.load(Ordering::Relaxed) {
+                        self.mirror.gather(false);
+                    }
                     self.wake.wait_for(&mut stack, PAUSE.0);
+                    self.idle.fetch_sub(1, Ordering::Relaxed);
                 }
             };
+            self.mirror.gather(true);
             self.yield_to_demand();
             let task = Arc::clone(&step.task);
             match self.scan(step) {
@@ -259,10 +311,12 @@ impl Shared {
         }
     }
 
-    /// Somebody waits for src: let him go first for a moment.
+    /// Somebody waits, for src or for a barrier: let him go first, for a moment each step. No longer:
+    /// one who waits for a file that src never gives must not stop everything.
     fn yield_to_demand(&self) {
-        if self.mirror.progress().waiting.get() > 0 {
-            std::thread::sleep(Duration::from_millis(1));
+        let until = std::time::Instant::now() + YIELD;
+        while self.mirror.progress().waiting.get() > 0 && std::time::Instant::now() < until {
+            std::thread::sleep(YIELD / 8);
         }
     }
 
@@ -311,9 +365,10 @@ impl Shared {
     /// Populates a directory with the data of its small files. True when that told everything that
     /// is still marked in it, so that it need not be listed.
     fn populate(self: &Arc<Self>, task: &Arc<Task>) -> Result<bool> {
-        let settled = || self.child_of(task);
-        let carrier = Carrier::new(&settled);
+        let published = || self.child_of(task);
+        let carrier = Carrier::new(&published);
         self.mirror.populate_now(&task.dir, &carrier)?;
+        self.mirror.wait_for_room();
         let Some(placed) = carrier.placed() else {
             return Ok(false);
         };

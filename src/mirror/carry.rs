@@ -2,39 +2,38 @@
 //!
 //! A file of up to `CARRY_MAX` bytes costs less to copy than to ask for: no second look at the
 //! directory, no job, no ring. It is made under its own name, which nobody sees before the directory
-//! is populated, and marked before it looks like src's file. Then it is at once where a hydration is
-//! after `land`: the commit thread makes it durable and takes the mark away (D1).
+//! is populated, and it gets no mark: nothing in a P directory counts after a crash (D5), and the
+//! directory stays P until a syncfs has made it all durable (D1). Until that is so whoever wants to
+//! change anything in it waits (D6).
 //!
 //!   wants_data()   small, one name, no holes, in a directory with nothing from an earlier start
-//!   carry()        read, captured, looked at again; made, written, marked, stamped, landed
+//!   carry()        read, captured, looked at again; made, written, stamped
+//!   publish        populate.rs, commit.rs: one syncfs for many directories, P to L, one more
 //!
 //! Whatever is unusual (src changed, an error on either side, dst full) goes the usual way, which
-//! knows what to do. Somebody who waits for the directory ends it too: names come first. A slow src
-//! is left to the engine, which keeps many files in flight. Upholds I1, I3, I6, I9.
+//! knows what to do. Somebody who waits for the directory ends it too: names come first. On a slow src
+//! several threads do it in one directory (crowd.rs). Upholds I1, I3, I6, I9.
 
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::time::{Duration, Instant};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::time::Instant;
 
+use parking_lot::Mutex;
 use rustix::fs::AtFlags;
 use rustix::io::Errno;
 
-use super::Mirror;
-use super::anchor::Anchor;
-use super::hydrate::{FileRef, Hydrations};
+use super::commit::Carried;
+use super::hydrate::FileRef;
 use super::node::{Ino, Origin};
 use super::place::Placer;
 use super::populate::{DirRef, Waiter};
 use super::source::SrcDir;
 use crate::error::{Context, Result, Side};
-use crate::mark::Mark;
-use crate::meta::{Born, CAPABILITY, Meta};
-use crate::sys::handle::Handle;
+use crate::meta::{Born, Meta};
 use crate::sys::name::{Name, RelPath};
 use crate::sys::stat::{self, Stat};
-use crate::sys::xattr::Target;
 use crate::sys::{copy, fault, fd};
 
 /// Files up to this size, bytes, are carried.
@@ -43,21 +42,20 @@ const CARRY_MAX: u64 = 64 << 10;
 const CLONE_MIN: u64 = 16 << 10;
 /// Entries that are handed to the walker in memory; a directory with more is listed.
 const PLACED_MAX: usize = 16 << 10;
-/// A src that takes longer than this for a file, on average, is left to the engine.
-const FAST_NS: u64 = 200_000;
-/// Every so many files a slow src gets another chance.
-const PROBE_EVERY: u64 = 256;
-
 /// What a populate by the walker takes along, and what is left to do afterwards.
 pub struct Carrier<'a> {
-    /// Makes what is told when a carried file's mark is gone.
-    settled: &'a dyn Fn() -> Waiter,
+    /// Makes what is told when the directory is published.
+    published: &'a (dyn Fn() -> Waiter + Sync),
     /// The directory in work.
-    ino: Cell<Ino>,
-    placed: RefCell<Vec<Placed>>,
+    ino: AtomicU64,
+    placed: Mutex<Vec<Placed>>,
     /// Something was placed that the list does not tell: the directory must be listed.
-    incomplete: Cell<bool>,
-    buffer: RefCell<Vec<u8>>,
+    incomplete: AtomicBool,
+    carried: Mutex<Carried>,
+}
+
+thread_local! {
+    static BUFFER: RefCell<Vec<u8>> = RefCell::default();
 }
 
 /// An entry that carries a mark when its directory is populated.
@@ -70,60 +68,49 @@ pub enum Placed {
 }
 
 impl<'a> Carrier<'a> {
-    /// `settled` makes a waiter for each file that is carried.
-    pub fn new(settled: &'a dyn Fn() -> Waiter) -> Carrier<'a> {
+    /// `published` makes a waiter for a directory whose files are not durable yet.
+    pub fn new(published: &'a (dyn Fn() -> Waiter + Sync)) -> Carrier<'a> {
         Carrier {
-            settled,
-            ino: Cell::new(0),
-            placed: RefCell::default(),
-            incomplete: Cell::new(false),
-            buffer: RefCell::default(),
+            published,
+            ino: AtomicU64::new(0),
+            placed: Mutex::default(),
+            incomplete: AtomicBool::new(false),
+            carried: Mutex::default(),
         }
+    }
+
+    /// What came with its data so far.
+    pub(super) fn carried(&self) -> Carried {
+        *self.carried.lock()
+    }
+
+    /// What is told when the directory is published.
+    pub(super) fn published(&self) -> Waiter {
+        (self.published)()
     }
 
     /// Begins a directory.
     pub(super) fn enter(&self, ino: Ino) {
-        self.ino.set(ino);
+        self.ino.store(ino, Relaxed);
     }
 
     /// The populate did not tell all: somebody else ran it, or it met what was there before.
     pub(super) fn must_list(&self) {
-        self.incomplete.set(true);
+        self.incomplete.store(true, Relaxed);
     }
 
     pub(super) fn push(&self, placed: Placed) {
-        let mut all = self.placed.borrow_mut();
+        let mut all = self.placed.lock();
         if all.len() < PLACED_MAX {
             all.push(placed);
         } else {
-            self.incomplete.set(true);
+            self.must_list();
         }
     }
 
     /// The entries that are still marked and not carried; `None`: the directory must be listed.
     pub fn placed(self) -> Option<Vec<Placed>> {
-        (!self.incomplete.get()).then(|| self.placed.into_inner())
-    }
-}
-
-/// How long src takes for a small file.
-#[derive(Debug, Default)]
-pub struct Pace {
-    mean_ns: AtomicU64,
-    asked: AtomicU64,
-}
-
-impl Pace {
-    fn is_fast(&self) -> bool {
-        self.mean_ns.load(Relaxed) < FAST_NS
-            || self.asked.fetch_add(1, Relaxed).is_multiple_of(PROBE_EVERY)
-    }
-
-    fn note(&self, took: Duration) {
-        // Clipped: one file that met a busy CPU does not make src slow.
-        let ns = u64::try_from(took.as_nanos()).map_or(4 * FAST_NS, |n| n.min(4 * FAST_NS));
-        let mean = self.mean_ns.load(Relaxed);
-        self.mean_ns.store((mean * 7 + ns) / 8, Relaxed);
+        (!self.incomplete.into_inner()).then(|| self.placed.into_inner())
     }
 }
 
@@ -151,8 +138,7 @@ impl Placer<'_> {
         (1..=CARRY_MAX).contains(&stat.size)
             && stat.nlink == 1
             && is_dense(stat)
-            && self.mirror.pace.is_fast()
-            && !self.mirror.populates.is_wanted(carrier.ino.get())
+            && !self.mirror.populates.is_wanted(carrier.ino.load(Relaxed))
     }
 
     /// Copies a small file and gives it its name. `false`: nothing was done, it is placed as usual.
@@ -163,18 +149,28 @@ impl Placer<'_> {
         path: &RelPath,
         stat: &Stat,
     ) -> Result<bool> {
+        BUFFER.with_borrow_mut(|buffer| self.carry_through(buffer, carrier, name, path, stat))
+    }
+
+    fn carry_through(
+        &self,
+        buffer: &mut Vec<u8>,
+        carrier: &Carrier<'_>,
+        name: &Name,
+        path: &RelPath,
+        stat: &Stat,
+    ) -> Result<bool> {
         let begun = Instant::now();
-        let mut buffer = carrier.buffer.borrow_mut();
-        let Some((meta, src)) = read_small(self.src, name, stat, &mut buffer) else {
+        let Some((meta, src)) = read_small(self.src, name, stat, buffer) else {
             return Ok(false);
         };
-        self.mirror.pace.note(begun.elapsed());
+        self.mirror.crowd.pace.note(begun.elapsed());
         let made = fd::create_new(self.dst, name, stat.perm() & 0o777);
         let file = match made {
             Err(Errno::EXIST) => return Ok(false),
             other => other.on("openat", Side::Dst, path)?,
         };
-        let done = self.fill(carrier, name, path, (&meta, &src, &file), &buffer);
+        let done = self.fill(carrier, path, (&meta, &src, &file), buffer);
         if !matches!(done, Ok(true)) {
             // What failed is what is told; in a P directory nothing that is left over counts (D5).
             let _ = rustix::fs::unlinkat(self.dst, name.as_cstr(), AtFlags::empty()); // As said.
@@ -182,12 +178,10 @@ impl Placer<'_> {
         done
     }
 
-    /// Everything that makes a new file complete. Its times come after its mark: whatever a crash
-    /// leaves without a mark does not look like src's file.
+    /// Everything that makes a new file complete.
     fn fill(
         &self,
         carrier: &Carrier<'_>,
-        name: &Name,
         path: &RelPath,
         (meta, src, file): (&Meta, &OwnedFd, &OwnedFd),
         data: &[u8],
@@ -207,17 +201,8 @@ impl Placer<'_> {
         if !shared && fd::pwrite_all(dst, data, 0).is_err() {
             return Ok(false);
         }
-        let born = stat::stat_fd(dst).on("statx", Side::Dst, path)?;
         fault::point("carry-written");
-        // Hydrated again after a crash it would lose its capability without this (D7).
-        let capability = meta.xattr(CAPABILITY).is_some();
-        let mark = Mark {
-            capability,
-            ..Mark::pending()
-        };
-        let marked = self.mirror.mark.set(Target::Open(dst), &mark);
-        marked.on("setxattr", Side::Dst, path)?;
-        fault::point("carry-marked");
+        let born = stat::stat_fd(dst).on("statx", Side::Dst, path)?;
         let now = Born {
             uid: born.uid,
             gid: born.gid,
@@ -229,17 +214,13 @@ impl Placer<'_> {
         }
         self.note_late_flags(meta, dst)?;
         fault::point("carry-stamped");
-        let handle = Handle::of(dst, c"").on("name_to_handle_at", Side::Dst, path)?;
         let progress = &self.mirror.progress;
         progress.files_seen.add(1);
         progress.bytes_seen.add(size);
         progress.bytes_left.add(size);
-        let file = FileRef {
-            ino: born.key.ino,
-            anchor: Anchor::Handle(handle),
-            origin: Some(self.origin_of(name)),
-        };
-        self.mirror.landed_at_once(file, size, (carrier.settled)());
+        let mut carried = carrier.carried.lock();
+        carried.files += 1;
+        carried.bytes += size;
         Ok(true)
     }
 
@@ -276,22 +257,4 @@ fn read_small(
     buffer.truncate(size);
     let after = stat::stat_fd(file.as_fd()).ok()?;
     (after.key == stat.key && !after.changed_since(stat)).then_some((meta, file))
-}
-
-impl Mirror {
-    /// A file whose data came with its name: from here on it is like one that has just landed.
-    fn landed_at_once(&self, file: FileRef, bytes: u64, settled: Waiter) {
-        let hydration = self.hydrations.landed(file, bytes, settled);
-        self.commit.file_landed(hydration);
-        self.commit.wait_for_room(|| self.stopping());
-    }
-}
-
-impl Hydrations {
-    /// An entry of the table for a file that nobody has seen yet and that is complete.
-    fn landed(&self, file: FileRef, bytes: u64, settled: Waiter) -> Arc<super::hydrate::Hydration> {
-        let (hydration, _) = self.join(&file);
-        hydration.land_at_once(bytes, settled);
-        hydration
-    }
 }

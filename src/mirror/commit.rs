@@ -5,7 +5,7 @@
 //! directories with nothing pending below (I2). What a round removed is durable with the next
 //! round's syncfs: only then a file leaves the table of hydrations and may be written (D2).
 //!
-//! A round starts half a second after the first arrival (D10: seconds at the most), at once when
+//! A round starts a second after the first arrival (D10: seconds at the most), at once when
 //! somebody waits for it. Lock order: `queue` is a leaf.
 
 use std::collections::HashMap;
@@ -21,24 +21,25 @@ use rustix::io::Errno;
 use super::Mirror;
 use super::anchor::Anchor;
 use super::hydrate::{Hydration, Stage};
-use super::node::{Ino, Phase};
-use super::populate::Waiter;
+use super::node::{Ino, Origin, Phase};
+use super::populate::{DirRef, Waiter};
 use crate::error::{Context, Error, Result, Side};
 use crate::mark::Mark;
 use crate::sys::xattr::Target;
-use crate::sys::{fault, fd};
+use crate::sys::{dir, fault, fd, stat};
 
-/// How long a round waits for more.
-const GATHER: Duration = Duration::from_millis(500);
+/// How long a round waits for more. Each stops the journal for a moment, so few large ones are
+/// cheaper than many small ones.
+const GATHER: Duration = Duration::from_secs(1);
 /// How long a round without files waits at most. It waits as long as the last syncfs took: half of
 /// the time then goes into syncing, and a deep tree is not held up.
 const GATHER_DIRS_MAX: Duration = Duration::from_millis(20);
 /// How long a round that failed is put off.
 const RETRY: Duration = Duration::from_secs(1);
 /// A round starts at once with this many files.
-const BATCH_MAX: usize = 4096;
+const BATCH_MAX: usize = 16 << 10;
 /// The walker waits when so many files have landed and no round has taken them.
-const WAITING_MAX: usize = 4 * BATCH_MAX;
+const WAITING_MAX: usize = 2 * BATCH_MAX;
 
 /// A directory below which nothing is pending, as the walker found it.
 pub struct DoneDir {
@@ -52,10 +53,23 @@ pub struct DoneDir {
     pub then: Box<dyn FnOnce(bool) + Send>,
 }
 
-struct Publish {
-    ino: Ino,
-    anchor: Anchor,
-    mark: Mark,
+/// A directory with all its names whose mark is to go from P to `mark` behind a barrier.
+pub(super) struct Publish {
+    pub(super) dir: DirRef,
+    pub(super) mark: Mark,
+    /// The files in it that came with their data, and have no mark of their own.
+    pub(super) carried: Carried,
+    /// A syncfs failed since they were carried: their data may be lost.
+    pub(super) doubtful: bool,
+    /// Told when the mark is set.
+    pub(super) then: Option<Waiter>,
+}
+
+/// Files that are as durable as their directory's publication.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Carried {
+    pub(super) files: u64,
+    pub(super) bytes: u64,
 }
 
 #[derive(Default)]
@@ -63,6 +77,8 @@ struct Queue {
     files: Vec<Arc<Hydration>>,
     publishes: Vec<Publish>,
     dirs: Vec<DoneDir>,
+    /// Carried files in `publishes`.
+    carried: u64,
     /// Directories whose publication is not durable yet: the round that makes it so.
     gates: HashMap<Ino, u64>,
     /// Changes that wait for a gate.
@@ -73,8 +89,10 @@ struct Queue {
     urgent: bool,
     /// Rounds begun.
     round: u64,
-    /// How long the last syncfs took, at most `GATHER_DIRS_MAX`.
+    /// How long the last syncfs took.
     sync_time: Duration,
+    /// Nobody is about to bring more.
+    hungry: bool,
     stopped: bool,
 }
 
@@ -90,34 +108,43 @@ pub struct Commit {
 /// A publication that no round has taken yet.
 const NOT_YET: u64 = u64::MAX;
 
+impl Queue {
+    /// Files that no round has taken.
+    fn waiting(&self) -> usize {
+        self.files.len() + usize::try_from(self.carried).unwrap_or(usize::MAX)
+    }
+}
+
 impl Commit {
     /// The file's bytes are in dst's page cache, its times are restored.
     pub(super) fn file_landed(&self, hydration: Arc<Hydration>) {
         let mut queue = self.queue.lock();
         queue.files.push(hydration);
-        let full = queue.files.len() >= BATCH_MAX;
-        queue.urgent |= full;
+        queue.urgent |= queue.waiting() >= BATCH_MAX;
         self.arrived(&mut queue);
     }
 
     /// Waits while so many files have landed that memory would grow without end. For walker threads.
     pub(super) fn wait_for_room(&self, stopping: impl Fn() -> bool) {
         let mut queue = self.queue.lock();
-        while queue.files.len() >= WAITING_MAX && !queue.stopped && !stopping() {
+        while queue.waiting() >= WAITING_MAX && !queue.stopped && !stopping() {
             self.room.wait_for(&mut queue, GATHER);
         }
     }
 
-    /// Every name of the directory is in dst; its mark becomes `mark` behind a barrier.
-    pub(super) fn publish_later(&self, ino: Ino, anchor: Anchor, mark: Mark) {
+    /// Every name of the directory is in dst; its mark changes behind a barrier.
+    pub(super) fn publish_later(&self, publish: Publish) {
         let mut queue = self.queue.lock();
-        queue.gates.insert(ino, NOT_YET);
-        queue.publishes.push(Publish { ino, anchor, mark });
+        queue.gates.insert(publish.dir.ino, NOT_YET);
+        queue.carried += publish.carried.files;
+        queue.publishes.push(publish);
+        queue.urgent |= queue.waiting() >= BATCH_MAX;
         self.arrived(&mut queue);
     }
 
     fn publish_again(&self, publish: Publish) {
         let mut queue = self.queue.lock();
+        queue.carried += publish.carried.files;
         queue.publishes.push(publish);
         queue.first = Some(Instant::now() + RETRY);
     }
@@ -142,7 +169,7 @@ impl Commit {
         self.queue.lock().gates.get(&ino) == Some(&NOT_YET)
     }
 
-    /// True while no directory waits for its publication: always, except on btrfs.
+    /// True while no directory waits for its publication.
     pub(super) fn has_no_gates(&self) -> bool {
         self.queue.lock().gates.is_empty()
     }
@@ -169,6 +196,15 @@ impl Commit {
         let mut queue = self.queue.lock();
         queue.urgent = true;
         self.arrived(&mut queue);
+    }
+
+    /// Whether the walker brings more, so that a round is worth waiting for.
+    fn gather(&self, more: bool) {
+        let mut queue = self.queue.lock();
+        if queue.hungry == more {
+            queue.hungry = !more;
+            self.wake.notify_all();
+        }
     }
 
     /// True while anything waits for a round.
@@ -206,9 +242,19 @@ impl Commit {
             let due = match queue.first {
                 Some(first) if queue.urgent || queue.stopped => Some(first),
                 // One level of the tree a round: directories alone don't wait for company.
-                Some(first) if queue.files.is_empty() => Some(first + queue.sync_time),
+                Some(first) if queue.waiting() == 0 => {
+                    Some(first + queue.sync_time.min(GATHER_DIRS_MAX))
+                }
+                Some(first) if queue.hungry => Some(first + queue.sync_time.min(GATHER)),
                 Some(first) => Some(first + GATHER),
-                None => tail.then(|| Instant::now() + GATHER),
+                None => tail.then(|| {
+                    Instant::now()
+                        + if queue.hungry {
+                            GATHER_DIRS_MAX
+                        } else {
+                            GATHER
+                        }
+                }),
             };
             match due {
                 Some(due) if due <= Instant::now() || queue.stopped => break,
@@ -222,6 +268,7 @@ impl Commit {
         queue.first = None;
         queue.urgent = false;
         queue.round += 1;
+        queue.carried = 0;
         self.room.notify_all();
         Some(Round {
             number: queue.round,
@@ -276,12 +323,26 @@ impl Mirror {
         Some(self.unmark_dir(&dir))
     }
 
+    /// Whether the walker brings more at the moment, so that a round is worth waiting for.
+    pub fn gather(&self, more: bool) {
+        self.commit.gather(more);
+    }
+
     /// The commit thread: rounds until the mirror stops.
     pub(super) fn commit_loop(self: &Arc<Self>) {
         while let Some(round) = self.commit.next() {
             let begun = Instant::now();
             let synced = fd::syncfs(self.dst.as_fd()).on("syncfs", Side::Dst, ".");
-            self.commit.queue.lock().sync_time = begun.elapsed().min(GATHER_DIRS_MAX);
+            let took = begun.elapsed();
+            self.commit.queue.lock().sync_time = took;
+            tracing::debug!(
+                round = round.number,
+                files = round.files.len(),
+                publishes = round.publishes.len(),
+                dirs = round.dirs.len(),
+                ?took,
+                "synced"
+            );
             match synced {
                 Ok(()) => self.commit_round(round),
                 Err(e) => self.commit_failed(round, &e),
@@ -299,20 +360,7 @@ impl Mirror {
         }
         waiters.into_iter().for_each(|w| w(Ok(())));
         for publish in round.publishes {
-            let result = self.mark_by_anchor(&publish.anchor, &publish.mark);
-            if let Err(errno) = result
-                && errno != Errno::STALE
-            {
-                // The gate stays closed: a change below a P would be stamped over (D5).
-                tracing::warn!("publish a directory: setxattr dst: {errno}; it is tried again");
-                self.commit.publish_again(publish);
-                continue;
-            }
-            self.commit
-                .queue
-                .lock()
-                .gates
-                .insert(publish.ino, round.number + 1);
+            self.publish_now(publish, round.number);
         }
         for hydration in round.files {
             self.unmark_file(hydration, round.number);
@@ -321,6 +369,31 @@ impl Mirror {
             let gone = self.unmark_dir(&dir);
             (dir.then)(gone);
         }
+    }
+
+    /// The names of the directory and what was carried into it are durable: P becomes L.
+    fn publish_now(self: &Arc<Self>, publish: Publish, round: u64) {
+        if publish.doubtful {
+            return self.commit.publish_again(self.without_carried(publish));
+        }
+        fault::point("publish-durable");
+        match self.mark_by_anchor(&publish.dir.anchor, &publish.mark) {
+            Ok(()) | Err(Errno::STALE) => {}
+            Err(errno) => {
+                // The gate stays closed: a change below a P would be stamped over (D5).
+                tracing::warn!("publish a directory: setxattr dst: {errno}; it is tried again");
+                return self.commit.publish_again(publish);
+            }
+        }
+        fault::point("publish-marked");
+        let Publish {
+            dir, carried, then, ..
+        } = publish;
+        self.commit.queue.lock().gates.insert(dir.ino, round + 1);
+        self.progress.files_pulled.add(carried.files);
+        self.progress.bytes_pulled.add(carried.bytes);
+        self.progress.bytes_left.sub(carried.bytes);
+        then.into_iter().for_each(|w| w(Ok(())));
     }
 
     /// The removal of the mark is durable. A writer that has joined settles it by itself.
@@ -367,7 +440,7 @@ impl Mirror {
     /// began to look.
     fn unmark_dir(&self, dir: &DoneDir) -> bool {
         let _guard = self.moves.lock();
-        if self.epoch.load(Ordering::Acquire) != dir.epoch {
+        if self.epoch.load(Ordering::Acquire) != dir.epoch || self.commit.is_publishing(dir.ino) {
             return false;
         }
         fault::point("dir-unmark");
@@ -405,12 +478,21 @@ impl Mirror {
     }
 
     fn mark_by_anchor(&self, anchor: &Anchor, mark: &Mark) -> Result<(), Errno> {
-        let opened = anchor.open(self.dst.as_fd(), OFlags::PATH)?;
-        self.mark.set(Target::Fd(opened.as_fd()), mark)
+        let (dst, reading) = (self.dst.as_fd(), OFlags::RDONLY | OFlags::NOFOLLOW);
+        match anchor {
+            Anchor::Handle(handle) if !self.modes_bind => {
+                let opened = handle.open(dst, reading)?;
+                self.mark.set(Target::Open(opened.as_fd()), mark)
+            }
+            _ => {
+                let opened = anchor.open(dst, OFlags::PATH)?;
+                self.mark.set(Target::Fd(opened.as_fd()), mark)
+            }
+        }
     }
 
     /// syncfs failed: some page of some file did not reach the device, and the kernel will not say
-    /// it twice. Every file of the round is pending again; what it read stays in the ledger.
+    /// it twice. Every file of the round is pending again, and every file that was carried.
     fn commit_failed(self: &Arc<Self>, round: Round, error: &Error) {
         tracing::error!("{error}: {} files are pulled again", round.files.len());
         for hydration in round.files {
@@ -427,10 +509,146 @@ impl Mirror {
         for dir in round.dirs {
             (dir.then)(false);
         }
-        let mut queue = self.commit.queue.lock();
-        queue.publishes.extend(round.publishes);
-        if !queue.publishes.is_empty() {
-            queue.first = Some(Instant::now() + RETRY);
+        for publish in round.publishes {
+            let doubtful = publish.carried.files > 0;
+            let publish = Publish {
+                doubtful,
+                ..publish
+            };
+            self.commit.publish_again(publish);
         }
+    }
+
+    /// What was carried into the directory is pending again, as if it had been placed without data.
+    fn without_carried(&self, publish: Publish) -> Publish {
+        let Err(error) = self.mark_carried(&publish.dir) else {
+            let then = publish.then.map(|then| -> Waiter {
+                Box::new(move |_| then(Err(Errno::IO).on("syncfs", Side::Dst, "")))
+            });
+            return Publish {
+                carried: Carried::default(),
+                doubtful: false,
+                then,
+                ..publish
+            };
+        };
+        tracing::warn!("{error}; it is tried again");
+        publish
+    }
+
+    /// Marks every file that may have been carried into a directory that nobody could change yet.
+    fn mark_carried(&self, dir: &DirRef) -> Result<()> {
+        let opened = self.open_dir(dir)?;
+        let entries = dir::list(opened.as_fd()).on("getdents64", Side::Dst, "")?;
+        for entry in entries {
+            let target = Target::At(opened.as_fd(), &entry.name);
+            let there = stat::stat_at(opened.as_fd(), entry.name.as_cstr());
+            let there = there.on("statx", Side::Dst, entry.name.as_os_str())?;
+            // One with several names is never carried, and may be a user's by another name.
+            if !there.is_file() || there.size == 0 || there.nlink > 1 {
+                continue;
+            }
+            let marked = self.mark.get(target);
+            if marked.on("getxattr", Side::Dst, "")?.is_some() {
+                continue;
+            }
+            // Whether src has a capability is asked when it is hydrated.
+            let mark = Mark {
+                capability: true,
+                ..Mark::pending()
+            };
+            let set = self.mark.set(target, &mark);
+            set.on("setxattr", Side::Dst, entry.name.as_os_str())?;
+            if let Some(node) = self.nodes.find(there.key.ino) {
+                node.set_origin(
+                    dir.origin
+                        .as_ref()
+                        .map(|o| Origin::of(&o.join(&entry.name))),
+                );
+                node.set_phase(Phase::Pending);
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::MountConfig;
+    use crate::mirror::{Carrier, Trees};
+    use crate::progress::Progress;
+    use crate::sys::caps;
+
+    /// A mirror whose commit thread has ended: the test does its rounds.
+    fn quiet(src: &std::path::Path, dst: &std::path::Path) -> Arc<Mirror> {
+        let config = MountConfig::new(src, dst);
+        let trees = Trees::open(src, dst).expect("trees");
+        let mirror = Mirror::open(&config, trees, Arc::new(Progress::default())).expect("mirror");
+        mirror.commit.stop();
+        let thread = mirror.committer.lock().take();
+        thread.expect("a thread").join().expect("it ends");
+        mirror
+    }
+
+    fn mark_of(mirror: &Mirror, at: &std::path::Path) -> Option<Mark> {
+        let opened = rustix::fs::open(at, OFlags::RDONLY, rustix::fs::Mode::empty()).expect("open");
+        mirror.mark.get(Target::Fd(opened.as_fd())).expect("mark")
+    }
+
+    #[test]
+    fn what_was_carried_before_a_syncfs_that_failed_is_pending_again() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let (src, dst) = (dir.path().join("src"), dir.path().join("dst"));
+        std::fs::create_dir_all(src.join("below")).expect("mkdir");
+        std::fs::create_dir(&dst).expect("mkdir");
+        std::fs::write(src.join("small"), b"a small file").expect("write");
+        std::fs::write(src.join("empty"), b"").expect("write");
+        let mirror = quiet(&src, &dst);
+        if !caps::have_read_search() {
+            return; // Without handles nothing is carried.
+        }
+        let (tell, told) = crossbeam_channel::unbounded();
+        let published = || -> Waiter {
+            let tell = tell.clone();
+            Box::new(move |result: Result<()>| tell.send(result.is_ok()).expect("heard"))
+        };
+        let root = mirror.root_dir().expect("root").expect("pending");
+        let carrier = Carrier::new(&published);
+        mirror.populate_now(&root, &carrier).expect("populated");
+        let (small, empty) = (dst.join("small"), dst.join("empty"));
+        assert_eq!(std::fs::read(&small).expect("read"), b"a small file");
+        assert_eq!(
+            mark_of(&mirror, &small),
+            None,
+            "nothing in a P directory counts"
+        );
+        assert_eq!(mark_of(&mirror, &dst), Some(Mark::pending()));
+
+        let take = || std::mem::take(&mut mirror.commit.queue.lock().publishes);
+        let publishes = take();
+        assert_eq!(publishes.len(), 1);
+        let round = Round {
+            number: 1,
+            files: Vec::new(),
+            publishes,
+            dirs: Vec::new(),
+        };
+        mirror.commit_failed(round, &Error::Stopped);
+        assert_eq!(mark_of(&mirror, &dst), Some(Mark::pending()));
+        // The next syncfs works; it says nothing of what the one before lost.
+        take().into_iter().for_each(|p| mirror.publish_now(p, 2));
+        assert!(mark_of(&mirror, &small).is_some_and(|m| !m.populated));
+        assert_eq!(mark_of(&mirror, &empty), None, "there is no data to lose");
+        assert_eq!(
+            mark_of(&mirror, &dst),
+            Some(Mark::pending()),
+            "behind a barrier"
+        );
+        assert!(told.is_empty());
+        take().into_iter().for_each(|p| mirror.publish_now(p, 3));
+        assert_eq!(mark_of(&mirror, &dst), Some(Mark::populated()));
+        assert_eq!(told.try_recv(), Ok(false), "the walker comes again");
+        mirror.engine.stop();
     }
 }

@@ -10,6 +10,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use rustix::fs::{AtFlags, FileType, OFlags};
@@ -20,6 +21,7 @@ use super::Mirror;
 use super::control::{self, CONTROL, Control, Identity};
 use super::ledger::{self, Ledger, LedgerEntry};
 use super::perms::Perms;
+use crate::crew::Crew;
 use crate::error::{Context, Error, Result, Side};
 use crate::mark::{Mark, MarkName};
 use crate::sys::handle::Handle;
@@ -119,9 +121,7 @@ impl Mirror {
             mark,
         }
         .run(accept_loss)?;
-        self.progress
-            .complete
-            .store(true, std::sync::atomic::Ordering::Relaxed);
+        self.progress.complete.store(true, Ordering::Relaxed);
         Ok(())
     }
 }
@@ -272,7 +272,8 @@ struct Found {
     size: u64,
 }
 
-/// Looks at every inode below a dst root; calls `each` for what carries a mark, parents first.
+/// Looks at every inode below a dst root, on all CPUs; calls `each` for what carries a mark, on this
+/// thread, parents before what is in them.
 fn scan(
     root: BorrowedFd<'_>,
     mark: MarkName,
@@ -286,46 +287,70 @@ fn scan(
             size: 0,
         })?;
     }
-    let mut stack = vec![RelPath::root()];
-    while let Some(path) = stack.pop() {
-        let opened = match fd::open_beneath(root, &path, OFlags::RDONLY | OFlags::DIRECTORY) {
-            // What carries a mark can be read by whoever set it (perms.rs), and below a directory
-            // without one nothing is pending (I2).
-            Err(Errno::ACCESS) if mark == MarkName::User => continue,
-            other => other.on("open", Side::Dst, &path)?,
+    let stop = AtomicBool::new(false);
+    let mut result = Ok(());
+    let threads = host::cpus().len();
+    Crew::run(
+        vec![RelPath::root()],
+        &stop,
+        || threads,
+        || (),
+        |crew: &Crew<'_, RelPath, Result<Found>>, (), path| {
+            if let Err(e) = scan_dir(root, mark, crew, &path) {
+                crew.tell(Err(e));
+            }
+        },
+        |found| {
+            if let Err(e) = found.and_then(&mut *each) {
+                stop.store(true, Ordering::Relaxed);
+                result = Err(e);
+            }
+        },
+    );
+    result
+}
+
+/// One directory: tells what carries a mark in it, and hands on its subdirectories.
+fn scan_dir(
+    root: BorrowedFd<'_>,
+    mark: MarkName,
+    crew: &Crew<'_, RelPath, Result<Found>>,
+    path: &RelPath,
+) -> Result<()> {
+    let opened = match fd::open_beneath(root, path, OFlags::RDONLY | OFlags::DIRECTORY) {
+        // What carries a mark can be read by whoever set it (perms.rs), and below a directory
+        // without one nothing is pending (I2).
+        Err(Errno::ACCESS) if mark == MarkName::User => return Ok(()),
+        other => other.on("open", Side::Dst, path)?,
+    };
+    for entry in dir::list(opened.as_fd()).on("getdents64", Side::Dst, path)? {
+        if path.is_root() && entry.name.as_bytes() == CONTROL.as_bytes() {
+            continue;
+        }
+        let mut kind = entry.kind;
+        if kind == FileType::Unknown {
+            let stat = stat::stat_at(opened.as_fd(), entry.name.as_cstr());
+            kind = stat.on("statx", Side::Dst, path.join(&entry.name))?.kind();
+        }
+        if !matches!(kind, FileType::RegularFile | FileType::Directory) {
+            continue;
+        }
+        let found = match mark.get(Target::At(opened.as_fd(), &entry.name)) {
+            // Deleted meanwhile.
+            Err(Errno::NOENT) => continue,
+            other => other.on("getxattr", Side::Dst, path.join(&entry.name))?,
         };
-        for entry in dir::list(opened.as_fd()).on("getdents64", Side::Dst, &path)? {
-            if path.is_root() && entry.name.as_bytes() == CONTROL.as_bytes() {
-                continue;
-            }
-            let below = path.join(&entry.name);
-            let mut kind = entry.kind;
-            if kind == FileType::Unknown {
-                let stat = stat::stat_at(opened.as_fd(), entry.name.as_cstr());
-                kind = stat.on("statx", Side::Dst, &below)?.kind();
-            }
-            if !matches!(kind, FileType::RegularFile | FileType::Directory) {
-                continue;
-            }
-            let target = Target::At(opened.as_fd(), &entry.name);
-            let found = match mark.get(target) {
-                // Deleted meanwhile.
-                Err(Errno::NOENT) => continue,
-                other => other.on("getxattr", Side::Dst, &below)?,
-            };
-            if let Some(found) = found {
-                let stat = stat::stat_at(opened.as_fd(), entry.name.as_cstr());
-                let size = stat.map_or(0, |s| s.size);
-                each(Found {
-                    path: below.clone(),
-                    kind,
-                    mark: found,
-                    size,
-                })?;
-            }
-            if kind == FileType::Directory {
-                stack.push(below);
-            }
+        if let Some(found) = found {
+            let stat = stat::stat_at(opened.as_fd(), entry.name.as_cstr());
+            crew.tell(Ok(Found {
+                path: path.join(&entry.name),
+                kind,
+                mark: found,
+                size: stat.map_or(0, |s| s.size),
+            }));
+        }
+        if kind == FileType::Directory {
+            crew.push([path.join(&entry.name)]);
         }
     }
     Ok(())

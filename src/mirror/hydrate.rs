@@ -5,7 +5,6 @@
 //!   Landed   -> Unmarked  commit.rs    one syncfs for a batch, then the mark goes (D1)
 //!   Landed   -> Settling  settle()     a writer waits: fdatasync, unmark, fsync at once (D2)
 //!   Unmarked -> (gone)    commit.rs    the next syncfs made the removal durable (D2)
-//!   Queued   -> Landed    carry.rs     a small file that the walker placed with its data
 //!   Queued   -> Truncating  truncate_pending()  O_TRUNC: nothing is read from src (D3)
 //!   any      -> (gone)    fail_hydration()  the mark was never touched, so a retry starts clean
 //!
@@ -432,14 +431,6 @@ impl Mirror {
 }
 
 impl Hydration {
-    /// Queued -> Landed, of a file that came with its data.
-    pub(super) fn land_at_once(&self, bytes: u64, settled: Waiter) {
-        let mut state = self.state.lock();
-        state.stage = Stage::Landed;
-        state.bytes = bytes;
-        state.settled.push(settled);
-    }
-
     /// Every byte is in dst, though the mark may still be there.
     pub(super) fn has_landed(&self) -> bool {
         let stage = self.state.lock().stage;

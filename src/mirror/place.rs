@@ -4,10 +4,10 @@
 //! and devices are complete at once. Upholds I1 (a name appears complete) and D5 (what a crash left
 //! in a P directory is made anew, except what is certainly the same).
 
-use std::cell::OnceCell;
 use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
+use std::time::Instant;
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags};
 use rustix::io::Errno;
@@ -20,6 +20,7 @@ use super::hydrate::FileRef;
 use super::links::LinkKey;
 use super::populate::DirRef;
 use super::source::{SrcDir, SrcInfo};
+use crate::engine::job::Priority;
 use crate::error::{Context, Error, Result, Side};
 use crate::mark::{Mark, MarkName};
 use crate::meta::{self, CAPABILITY, LATE_FLAGS, Meta, Refused};
@@ -39,8 +40,9 @@ pub struct Placer<'a> {
     found: HashMap<Name, FileType>,
     /// The walker's: what small files come with their data for.
     carrier: Option<&'a Carrier<'a>>,
+    priority: Priority,
     /// Inode flags that a new file has here; asked once.
-    born_flags: OnceCell<Option<u32>>,
+    born_flags: OnceLock<Option<u32>>,
 }
 
 impl<'a> Placer<'a> {
@@ -68,8 +70,17 @@ impl<'a> Placer<'a> {
             is_root,
             found,
             carrier: carrier.filter(|_| clean),
-            born_flags: OnceCell::new(),
+            priority: match carrier {
+                Some(_) => Priority::Background,
+                None => Priority::Demand,
+            },
+            born_flags: OnceLock::new(),
         })
+    }
+
+    /// Whether anybody waits for the names.
+    pub fn priority(&self) -> Priority {
+        self.priority
     }
 
     /// Gives dst the entry. What dst cannot hold goes to the ledger and is `Ok`; errors that may
@@ -421,7 +432,10 @@ impl<'a> Placer<'a> {
     }
 
     fn capture(&self, name: &Name, path: &RelPath, stat: Stat) -> Result<Meta> {
+        // Not the statx before it: that may have come with the listing.
+        let begun = Instant::now();
         let meta = Meta::capture(self.src.capture, self.src.fd.as_fd(), name, stat);
+        self.mirror.crowd.pace.note(begun.elapsed());
         let meta = meta.on("listxattr", Side::Src, path)?;
         self.mirror.unread(path, &meta);
         Ok(meta)

@@ -18,6 +18,7 @@ use rustix::io::Errno;
 use super::Mirror;
 use super::anchor::Anchor;
 use super::carry::Carrier;
+use super::commit::Publish;
 use super::control::CONTROL;
 use super::node::{Ino, Node, Origin, Phase};
 use super::place::Placer;
@@ -187,15 +188,20 @@ impl Mirror {
     }
 
     /// Calls `then` when a change in the directory cannot be undone by a crash: its own publication
-    /// and those above it are durable (D6). At once, except on btrfs.
+    /// and those above it are durable (D6).
     pub(super) fn when_published(self: &Arc<Self>, ino: Ino, then: Waiter) {
         let Some(gated) = self.gated_at_or_above(ino) else {
             return then(Ok(()));
         };
         let mirror = Arc::clone(self);
-        let again = move |ready| match ready {
-            Ok(()) => mirror.when_published(ino, then),
-            Err(e) => then(Err(e)),
+        // The walker hears of it and brings nothing more for the next syncfs.
+        self.progress.waiting.add(1);
+        let again = move |ready| {
+            mirror.progress.waiting.sub(1);
+            match ready {
+                Ok(()) => mirror.when_published(ino, then),
+                Err(e) => then(Err(e)),
+            }
         };
         self.commit.when_published(gated, Box::new(again));
     }
@@ -236,6 +242,11 @@ impl Mirror {
             self.populate_claimed(dir, Some(carrier));
         }
         told.recv().unwrap_or(Err(Error::Stopped))
+    }
+
+    /// Waits while more files have landed or were carried than memory is for. For walker threads.
+    pub fn wait_for_room(&self) {
+        self.commit.wait_for_room(|| self.stopping());
     }
 
     /// Runs the populate that `join` gave to this thread, and tells all who wait.
@@ -300,7 +311,7 @@ impl Mirror {
             ..Mark::populated()
         };
         placer.note_late_flags(&meta, opened.as_fd())?;
-        self.publish(dir, &opened, origin, mark)
+        self.publish(dir, &opened, origin, mark, carrier)
     }
 
     /// The default ACL comes back when all children are made: they would inherit it (D8). Until then
@@ -328,17 +339,17 @@ impl Mirror {
             let mut entries = dir::list(src.fd.as_fd()).on("getdents64", Side::Src, path)?;
             // Inode order: statx of src reads its inode tables in order.
             entries.sort_unstable_by_key(|e| e.ino);
-            for entry in entries {
+            entries.retain(|entry| !placed.contains(&entry.name));
+            self.crowd.each(placer.priority(), &entries, |entry| {
                 if self.stopping() {
                     return Err(Error::Stopped);
                 }
-                if !placed.contains(&entry.name) {
-                    fault::point("populate-before-child");
-                    placer.place(&entry.name)?;
-                    fault::point("populate-after-child");
-                    placed.insert(entry.name);
-                }
-            }
+                fault::point("populate-before-child");
+                placer.place(&entry.name)?;
+                fault::point("populate-after-child");
+                Ok(())
+            })?;
+            placed.extend(entries.into_iter().map(|entry| entry.name));
             tries_left -= 1;
             let after = stat::stat_fd(src.fd.as_fd()).on("statx", Side::Src, path)?;
             if after.mtime == meta.stat.mtime {
@@ -356,18 +367,26 @@ impl Mirror {
         }
     }
 
-    /// Every name is here: the mark goes from P to L (D6).
+    /// Every name is here: the mark goes from P to L (D6); behind a barrier on btrfs, and where files
+    /// came with their data (D1). Readers go on meanwhile, changes wait.
     fn publish(
         self: &Arc<Self>,
         dir: &DirRef,
         opened: &OwnedFd,
         origin: &Arc<RelPath>,
         mark: Mark,
+        carrier: Option<&Carrier<'_>>,
     ) -> Result<()> {
         fault::point("populate-before-mark");
-        if self.btrfs {
-            // Names first, with a barrier, then the mark: readers go on meanwhile, changes wait.
-            self.commit.publish_later(dir.ino, dir.anchor.clone(), mark);
+        let carried = carrier.map(Carrier::carried).unwrap_or_default();
+        if self.btrfs || carried.files > 0 {
+            self.commit.publish_later(Publish {
+                dir: dir.clone(),
+                mark,
+                carried,
+                doubtful: false,
+                then: carrier.map(Carrier::published),
+            });
         } else {
             self.mark.set(Target::Fd(opened.as_fd()), &mark).on(
                 "setxattr",

@@ -114,6 +114,12 @@ fn fill(src: &Path) {
     }
 }
 
+/// Its mark says P.
+fn is_unpopulated(dir: &Path) -> bool {
+    let mut value = [0; 4096];
+    matches!(rustix::fs::lgetxattr(dir, MARK, &mut value), Ok(n) if n > 0 && value[0] & 1 == 0)
+}
+
 fn is_dead(e: &io::Error) -> bool {
     let dead = [
         libc::ENOTCONN,
@@ -287,6 +293,13 @@ fn an_exit_while_a_small_file_comes_with_its_name_loses_nothing() {
 }
 
 #[test]
+fn an_exit_while_directories_are_published_loses_nothing() {
+    exit_at_each("ext4", &points("publish"), &[1, 4]);
+    exit_at_each("xfs", &points("publish"), &[2]);
+    exit_at_each("btrfs", &points("publish"), &[3]);
+}
+
+#[test]
 fn an_exit_at_each_point_of_hydrating_loses_nothing() {
     exit_at_each("ext4", &points("hydrate"), &[1, 3, 20]);
     exit_at_each("xfs", &points("hydrate"), &[5]);
@@ -308,7 +321,7 @@ fn an_exit_at_each_point_of_the_end_loses_nothing() {
 fn every_fault_point_is_exited_at() {
     // `perm` in rootless.rs.
     let tested = [
-        "populate", "carry", "hydrate", "rename", "dir", "finish", "perm",
+        "populate", "carry", "publish", "hydrate", "rename", "dir", "finish", "perm",
     ];
     for point in POINTS {
         assert!(
@@ -327,12 +340,19 @@ fn after_a_kill_nothing_that_was_durable_is_copied_again() {
     nasty::ordinary(&w.src, 150, 20);
     let whole = |dst: &Path| -> BTreeMap<Vec<u8>, (u64, i64, i64)> {
         let all = compare::manifest_without_content(dst);
-        let marked = all.entries().filter(|(p, e)| {
+        // Nothing in a directory that is not populated counts.
+        let counts = |p: &[u8]| {
+            let path: &std::ffi::OsStr = std::os::unix::ffi::OsStrExt::from_bytes(p);
+            let above = Path::new(path).ancestors().skip(1);
+            !above.into_iter().any(|d| is_unpopulated(&dst.join(d)))
+        };
+        let whole = all.entries().filter(|(p, e)| {
             !e.has_xattr(MARK)
                 && e.kind == rustix::fs::FileType::RegularFile
                 && !p.starts_with(CONTROL.as_bytes())
+                && counts(p)
         });
-        marked
+        whole
             .map(|(p, _)| {
                 let path: &std::ffi::OsStr = std::os::unix::ffi::OsStrExt::from_bytes(p);
                 let m = dst.join(path).symlink_metadata().unwrap();
