@@ -106,7 +106,8 @@ pub struct Mirror {
     mark: MarkName,
     /// Without CAP_DAC_OVERRIDE: see perms.rs.
     modes_bind: bool,
-    /// Small files may come with their data: inodes are had by handle, and modes do not bind.
+    /// Small files may come with their data: inodes are had by handle, modes do not bind, and nothing
+    /// unmarked in a P directory is ever believed.
     carries: bool,
     /// dst is btrfs: publishing needs a barrier (D6).
     btrfs: bool,
@@ -166,6 +167,9 @@ impl Mirror {
         let by_handle = caps::have_read_search() && anchor::can_open_handles(dst.as_fd());
         let dst = Arc::new(dst);
         let root = root_node(&dst, mark, by_handle)?;
+        // What an earlier copy left is taken by size and times alone: a power cut could leave a carried
+        // file that looks like that, without its bytes. There everything is marked.
+        let carries = by_handle && !perms::are_binding(mark) && !control.identity.adopt;
         let anchors =
             Anchors::load(&control.links).on("getdents64", Side::Dst, ".mirrorfs/links")?;
         let ledger = Ledger::open(control.dir.as_fd())?;
@@ -183,7 +187,7 @@ impl Mirror {
             control,
             mark,
             modes_bind: perms::are_binding(mark),
-            carries: by_handle && !perms::are_binding(mark),
+            carries,
             btrfs,
             anchors,
             ledger,

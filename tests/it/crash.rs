@@ -293,6 +293,38 @@ fn an_exit_while_a_small_file_comes_with_its_name_loses_nothing() {
 }
 
 #[test]
+fn a_carried_file_that_lost_its_bytes_is_not_adopted() {
+    if !can_mount_on("ext4") {
+        return;
+    }
+    let w = World::on("ext4");
+    fs::create_dir(w.src.join("new")).unwrap();
+    fs::write(w.src.join("new/file"), vec![b'x'; 3_000]).unwrap();
+    fs::create_dir_all(w.dst.join("copied earlier")).unwrap();
+    // The file has its name, size and times when the daemon ends; then a power cut takes its bytes.
+    let env = [("MIRRORFS_FAULT", "carry-stamped:1")];
+    let died = match w.try_mount(&["--adopt"], &env) {
+        Err(_) => true,
+        Ok(mut m) => {
+            let died = m.wait_exit(Duration::from_secs(2)).is_some();
+            if !died {
+                m.unmount();
+            }
+            died
+        }
+    };
+    if died {
+        let file = w.dst.join("new/file");
+        let modified = file.metadata().unwrap().modified().unwrap();
+        fs::write(&file, vec![0; 3_000]).unwrap();
+        let file = OpenOptions::new().write(true).open(&file).unwrap();
+        file.set_modified(modified).unwrap();
+    }
+    w.mount().finish();
+    assert_eq!(fs::read(w.dst.join("new/file")).unwrap(), vec![b'x'; 3_000]);
+}
+
+#[test]
 fn an_exit_while_directories_are_published_loses_nothing() {
     exit_at_each("ext4", &points("publish"), &[1, 4]);
     exit_at_each("xfs", &points("publish"), &[2]);

@@ -1,0 +1,79 @@
+//! What a round does when the kernel fails it.
+
+use super::*;
+use crate::config::MountConfig;
+use crate::mirror::{Carrier, Trees};
+use crate::progress::Progress;
+use crate::sys::caps;
+
+/// A mirror whose commit thread has ended: the test does its rounds.
+fn quiet(src: &std::path::Path, dst: &std::path::Path) -> Arc<Mirror> {
+    let config = MountConfig::new(src, dst);
+    let trees = Trees::open(src, dst).expect("trees");
+    let mirror = Mirror::open(&config, trees, Arc::new(Progress::default())).expect("mirror");
+    mirror.commit.stop();
+    let thread = mirror.committer.lock().take();
+    thread.expect("a thread").join().expect("it ends");
+    mirror
+}
+
+fn mark_of(mirror: &Mirror, at: &std::path::Path) -> Option<Mark> {
+    let opened = rustix::fs::open(at, OFlags::RDONLY, rustix::fs::Mode::empty()).expect("open");
+    mirror.mark.get(Target::Fd(opened.as_fd())).expect("mark")
+}
+
+#[test]
+fn what_was_carried_before_a_syncfs_that_failed_is_pending_again() {
+    let dir = tempfile::tempdir().expect("tempdir");
+    let (src, dst) = (dir.path().join("src"), dir.path().join("dst"));
+    std::fs::create_dir_all(src.join("below")).expect("mkdir");
+    std::fs::create_dir(&dst).expect("mkdir");
+    std::fs::write(src.join("small"), b"a small file").expect("write");
+    std::fs::write(src.join("empty"), b"").expect("write");
+    let mirror = quiet(&src, &dst);
+    if !caps::have_read_search() {
+        return; // Without handles nothing is carried.
+    }
+    let (tell, told) = crossbeam_channel::unbounded();
+    let published = || -> Waiter {
+        let tell = tell.clone();
+        Box::new(move |result: Result<()>| tell.send(result.is_ok()).expect("heard"))
+    };
+    let root = mirror.root_dir().expect("root").expect("pending");
+    let carrier = Carrier::new(&published);
+    mirror.populate_now(&root, &carrier).expect("populated");
+    let (small, empty) = (dst.join("small"), dst.join("empty"));
+    assert_eq!(std::fs::read(&small).expect("read"), b"a small file");
+    assert_eq!(
+        mark_of(&mirror, &small),
+        None,
+        "nothing in a P directory counts"
+    );
+    assert_eq!(mark_of(&mirror, &dst), Some(Mark::pending()));
+
+    let take = || std::mem::take(&mut mirror.commit.queue.lock().publishes);
+    let publishes = take();
+    assert_eq!(publishes.len(), 1);
+    let round = Round {
+        number: 1,
+        files: Vec::new(),
+        publishes,
+        dirs: Vec::new(),
+    };
+    mirror.commit_failed(round, &Error::Stopped);
+    assert_eq!(mark_of(&mirror, &dst), Some(Mark::pending()));
+    // The next syncfs works; it says nothing of what the one before lost.
+    take().into_iter().for_each(|p| mirror.publish_now(p, 2));
+    assert!(mark_of(&mirror, &small).is_some_and(|m| !m.populated));
+    assert_eq!(mark_of(&mirror, &empty), None, "there is no data to lose");
+    assert_eq!(
+        mark_of(&mirror, &dst),
+        Some(Mark::pending()),
+        "behind a barrier"
+    );
+    assert!(told.is_empty());
+    take().into_iter().for_each(|p| mirror.publish_now(p, 3));
+    assert_eq!(mark_of(&mirror, &dst), Some(Mark::populated()));
+    assert_eq!(told.try_recv(), Ok(false), "the walker comes again");
+    mirror.engine.stop();
+}
