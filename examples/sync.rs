@@ -23,7 +23,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             "--itemize" => config.itemize = true,
             "--no-fsync" => config.fsync = mirrorfs::config::Fsync::Never,
             other => match other.strip_prefix("-j").and_then(|n| n.parse().ok()) {
-                Some(jobs) => config.jobs = jobs,
+                Some(jobs) => config.jobs = Some(jobs),
                 None => return Err(format!("unknown option {other}").into()),
             },
         }

@@ -61,6 +61,8 @@ pub struct MountConfig {
     pub threads: usize,
     /// Copy workers.
     pub workers: usize,
+    /// False: plain system calls only, as on a kernel without io_uring.
+    pub io_uring: bool,
     /// How long an access waits for a source that does not answer; `None`: as long as it takes.
     pub source_timeout: Option<Duration>,
     /// When nothing is pending: finish, unmount and exit.
@@ -93,6 +95,7 @@ impl MountConfig {
             large_file_bytes: LARGE_FILE_BYTES,
             threads: cpus().clamp(2, 8),
             workers: cpus(),
+            io_uring: true,
             source_timeout: None,
             finish: false,
             log_file: None,
@@ -184,8 +187,8 @@ pub struct SyncConfig {
     pub one_file_system: bool,
     /// When what was written is made durable.
     pub fsync: Fsync,
-    /// Copy workers.
-    pub jobs: usize,
+    /// Most copy workers; `None`: what the source deserves.
+    pub jobs: Option<usize>,
     /// Whether extents are shared.
     pub reflink: Reflink,
     /// Whether large files stay in the page cache.
@@ -221,7 +224,7 @@ impl SyncConfig {
             ignore_existing: false,
             one_file_system: false,
             fsync: Fsync::End,
-            jobs: cpus(),
+            jobs: None,
             reflink: Reflink::Auto,
             cache: Cache::Auto,
             verify: false,
@@ -235,7 +238,7 @@ impl SyncConfig {
 
     /// This configuration, or one line that says which value cannot be.
     pub fn validated(self) -> Result<SyncConfig, String> {
-        in_range("--jobs", self.jobs)?;
+        self.jobs.map_or(Ok(()), |n| in_range("--jobs", n))?;
         if self.dry_run && self.verify {
             return Err("--verify after --dry-run would compare what was not copied".into());
         }

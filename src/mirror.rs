@@ -176,6 +176,7 @@ impl Mirror {
         progress.errors.set(ledger.len() as u64);
         let engine = Engine::start(&EngineConfig {
             workers: config.workers,
+            io_uring: config.io_uring,
             ..Default::default()
         })?;
         let mirror = Arc::new(Mirror {

@@ -137,6 +137,20 @@ fn note(report: &mut SyncReport, event: &Event) {
     }
 }
 
+/// How many threads the source deserves: few while it answers from memory, more when they mostly wait
+/// for it (Little's law: latency times rate, 30 us of our own work per file); what was asked for is
+/// the most.
+fn threads(asked: Option<usize>, few: usize, cpus: usize, totals: &Totals) -> usize {
+    if !totals.is_slow() {
+        return asked.map_or(few, |n| n.min(few));
+    }
+    let us = totals.src_latency().as_micros();
+    let wanted = usize::try_from(us / 30).unwrap_or(usize::MAX);
+    wanted
+        .saturating_mul(cpus)
+        .clamp(1, asked.unwrap_or(THREADS_SLOW))
+}
+
 /// Opens both roots; makes dst's last component when it is missing (then it is fresh).
 fn open_roots(config: &SyncConfig) -> Result<(Arc<Roots>, bool)> {
     let unusable = |what: &str, path: &Path, e: Errno| {
@@ -268,19 +282,9 @@ impl<'a> Job<'a> {
         })
     }
 
-    /// How many threads the source deserves: few while it answers from memory, more when they mostly
-    /// wait for it (Little's law: latency times rate, 30 us of our own work per file).
     fn threads(&self, cpus: usize) -> usize {
-        let asked = (self.config.jobs != cpus).then_some(self.config.jobs);
-        if !self.totals.is_slow() {
-            let few = if self.dst_queues { cpus } else { 2 * cpus };
-            return asked.map_or(few, |n| n.min(few));
-        }
-        let us = self.totals.src_latency().as_micros();
-        let wanted = usize::try_from(us / 30).unwrap_or(usize::MAX);
-        wanted
-            .saturating_mul(cpus)
-            .clamp(1, asked.unwrap_or(THREADS_SLOW))
+        let few = if self.dst_queues { cpus } else { 2 * cpus };
+        threads(self.config.jobs, few, cpus, &self.totals)
     }
 
     /// A name that no user has, for an entry that is not complete yet.

@@ -239,7 +239,7 @@ impl Sync {
             FsyncArg::End => Fsync::End,
             FsyncArg::Never => Fsync::Never,
         };
-        config.jobs = self.jobs.unwrap_or(config.jobs);
+        config.jobs = self.jobs;
         config.reflink = match self.reflink {
             ReflinkArg::Auto => Reflink::Auto,
             ReflinkArg::Always => Reflink::Always,
@@ -316,7 +316,7 @@ mod tests {
         assert!(config.one_file_system && config.dry_run && config.itemize && config.delete);
         assert_eq!(config.verbose, 2);
         assert!(!config.checksum);
-        assert_eq!(sync("-aj3 a b").expect("parses").jobs, 3);
+        assert_eq!(sync("-aj3 a b").expect("parses").jobs, Some(3));
     }
 
     #[test]

@@ -382,7 +382,7 @@ fn every_way_through_or_past_the_cache_brings_every_byte() {
         for jobs in [1, 8] {
             let config = SyncConfig {
                 cache,
-                jobs,
+                jobs: Some(jobs),
                 ignore_times: true,
                 ..t.config()
             };
@@ -425,4 +425,16 @@ fn a_dropped_copy_is_not_in_the_page_cache_and_a_kept_one_is() {
             assert_eq!(cached > 32 << 20, kept, "{cache:?}: {cached}");
         }
     }
+}
+
+#[test]
+fn as_many_threads_as_asked_for_at_most_whatever_the_source_and_the_cpus() {
+    let totals = Totals::default();
+    assert_eq!(threads(None, 4, 2, &totals), 4);
+    assert_eq!(threads(Some(2), 4, 2, &totals), 2);
+    totals.src_asks.store(true, Relaxed);
+    (0..50).for_each(|_| totals.src_took(std::time::Duration::from_millis(5)));
+    assert!(totals.is_slow());
+    assert_eq!(threads(Some(2), 4, 2, &totals), 2);
+    assert_eq!(threads(None, 4, 2, &totals), THREADS_SLOW);
 }
