@@ -10,11 +10,11 @@ SHELLS := bash zsh fish
 COMMANDS := mount sync status verify finish errors completions
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo check test test-all loom asan bench doc install clean \
+.PHONY: help setup build demo check test test-all loom asan bench bench-regress bench-baseline doc install clean \
         pjdfstest fsx crash powercut nasty
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## install the Debian packages that build and tests need, if they are missing
 	scripts/setup.sh
@@ -50,9 +50,18 @@ asan: ## the ring's tests under AddressSanitizer (needs a nightly toolchain)
 	RUSTFLAGS=-Zsanitizer=address CARGO_TARGET_DIR=$(TARGET_DIR)/asan $(CARGO) +nightly test --locked \
 	  --target x86_64-unknown-linux-gnu --lib engine::ring
 
-bench: ## measure the engine; names the scripts for first access and for sync beside other tools
-	$(CARGO) bench --locked
-	@for script in scripts/bench/*.sh; do [ -e "$$script" ] && echo "also: $$script"; done; true
+# Not instructions: it needs valgrind, and fails where that is not installed.
+bench: ## measure engine, populate, hydrate, metadata on MIRRORFS_BENCH_DIR; names the scripts that measure whole copies
+	$(CARGO) bench --locked --bench copy --bench data --bench populate --bench hydrate --bench metadata
+	@sed -sn '2s|^# \([a-z-]*[.]sh .*\)|also: scripts/bench/\1|p' scripts/bench/*.sh
+
+bench-regress: ## count instructions; over 3 % more than benches/baseline.json is a failure (as root; BASE=COMMIT)
+	scripts/setup.sh --bench
+	scripts/bench/instructions.sh
+
+bench-baseline: ## count instructions and write benches/baseline.json anew
+	scripts/setup.sh --bench
+	scripts/bench/instructions.sh --baseline
 
 doc: ## build the API documentation
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --document-private-items

@@ -1,5 +1,5 @@
 #!/bin/sh
-# setup.sh [--only-build] [--pjdfstest] [--fsx] - what building and testing need, if it is missing.
+# setup.sh [--only-build] [--pjdfstest] [--fsx] [--bench] - what building and testing need, if it is missing.
 # On Debian by apt, as root or through sudo; elsewhere it names what to install. Safe to run again.
 set -eu
 
@@ -15,6 +15,8 @@ for arg in "$@"; do
     --only-build) programs=$build ;;
     --pjdfstest) tools="$tools pjdfstest@0.2.2" ;;
     --fsx) tools="$tools fsx@0.3.2" ;;
+    # The runner has to be of the version of the crate: see Cargo.toml.
+    --bench) programs="$programs valgrind:valgrind python3:python3" tools="$tools gungraun-runner@0.20.0" ;;
     *)
         sed -n '2,3s/^# //p' "$0" >&2
         exit 2

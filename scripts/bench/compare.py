@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
 """compare.py: what compare.sh runs; its head tells the workloads and the variables."""
+import contextlib
 import json
 import math
 import os
@@ -232,17 +233,22 @@ class Slow:
         flags = subprocess.run(['pkg-config', '--cflags', '--libs', 'fuse3'], stdout=subprocess.PIPE, text=True).stdout.split()
         subprocess.run(['gcc', '-O2', '-o', self.program, KIT + '/slowfs.c', *flags, '-lpthread'], check=True)
 
-    def __call__(self, src, command, dst):
+    @contextlib.contextmanager
+    def serving(self, src):
         server = subprocess.Popen([self.program, src, self.at, 'us=%d' % self.us], stderr=subprocess.DEVNULL)
         try:
             while not os.path.ismount(self.at):
                 if server.poll() is not None:
                     sys.exit('compare.py: slowfs did not start')
                 time.sleep(0.02)
-            return run(command, self.at, dst)
+            yield self.at
         finally:
             subprocess.run(['umount', self.at])
             server.wait()
+
+    def __call__(self, src, command, dst):
+        with self.serving(src) as slow:
+            return run(command, slow, dst)
 
 
 def warm(src):
