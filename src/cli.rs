@@ -3,14 +3,18 @@
 //! `sync` takes rsync's grammar and `-o` takes mount(8)'s. What either accepts and we do anyway is
 //! accepted; what we cannot do is refused with a hint (`Sync::config`, `Mount::config`).
 
+mod file;
 mod mount;
+mod steer;
 mod sync;
 
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
-pub use mount::{Level, Mount, size};
+pub use file::{ConfigFile, MountFile, SyncFile};
+pub use mount::{Level, Mount, rate, size};
+pub use steer::{Pull, Set, Status, Steer, Wait};
 pub use sync::{AlwaysOn, FsyncArg, ReflinkArg, Refused, Sync};
 
 /// What every command's help ends with.
@@ -27,15 +31,6 @@ Exit codes:
   24  done, but some entries of SRC vanished or kept changing
   25  --max-delete stopped the deletions
   30  a time limit was reached, or SRC stopped answering";
-
-const STATUS_ABOUT: &str = "\
-Shows how far a migration is. PATH is the mount point, DST or SRC; without PATH every running \
-migration is shown. Without a daemon `status DST` answers from the marks in DST.
-
-States: PREPARING (not usable yet), WALKING (usable; totals are estimates until every directory was \
-seen), MIGRATING (usable; totals are known), PAUSED (usable; only what is opened is copied), \
-DEGRADED (usable; something needs you, see `action`), COMPLETE (nothing is pending: finish), \
-FINISHED (waits for the last open file), STOPPED (no daemon; the mount command resumes).";
 
 const VERIFY_ABOUT: &str = "\
 Compares two trees: every byte of every file, and type, owner, mode, mtime, xattrs, ACLs, hard \
@@ -86,13 +81,30 @@ pub struct Cli {
 pub enum Command {
     /// Make the tree of SRC usable at DST now, and copy it there
     #[command(long_about = mount::ABOUT)]
-    Mount(Mount),
+    Mount(Box<Mount>),
     /// Copy the tree of SRC to DST, without a mount
     #[command(long_about = sync::ABOUT)]
     Sync(Box<Sync>),
     /// Show how far a migration is
-    #[command(long_about = STATUS_ABOUT)]
+    #[command(long_about = steer::STATUS_ABOUT)]
     Status(Status),
+    /// Wait until nothing is pending
+    #[command(long_about = steer::WAIT_ABOUT)]
+    Wait(Wait),
+    /// Hold the background
+    #[command(long_about = steer::PAUSE_ABOUT)]
+    Pause(Steer),
+    /// Let the background go on
+    Resume(Steer),
+    /// End the background; what is opened is still copied
+    #[command(long_about = steer::CANCEL_ABOUT)]
+    Cancel(Steer),
+    /// Change limits while a migration runs
+    #[command(long_about = steer::SET_ABOUT)]
+    Set(Set),
+    /// Pull files and directories now
+    #[command(long_about = steer::PULL_ABOUT)]
+    Pull(Pull),
     /// Compare two trees: every byte, all metadata
     #[command(long_about = VERIFY_ABOUT)]
     Verify(Verify),
@@ -106,19 +118,6 @@ pub enum Command {
     Completions(Completions),
     /// Print the man page
     Man(Man),
-}
-
-/// `mirrorfs status`.
-#[derive(Debug, Args)]
-#[command(
-    after_help = EXIT_CODES
-)]
-pub struct Status {
-    /// Mount point, DST or SRC
-    pub path: Option<PathBuf>,
-    /// Print JSON
-    #[arg(long)]
-    pub json: bool,
 }
 
 /// `mirrorfs verify`.

@@ -3,6 +3,7 @@
 //! `cli` parses the text, the constructors here check what one value says about another, and
 //! everything below only reads the fields.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -28,6 +29,14 @@ pub enum LogLevel {
 }
 
 impl LogLevel {
+    /// The level of this name.
+    pub fn from_name(name: &str) -> Option<LogLevel> {
+        use LogLevel::{Debug, Error, Info, Trace, Warn};
+        [Error, Warn, Info, Debug, Trace]
+            .into_iter()
+            .find(|l| l.name() == name)
+    }
+
     /// The level's name, as the log filter and `--log-level` spell it.
     pub fn name(self) -> &'static str {
         match self {
@@ -63,6 +72,10 @@ pub struct MountConfig {
     pub workers: usize,
     /// False: plain system calls only, as on a kernel without io_uring.
     pub io_uring: bool,
+    /// Most bytes per second that the background reads.
+    pub bwlimit: Option<u64>,
+    /// How many walker threads and copy workers the background uses; `None`: all.
+    pub jobs: Option<usize>,
     /// How long an access waits for a source that does not answer; `None`: as long as it takes.
     pub source_timeout: Option<Duration>,
     /// When nothing is pending: finish, unmount and exit.
@@ -71,6 +84,10 @@ pub struct MountConfig {
     pub log_file: Option<PathBuf>,
     /// How much is logged.
     pub log_level: LogLevel,
+    /// Where OpenMetrics and the status page are served.
+    pub metrics: Option<SocketAddr>,
+    /// Where OpenMetrics are written.
+    pub metrics_file: Option<PathBuf>,
     /// Mount flags that the mount itself honours: of `ro`, `nosuid`, `nodev`, `noexec`.
     pub mount_options: Vec<String>,
     /// Marks are `user.mirrorfs`: `trusted.*` is not for us.
@@ -96,10 +113,14 @@ impl MountConfig {
             threads: cpus().clamp(2, 8),
             workers: cpus(),
             io_uring: true,
+            bwlimit: None,
+            jobs: None,
             source_timeout: None,
             finish: false,
             log_file: None,
             log_level: LogLevel::Info,
+            metrics: None,
+            metrics_file: None,
             mount_options: Vec::new(),
             rootless: false,
             helper: false,
@@ -111,6 +132,7 @@ impl MountConfig {
     pub fn validated(self) -> Result<MountConfig, String> {
         in_range("threads", self.threads)?;
         in_range("workers", self.workers)?;
+        in_range("--jobs", self.jobs.unwrap_or(1))?;
         if self.finish && !self.background {
             return Err("--finish needs the background that --no-background switches off".into());
         }
@@ -189,6 +211,8 @@ pub struct SyncConfig {
     pub fsync: Fsync,
     /// Most copy workers; `None`: what the source deserves.
     pub jobs: Option<usize>,
+    /// Most bytes per second that are copied.
+    pub bwlimit: Option<u64>,
     /// Whether extents are shared.
     pub reflink: Reflink,
     /// Whether large files stay in the page cache.
@@ -225,6 +249,7 @@ impl SyncConfig {
             one_file_system: false,
             fsync: Fsync::End,
             jobs: None,
+            bwlimit: None,
             reflink: Reflink::Auto,
             cache: Cache::Auto,
             verify: false,

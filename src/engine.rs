@@ -3,7 +3,11 @@
 //!   submit()   a CopyJob enters one of two lanes; background waits while its lane is full
 //!   worker     one thread per CPU takes jobs, demand first, and runs several at once on its ring
 //!   done()     the job's Completion hears the end, exactly once
-//!   stop()     what waits in the background ends as Stopped, what is in flight ends, threads go
+//!   cancel_background()  what waits in the background ends as Stopped
+//!   stop()     likewise; what is in flight ends, threads go
+//!
+//! The background goes no faster than the [`Throttle`] allows: its jobs and its reads wait in their
+//! queues, and the pace thread wakes the workers when the gate opens.
 //!
 //! Floor 3. Upholds I8 (no lock is held while a Completion runs) and I9 (jobs, open files, buffers
 //! and ring entries have limits fixed at start).
@@ -13,6 +17,7 @@ pub mod buffers;
 mod copy;
 pub mod job;
 mod latency;
+mod pace;
 mod perform;
 pub mod pool;
 mod queue;
@@ -24,6 +29,7 @@ mod tests;
 mod worker;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::thread::JoinHandle;
 
 use parking_lot::Mutex;
@@ -31,6 +37,7 @@ use parking_lot::Mutex;
 use self::bell::Bell;
 use self::copy::Event;
 use self::job::{CopyJob, Priority};
+use self::pace::Pace;
 pub use self::pool::Pool;
 use self::queue::Queue;
 use self::ring::Opcodes;
@@ -38,6 +45,7 @@ use self::sync::Signal;
 use self::worker::Worker;
 use crate::error::{Context, Errno, Error, Result, Side};
 use crate::sys;
+use crate::throttle::Throttle;
 
 /// The engine's limits, fixed at start.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -86,11 +94,16 @@ pub struct Engine {
 impl Engine {
     /// Starts the threads. Where io_uring is missing or forbidden, plain system calls do the same.
     pub fn start(config: &EngineConfig) -> Result<Engine> {
-        Engine::launch(config, io_max())
+        Engine::start_throttled(config, Arc::new(Throttle::default()))
+    }
+
+    /// Starts the threads; `throttle` holds the background back.
+    pub fn start_throttled(config: &EngineConfig, throttle: Arc<Throttle>) -> Result<Engine> {
+        Engine::launch(config, io_max(), throttle)
     }
 
     /// `io_max`: the most that one read or write may transfer.
-    fn launch(config: &EngineConfig, io_max: usize) -> Result<Engine> {
+    fn launch(config: &EngineConfig, io_max: usize, throttle: Arc<Throttle>) -> Result<Engine> {
         let cpus = sys::host::cpus();
         let workers = if config.workers == 0 {
             cpus.len().max(1)
@@ -104,6 +117,10 @@ impl Engine {
         let shared = Arc::new(Shared {
             queue: Queue::new(config.queue_len_max),
             bells,
+            throttle,
+            pace: Pace::default(),
+            cancels: AtomicU64::new(0),
+            calls: AtomicU64::new(0),
         });
         let pool = Arc::new(Pool::start(config.pool_threads, config.queue_len_max)?);
         let engine = Engine {
@@ -137,6 +154,15 @@ impl Engine {
             }
         }
         drop(up);
+        let shared = Arc::clone(&engine.shared);
+        let pace = std::thread::Builder::new().name("mirrorfs-pace".into());
+        match pace.spawn(move || shared.keep_pace()) {
+            Ok(thread) => engine.threads.lock().push(thread),
+            Err(e) => {
+                let errno = Errno::from_io_error(&e).unwrap_or(Errno::AGAIN);
+                return Err(errno).on("clone", Side::Host, "thread");
+            }
+        }
         if let Some(errno) = ups.iter().flatten().next() {
             tracing::warn!(error = %errno, "no io_uring: copying with plain system calls");
         }
@@ -163,6 +189,28 @@ impl Engine {
         }
     }
 
+    /// Ends what waits in the background, and what has most of a large file before it: it hears
+    /// `Stopped`. What comes later is done as before.
+    pub fn cancel_background(&self) {
+        for job in self.shared.queue.take_background() {
+            worker::finish_unstarted(job);
+        }
+        self.shared.cancels.fetch_add(1, SeqCst);
+        self.shared.call_all();
+    }
+
+    /// The throttle's terms have changed: everybody looks again.
+    pub fn terms_changed(&self) {
+        self.shared.call_all();
+    }
+
+    /// Somebody waits now for a background job that has begun: see `Completion::wanted`.
+    pub fn hurry(&self) {
+        if !self.shared.throttle.is_open() {
+            self.shared.call_all();
+        }
+    }
+
     /// Threads for calls that may wait on src.
     pub fn pool(&self) -> &Pool {
         &self.pool
@@ -175,9 +223,9 @@ impl Engine {
         for job in self.shared.queue.close() {
             worker::finish_unstarted(job);
         }
-        for bell in &self.shared.bells {
-            bell.ring();
-        }
+        self.shared.ring_all();
+        self.shared.pace.stop();
+        self.shared.throttle.tell();
         let threads = std::mem::take(&mut *self.threads.lock());
         for thread in threads {
             if thread.join().is_err() {
@@ -230,9 +278,27 @@ fn ring_off() -> Opcodes {
 struct Shared {
     queue: Queue<CopyJob>,
     bells: Vec<Bell<(usize, Event)>>,
+    throttle: Arc<Throttle>,
+    pace: Pace,
+    /// How often the background was cancelled.
+    cancels: AtomicU64,
+    /// How often all workers were called to look at their files again.
+    calls: AtomicU64,
 }
 
 impl Shared {
+    /// Makes every worker look at its files, also one that is just about to sleep.
+    fn call_all(&self) {
+        self.calls.fetch_add(1, SeqCst);
+        self.ring_all();
+    }
+
+    fn ring_all(&self) {
+        for bell in &self.bells {
+            bell.ring();
+        }
+    }
+
     /// Wakes a sleeping worker that has room for a job of this priority, if there is one.
     fn wake_one(&self, priority: Priority) -> bool {
         bell::wake_one(&self.bells, priority)

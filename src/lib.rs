@@ -11,6 +11,7 @@ pub mod crew;
 pub mod error;
 pub mod progress;
 pub mod ranges;
+pub mod throttle;
 
 #[allow(unsafe_code)]
 pub mod sys;
@@ -20,6 +21,7 @@ pub mod links;
 pub mod mark;
 pub mod meta;
 pub mod mirror;
+pub mod pull;
 pub mod walk;
 
 pub mod fuse;

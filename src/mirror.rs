@@ -25,6 +25,7 @@ mod populate;
 mod ranged;
 mod settle;
 mod source;
+mod tally;
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -59,6 +60,7 @@ use crate::progress::Progress;
 use crate::sys::name::RelPath;
 use crate::sys::xattr::Target;
 use crate::sys::{caps, fd, host, stat};
+use crate::throttle::{Background, Throttle};
 use commit::Commit;
 use control::{Control, Request};
 use hydrate::Hydrations;
@@ -66,6 +68,7 @@ use ledger::Ledger;
 use links::Anchors;
 use populate::Populates;
 use source::Source;
+use tally::Tally;
 
 /// What the mirror tells whoever caches its answers.
 pub trait Invalidate: Send + Sync {
@@ -121,6 +124,7 @@ pub struct Mirror {
     hydrations: Hydrations,
     commit: Commit,
     engine: Engine,
+    throttle: Arc<Throttle>,
     progress: Arc<Progress>,
     large_file_bytes: u64,
     /// Held while something marked is moved, and while a directory's mark is removed.
@@ -129,6 +133,8 @@ pub struct Mirror {
     epoch: AtomicU64,
     mark_locks: [Mutex<()>; 64],
     stopping: AtomicBool,
+    /// Set under `moves`: the control directory is gone.
+    finished: AtomicBool,
     invalidate: OnceLock<Box<dyn Invalidate>>,
     committer: Mutex<Option<std::thread::JoinHandle<()>>>,
 }
@@ -174,11 +180,19 @@ impl Mirror {
             Anchors::load(&control.links).on("getdents64", Side::Dst, ".mirrorfs/links")?;
         let ledger = Ledger::open(control.dir.as_fd())?;
         progress.errors.set(ledger.len() as u64);
-        let engine = Engine::start(&EngineConfig {
+        Tally::load(control.dir.as_fd()).begin(&progress);
+        let throttle = Arc::new(Throttle::default());
+        throttle.set_limit(config.bwlimit);
+        throttle.set_jobs(config.jobs);
+        if !config.background {
+            throttle.set_background(Background::Off);
+        }
+        let engine_config = EngineConfig {
             workers: config.workers,
             io_uring: config.io_uring,
             ..Default::default()
-        })?;
+        };
+        let engine = Engine::start_throttled(&engine_config, Arc::clone(&throttle))?;
         let mirror = Arc::new(Mirror {
             source: Source::new(Arc::new(src), mark),
             crowd: crowd::Crowd::default(),
@@ -196,12 +210,14 @@ impl Mirror {
             hydrations: Hydrations::default(),
             commit: Commit::default(),
             engine,
+            throttle,
             progress,
             large_file_bytes: config.large_file_bytes,
             moves: Mutex::new(()),
             epoch: AtomicU64::new(0),
             mark_locks: [const { Mutex::new(()) }; 64],
             stopping: AtomicBool::new(false),
+            finished: AtomicBool::new(false),
             invalidate: OnceLock::new(),
             committer: Mutex::new(None),
         });
@@ -241,6 +257,22 @@ impl Mirror {
     /// Counters for status.
     pub fn progress(&self) -> &Arc<Progress> {
         &self.progress
+    }
+
+    /// What holds the background back.
+    pub fn throttle(&self) -> &Throttle {
+        &self.throttle
+    }
+
+    /// What was set at the throttle counts from now on, for those too who sleep.
+    pub fn throttle_changed(&self) {
+        self.engine.terms_changed();
+    }
+
+    /// Ends what waits or has just begun in the background: it stays pending.
+    pub fn cancel_background(&self) {
+        self.throttle.set_background(Background::Off);
+        self.engine.cancel_background();
     }
 
     /// What could not be pulled.
@@ -311,6 +343,10 @@ impl Mirror {
         if let Err(e) = self.ledger.sync(self.control.dir.as_fd()) {
             tracing::warn!("{e}");
         }
+    }
+
+    fn finished(&self) -> bool {
+        self.finished.load(Ordering::Relaxed)
     }
 
     fn invalidate(&self, ino: Ino) {

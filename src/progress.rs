@@ -2,7 +2,11 @@
 //!
 //! Counters only grow, except the gauges (named so). Bytes count when they are durable in dst.
 
+pub mod waits;
+
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+
+use self::waits::Waits;
 
 /// A counter: any thread adds, status reads.
 #[derive(Debug, Default)]
@@ -55,8 +59,15 @@ pub struct Progress {
     pub demand_bytes: Counter,
     /// Gauge: bytes that are known to be still to pull (statfs subtracts them).
     pub bytes_left: Counter,
-    /// Gauge: accesses that wait for src now.
-    pub waiting: Counter,
+    /// Accesses that wait for src.
+    pub waits: Waits,
+    /// Gauge: changes that wait until their directory's publication is durable.
+    pub barriers: Counter,
+    /// Bytes that need not be pulled any more: users have truncated or deleted their files.
+    pub bytes_dropped: Counter,
+    /// What earlier daemons of this migration have pulled: entries, files, bytes. Part of no other
+    /// counter.
+    pub earlier: [Counter; 3],
     /// Failures now in the ledger (gauge).
     pub errors: Counter,
     /// The walker has seen every directory once: totals are no longer estimates.
@@ -67,6 +78,10 @@ pub struct Progress {
     pub stuck: AtomicBool,
     /// The walker waits for room in dst.
     pub dst_full: AtomicBool,
-    /// The background is paused or was never started.
-    pub paused: AtomicBool,
+}
+impl Progress {
+    /// Somebody waits, for src or for a barrier.
+    pub fn is_waited_for(&self) -> bool {
+        !self.waits.is_empty() || self.barriers.get() > 0
+    }
 }

@@ -3,19 +3,30 @@
 //! The only place that prints. An error is one line on standard error that begins with
 //! `mirrorfs: `; what a command was asked for goes to standard output.
 
+mod client;
 mod control;
+mod counts;
 mod daemon;
 mod errors;
 mod finish;
+mod helper;
 mod live;
 mod log;
+mod metrics;
 mod mount;
 mod out;
 mod preflight;
+mod pull;
+mod rate;
 mod report;
 mod status;
+mod steer;
 mod sync;
+mod varlink;
 mod verify;
+mod wait;
+mod watch;
+mod web;
 
 use std::ffi::OsString;
 use std::io::Write;
@@ -23,10 +34,13 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser};
 
+use self::varlink::Request;
 use crate::cli::{Cli, Command};
 use crate::error::{Errno, Error, Side};
 
-pub use report::{Counts, Report, State};
+pub use counts::{Counts, Estimate, Total, Waiting};
+pub use rate::Rate;
+pub use report::{Report, State};
 
 /// Exit codes: a promise (docs/OPERATIONS.md). `cli::EXIT_CODES` is their text.
 pub(crate) mod exit {
@@ -102,6 +116,10 @@ pub(crate) type Outcome = Result<u8, Failure>;
 
 /// Runs the program with the given words, the program's name first.
 pub fn run(words: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let words: Vec<OsString> = words.into_iter().collect();
+    if let Some(helper) = helper::Call::of(&words) {
+        return ExitCode::from(helper.run());
+    }
     let outcome = match Cli::try_parse_from(words) {
         Ok(cli) => dispatch(cli.command),
         Err(error) => usage(&error),
@@ -120,9 +138,18 @@ pub fn run(words: impl IntoIterator<Item = OsString>) -> ExitCode {
 fn dispatch(command: Command) -> Outcome {
     let usage = |line| Failure::new(exit::USAGE, line);
     match command {
-        Command::Mount(args) => mount::run(args.config().map_err(usage)?),
-        Command::Sync(args) => sync::run(args.config().map_err(usage)?),
-        Command::Status(args) => status::run(args.path.as_deref(), args.json),
+        Command::Mount(args) => mount::run(*args),
+        Command::Sync(args) => {
+            let file = steer::config_file(args.config.as_deref())?;
+            sync::run(args.config_with(&file.sync).map_err(usage)?)
+        }
+        Command::Status(args) => status::run(&args),
+        Command::Wait(args) => wait::run(&args.path, args.timeout),
+        Command::Pause(args) => steer::run(&args.path, &Request::Pause),
+        Command::Resume(args) => steer::run(&args.path, &Request::Resume),
+        Command::Cancel(args) => steer::run(&args.path, &Request::Cancel),
+        Command::Set(args) => steer::set(&args),
+        Command::Pull(args) => pull::run(&args),
         Command::Verify(args) => verify::run(&args.src, &args.dst, false),
         Command::Finish(args) => finish::run(&args.path, args.accept_loss),
         Command::Errors(args) => errors::run(&args.path, errors::Format::of(&args)),

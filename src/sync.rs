@@ -49,6 +49,7 @@ use crate::sys::pair::{Place, Roots};
 use crate::sys::stat::{Stat, stat_fd};
 use crate::sys::xattr::{self, Target};
 use crate::sys::{copy, dir as sys_dir, fd, host, local};
+use crate::throttle::Throttle;
 
 use data::{Buffers, Slice};
 use dir::Dir;
@@ -76,9 +77,22 @@ pub fn run(
     stop: &AtomicBool,
     on: &mut dyn FnMut(Event),
 ) -> Result<SyncReport> {
+    let throttle = Throttle::default();
+    throttle.set_limit(config.bwlimit);
+    run_throttled(config, progress, stop, &throttle, on)
+}
+
+/// Like `run`, and copies no faster than `throttle` allows, whatever `config.bwlimit` says.
+pub fn run_throttled(
+    config: &SyncConfig,
+    progress: Arc<Progress>,
+    stop: &AtomicBool,
+    throttle: &Throttle,
+    on: &mut dyn FnMut(Event),
+) -> Result<SyncReport> {
     let begin = Instant::now();
     let (roots, fresh) = open_roots(config)?;
-    let job = Job::new(config, progress, roots)?;
+    let job = Job::new(config, progress, roots, throttle)?;
     let halt = AtomicBool::new(false);
     let cpus = host::cpus().len().max(1);
     let mut report = SyncReport::default();
@@ -192,6 +206,7 @@ fn open_roots(config: &SyncConfig) -> Result<(Arc<Roots>, bool)> {
 /// What all threads share.
 struct Job<'a> {
     config: &'a SyncConfig,
+    throttle: &'a Throttle,
     progress: Arc<Progress>,
     roots: Arc<Roots>,
     root_dev: (u32, u32),
@@ -245,7 +260,12 @@ enum Item {
 }
 
 impl<'a> Job<'a> {
-    fn new(config: &'a SyncConfig, progress: Arc<Progress>, roots: Arc<Roots>) -> Result<Job<'a>> {
+    fn new(
+        config: &'a SyncConfig,
+        progress: Arc<Progress>,
+        roots: Arc<Roots>,
+        throttle: &'a Throttle,
+    ) -> Result<Job<'a>> {
         let root = stat_fd(roots.src.as_fd()).on("statx", Side::Src, &config.src)?;
         let flags = copy::inode_flags(roots.src.as_fd());
         let totals = Totals::default();
@@ -260,6 +280,7 @@ impl<'a> Job<'a> {
             record: Record::look(dst)?,
             dst_devs: Mutex::new(vec![(dst_dev, dst_fd)]),
             config,
+            throttle,
             progress,
             root_dev: root.key.dev,
             totals,

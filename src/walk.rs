@@ -26,6 +26,7 @@ use crate::error::{Context, Error, Result, Side};
 use crate::mirror::{Carrier, DirRef, DoneDir, FileRef, Mirror, Need, Origin, Placed, Waiter};
 use crate::sys::dir::{self, Entry};
 use crate::sys::host;
+use crate::throttle::Background;
 
 /// Entries of one directory that are looked at before its subdirectories are walked.
 const CHUNK: usize = 1024;
@@ -44,15 +45,6 @@ const YIELD: Duration = Duration::from_millis(4);
 /// The pause, at least, after a pass that met a full dst.
 const PAUSE_FULL: Duration = Duration::from_secs(5);
 
-/// What the walker does to pending entries.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Mode {
-    /// Pulls them.
-    Pull,
-    /// Leaves them to whoever asks: only removes the marks of directories that are done.
-    Sweep,
-}
-
 /// The threads that walk.
 pub struct Walker {
     shared: Arc<Shared>,
@@ -60,7 +52,6 @@ pub struct Walker {
 
 struct Shared {
     mirror: Arc<Mirror>,
-    mode: Mode,
     stack: Mutex<Vec<Step>>,
     /// Threads that have no step.
     idle: AtomicUsize,
@@ -71,6 +62,14 @@ struct Shared {
     threads: Mutex<Vec<JoinHandle<()>>>,
     wake: Condvar,
     stop: AtomicBool,
+    /// The background's terms have changed: the next pass need not wait.
+    kicked: AtomicBool,
+    /// The pass that runs left something to whoever asks.
+    swept: AtomicBool,
+    /// It could not look somewhere.
+    missed: AtomicBool,
+    /// Steps of this pass that are on the stack or being taken: at 0 every directory was seen.
+    steps: AtomicUsize,
     /// The pass that runs now: 0 is the first.
     pass: AtomicU64,
 }
@@ -99,13 +98,12 @@ struct Step {
 }
 
 impl Walker {
-    /// Starts to walk.
-    pub fn start(mirror: Arc<Mirror>, mode: Mode) -> Result<Walker> {
-        let threads = (THREADS_PER_CPU * host::cpus().len()).clamp(THREADS.0, THREADS.1);
-        let workers = if mode == Mode::Pull { threads } else { 1 };
+    /// Starts to walk, as `Mirror::throttle` wants it: while the background is off, pending entries
+    /// are left to whoever asks, and only the marks of directories that are done are removed.
+    pub fn start(mirror: Arc<Mirror>) -> Result<Walker> {
+        let workers = (THREADS_PER_CPU * host::cpus().len()).clamp(THREADS.0, THREADS.1);
         let shared = Arc::new(Shared {
             mirror,
-            mode,
             stack: Mutex::new(Vec::new()),
             idle: AtomicUsize::new(0),
             workers: AtomicUsize::new(0),
@@ -113,6 +111,10 @@ impl Walker {
             threads: Mutex::new(Vec::new()),
             wake: Condvar::new(),
             stop: AtomicBool::new(false),
+            kicked: AtomicBool::new(false),
+            swept: AtomicBool::new(false),
+            missed: AtomicBool::new(false),
+            steps: AtomicUsize::new(0),
             pass: AtomicU64::new(0),
         });
         for _ in 0..workers {
@@ -120,6 +122,12 @@ impl Walker {
         }
         shared.spawn("walk".to_owned(), Shared::passes)?;
         Ok(Walker { shared })
+    }
+
+    /// The background's terms have changed.
+    pub fn kick(&self) {
+        self.shared.kicked.store(true, Ordering::Relaxed);
+        self.shared.wake.notify_all();
     }
 
     /// Stops to walk: what is in the engine goes on, nothing new is asked for.
@@ -173,7 +181,8 @@ impl Shared {
 
     /// A slow src keeps the threads waiting: there should be one for each step, up to a limit.
     fn add_workers(self: &Arc<Self>, steps: usize) {
-        if self.mode != Mode::Pull || !self.mirror.src_is_slow() {
+        if self.mirror.throttle().background() != Background::Running || !self.mirror.src_is_slow()
+        {
             return;
         }
         let spare = self.idle.load(Ordering::Relaxed);
@@ -188,7 +197,8 @@ impl Shared {
     fn pause(&self, time: Duration) -> bool {
         let mut stack = self.stack.lock();
         let until = std::time::Instant::now() + time;
-        while !self.stopping() && std::time::Instant::now() < until {
+        let kicked = || self.kicked.swap(false, Ordering::Relaxed);
+        while !self.stopping() && !kicked() && std::time::Instant::now() < until {
             self.wake
                 .wait_until(&mut stack, until.min(std::time::Instant::now() + PAUSE.0));
         }
@@ -201,16 +211,21 @@ impl Shared {
         let mut pause = PAUSE.0;
         loop {
             let before = progress.files_pulled.get() + progress.dirs_populated.get();
+            self.swept.store(false, Ordering::Relaxed);
+            self.missed.store(false, Ordering::Relaxed);
             match self.pass() {
                 Ok(true) => {
                     progress.walk_done.store(true, Ordering::Relaxed);
+                    // What users have deleted meanwhile is no longer to come either.
+                    progress.bytes_left.set(0);
                     progress.complete.store(true, Ordering::Relaxed);
                     return;
                 }
                 Ok(false) => {}
                 Err(e) => tracing::warn!("walk: {e}"),
             }
-            if self.mode == Mode::Pull {
+            // What could not be looked at now will be in the ledger: it is not what is to come.
+            if !self.swept.load(Ordering::Relaxed) {
                 progress.walk_done.store(true, Ordering::Relaxed);
             }
             self.pass.fetch_add(1, Ordering::Relaxed);
@@ -266,14 +281,34 @@ impl Shared {
     }
 
     fn push(self: &Arc<Self>, steps: Vec<Step>) {
+        self.steps.fetch_add(steps.len(), Ordering::Relaxed);
         self.add_workers(steps.len());
         self.stack.lock().extend(steps);
         self.wake.notify_all();
     }
 
-    /// Takes steps. Threads beyond the usual number rest while src is fast.
+    /// Whether this thread may take a step now. Those beyond the usual number rest while src is fast.
+    fn may_work(&self, n: usize) -> bool {
+        let throttle = self.mirror.throttle();
+        let rests = n >= self.workers_fast && !self.mirror.src_is_slow();
+        match throttle.background() {
+            Background::Running => n < throttle.jobs() && !rests,
+            Background::Paused => false,
+            Background::Off => n == 0,
+        }
+    }
+
+    /// Whether pending entries are left to whoever asks.
+    fn sweeps(&self) -> bool {
+        let sweeps = self.mirror.throttle().background() == Background::Off;
+        if sweeps {
+            self.swept.store(true, Ordering::Relaxed);
+        }
+        sweeps
+    }
+
+    /// Takes steps.
     fn work(self: &Arc<Self>, n: usize) {
-        let rests = || n >= self.workers_fast && !self.mirror.src_is_slow();
         loop {
             let step = {
                 let mut stack = self.stack.lock();
@@ -282,7 +317,9 @@ impl Shared {
                         stack.clear();
                         return;
                     }
-                    if let Some(step) = (!rests()).then(|| stack.pop()).flatten() {
+                    if self.may_work(n)
+                        && let Some(step) = stack.pop()
+                    {
                         break step;
                     }
                     let idle = self.idle.fetch_add(1, Ordering::Relaxed) + 1;
@@ -297,7 +334,9 @@ impl Shared {
             self.mirror.gather(true);
             self.yield_to_demand();
             let task = Arc::clone(&step.task);
-            match self.scan(step) {
+            let scanned = self.scan(step);
+            self.step_taken(scanned.is_ok());
+            match scanned {
                 Ok(true) => task.child_done(&self.mirror, true),
                 // The rest of the directory is another step.
                 Ok(false) => {}
@@ -311,11 +350,24 @@ impl Shared {
         }
     }
 
+    /// The last step of a pass that saw everything: what is to come is known, though not here yet.
+    fn step_taken(&self, seen: bool) {
+        if !seen {
+            self.missed.store(true, Ordering::Relaxed);
+        }
+        let last = self.steps.fetch_sub(1, Ordering::AcqRel) == 1;
+        let blind = [&self.swept, &self.missed];
+        if last && !blind.iter().any(|b| b.load(Ordering::Relaxed)) {
+            let progress = self.mirror.progress();
+            progress.walk_done.store(true, Ordering::Relaxed);
+        }
+    }
+
     /// Somebody waits, for src or for a barrier: let him go first, for a moment each step. No longer:
     /// one who waits for a file that src never gives must not stop everything.
     fn yield_to_demand(&self) {
         let until = std::time::Instant::now() + YIELD;
-        while self.mirror.progress().waiting.get() > 0 && std::time::Instant::now() < until {
+        while self.mirror.progress().is_waited_for() && std::time::Instant::now() < until {
             std::thread::sleep(YIELD / 8);
         }
     }
@@ -327,11 +379,12 @@ impl Shared {
             from,
             populate,
         } = step;
-        if populate && self.mode == Mode::Pull && self.populate(&task)? {
+        let sweeps = self.sweeps();
+        if populate && !sweeps && self.populate(&task)? {
             return Ok(true);
         }
         let opened = self.mirror.open_dir(&task.dir)?;
-        if populate && self.mode == Mode::Sweep && self.mirror.is_pending(opened.as_fd())? {
+        if populate && sweeps && self.mirror.is_pending(opened.as_fd())? {
             task.clean.store(false, Ordering::Relaxed);
             return Ok(true);
         }
@@ -429,7 +482,7 @@ impl Shared {
             below.push(Shared::step_below(task, found.dir, !found.mark.populated));
             return Ok(());
         }
-        if self.mode == Mode::Sweep {
+        if self.sweeps() {
             task.clean.store(false, Ordering::Relaxed);
             return Ok(());
         }

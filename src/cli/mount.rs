@@ -1,10 +1,11 @@
 //! `mirrorfs mount`: its flags, and mount(8)'s options.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{ArgAction, Args, ValueEnum};
 
-use super::EXIT_CODES;
+use super::{EXIT_CODES, MountFile};
 use crate::config::{LogLevel, MountConfig};
 
 pub(super) const ABOUT: &str = "\
@@ -17,7 +18,7 @@ daemon stays behind. The same command resumes a migration that was stopped or ki
 SRC is only read. It must not change any more: whoever writes to it now writes to the old home.";
 
 /// `mirrorfs mount`.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 #[command(
     after_help = EXIT_CODES,
     args_override_self = true
@@ -33,7 +34,8 @@ pub struct Mount {
     ///
     /// large=SIZE (files over it open at once and are pulled by range; 8M), threads=N (FUSE
     /// session threads), workers=N (copy workers), adopt, nobackground, finish, log=FILE,
-    /// loglevel=LEVEL. ro, nosuid, nodev and noexec apply to the mount. allow_other lets other
+    /// loglevel=LEVEL,
+    /// bwlimit=RATE, jobs=N, metrics=ADDR, metrics-file=FILE, config=FILE. ro, nosuid, nodev and noexec apply to the mount. allow_other lets other
     /// users in where root is not asked (/etc/fuse.conf must allow it); root's mounts are open to
     /// all anyway. What mount(8) and
     /// fstab(5) use for themselves (defaults, rw, nofail, noauto, _netdev, x-*, ...) is accepted
@@ -75,10 +77,67 @@ pub struct Mount {
         long,
         value_name = "LEVEL",
         env = "MIRRORFS_LOG_LEVEL",
-        hide_env_values = true,
-        default_value = "info"
+        hide_env_values = true
     )]
-    pub log_level: Level,
+    pub log_level: Option<Level>,
+    /// What the background may read in a second
+    ///
+    /// KiB unless there is a unit, as in rsync: 500, 200M, 1.5G, 100MB; 0 or off: no limit, which is
+    /// the default. What users open is pulled at full speed. SIGUSR2 lifts the limit and applies it
+    /// again.
+    #[arg(
+        long,
+        value_name = "RATE",
+        env = "MIRRORFS_BWLIMIT",
+        hide_env_values = true,
+        value_parser = rate
+    )]
+    pub bwlimit: Option<u64>,
+    /// How many walker threads and copy workers the background uses; 0: all
+    #[arg(
+        short = 'j',
+        long,
+        value_name = "N",
+        env = "MIRRORFS_JOBS",
+        hide_env_values = true
+    )]
+    pub jobs: Option<usize>,
+    /// Serve OpenMetrics and a status page over HTTP: a port of 127.0.0.1, or ADDRESS:PORT
+    ///
+    /// Whoever can reach the address can read names of files. /metrics is for Prometheus, / for a
+    /// browser.
+    #[arg(
+        long,
+        value_name = "ADDR",
+        env = "MIRRORFS_METRICS",
+        hide_env_values = true,
+        value_parser = address
+    )]
+    pub metrics: Option<SocketAddr>,
+    /// Write OpenMetrics to this file every 15 seconds
+    ///
+    /// For the textfile collector of the node exporter: *.prom in its directory.
+    #[arg(
+        long,
+        value_name = "FILE",
+        env = "MIRRORFS_METRICS_FILE",
+        hide_env_values = true
+    )]
+    pub metrics_file: Option<PathBuf>,
+    /// Read defaults from this file
+    ///
+    /// TOML; options and environment variables come first. Default: /etc/mirrorfs.toml, if it is
+    /// there. SIGHUP reads it again, for the bandwidth limit, jobs and log level.
+    #[arg(
+        long,
+        value_name = "FILE",
+        env = "MIRRORFS_CONFIG",
+        hide_env_values = true
+    )]
+    pub config: Option<PathBuf>,
+    /// mount(8)'s -s: an option that is not known is no error.
+    #[arg(skip)]
+    pub sloppy: bool,
 }
 
 /// `--log-level`.
@@ -109,9 +168,22 @@ impl From<Level> for LogLevel {
 }
 
 impl Mount {
+    /// The configuration file that is asked for.
+    pub fn config_file(&self) -> Option<PathBuf> {
+        let of_option = |option: &str| option.strip_prefix("config=").map(PathBuf::from);
+        let mut options = self.options.iter().flat_map(|list| list.split(','));
+        options.find_map(of_option).or_else(|| self.config.clone())
+    }
+
     /// The configuration, or one line that says what is wrong with the words.
     pub fn config(self) -> Result<MountConfig, String> {
+        self.config_with(&MountFile::default())
+    }
+
+    /// The configuration; what is not said here is as the file has it.
+    pub fn config_with(self, file: &MountFile) -> Result<MountConfig, String> {
         let mut config = MountConfig::new(self.src, self.dst);
+        from_file(&mut config, file)?;
         if let Some(mountpoint) = self.mountpoint {
             config.mountpoint = mountpoint;
         }
@@ -119,13 +191,52 @@ impl Mount {
         config.background = !self.no_background;
         config.foreground = self.foreground;
         config.finish = self.finish;
-        config.log_file = self.log_file;
-        config.log_level = self.log_level.into();
+        config.log_file = self.log_file.or(config.log_file);
+        config.log_level = self.log_level.map_or(config.log_level, LogLevel::from);
+        set_limits(&mut config, self.bwlimit, self.jobs);
+        config.metrics = self.metrics.or(config.metrics);
+        config.metrics_file = self.metrics_file.or(config.metrics_file);
         for option in self.options.iter().flat_map(|list| list.split(',')) {
-            mount_option(&mut config, option)?;
+            match mount_option(&mut config, option) {
+                Err(line) if !self.sloppy || !line.contains(UNKNOWN) => return Err(line),
+                _ => {}
+            }
         }
         config.validated()
     }
+}
+
+/// What is said of an option that nobody knows.
+const UNKNOWN: &str = "unknown mount option";
+
+/// 0 lifts what was set before.
+fn set_limits(config: &mut MountConfig, bwlimit: Option<u64>, jobs: Option<usize>) {
+    if let Some(rate) = bwlimit {
+        config.bwlimit = Some(rate).filter(|r| *r > 0);
+    }
+    if let Some(jobs) = jobs {
+        config.jobs = Some(jobs).filter(|n| *n > 0);
+    }
+}
+
+fn from_file(config: &mut MountConfig, file: &MountFile) -> Result<(), String> {
+    let in_file = |e: String| format!("configuration file: {e}");
+    let bwlimit = file.bwlimit.as_deref().map(rate).transpose();
+    set_limits(config, bwlimit.map_err(in_file)?, file.jobs);
+    config.log_file = file.log_file.clone();
+    if let Some(name) = &file.log_level {
+        config.log_level = LogLevel::from_name(name)
+            .ok_or_else(|| in_file(format!("log-level = {name:?}: not a level")))?;
+    }
+    let metrics = file.metrics.as_deref().map(address).transpose();
+    config.metrics = metrics.map_err(in_file)?;
+    config.metrics_file = file.metrics_file.clone();
+    if let Some(text) = &file.large {
+        config.large_file_bytes = size(text).map_err(in_file)?;
+    }
+    config.threads = file.threads.unwrap_or(config.threads);
+    config.workers = file.workers.unwrap_or(config.workers);
+    Ok(())
 }
 
 /// mount(8)'s and fstab(5)'s own words: they concern others, or say what is so anyway.
@@ -188,13 +299,25 @@ fn mount_option(config: &mut MountConfig, option: &str) -> Result<(), String> {
             let level = Level::from_str(text, true).map_err(|e| format!("-o loglevel={text}: {e}"));
             config.log_level = level?.into();
         }
-        ("large" | "threads" | "workers" | "log" | "loglevel", None) => {
+        ("bwlimit", Some(text)) => {
+            let rate = rate(text).map_err(|e| format!("-o bwlimit={e}"))?;
+            set_limits(config, Some(rate), None);
+        }
+        ("jobs", Some(text)) => set_limits(config, None, Some(number(key, text)?)),
+        ("metrics", Some(text)) => {
+            config.metrics = Some(address(text).map_err(|e| format!("-o metrics={e}"))?);
+        }
+        ("metrics-file", Some(text)) => config.metrics_file = Some(PathBuf::from(text)),
+        ("config", Some(_)) => {} // See `config_file`.
+        (
+            "large" | "threads" | "workers" | "log" | "loglevel" | "bwlimit" | "jobs" | "metrics"
+            | "metrics-file" | "config",
+            None,
+        ) => {
             return Err(format!("-o {key} needs a value: -o {key}=..."));
         }
         _ => {
-            return Err(format!(
-                "-o {option}: unknown mount option; see mirrorfs mount --help"
-            ));
+            return Err(format!("-o {option}: {UNKNOWN}; see mirrorfs mount --help"));
         }
     }
     Ok(())
@@ -225,6 +348,41 @@ pub fn size(text: &str) -> Result<u64, String> {
         _ => return Err(bad()),
     };
     number.checked_mul(base.pow(power)).ok_or_else(bad)
+}
+
+/// A rate as rsync writes it: KiB per second unless there is a unit; `off` and 0 are no limit.
+pub fn rate(text: &str) -> Result<u64, String> {
+    let bad = || format!("{text}: not a rate such as 500 (KiB), 200M, 1.5G, 100MB or off");
+    if text.eq_ignore_ascii_case("off") {
+        return Ok(0);
+    }
+    let digits = text
+        .find(|c: char| !c.is_ascii_digit() && c != '.')
+        .unwrap_or(text.len());
+    let number: f64 = text[..digits].parse().map_err(|_| bad())?;
+    let unit = match &text[digits..] {
+        "" => "K",
+        unit => unit,
+    };
+    let unit = size(&format!("1{unit}")).map_err(|_| bad())? as f64;
+    let rate = number * unit;
+    match (1.0..1e18).contains(&rate) {
+        true => Ok(rate as u64),
+        false if number == 0.0 => Ok(0),
+        false => Err(bad()),
+    }
+}
+
+/// A port of this machine, or an address and a port.
+fn address(text: &str) -> Result<SocketAddr, String> {
+    let bad = || format!("{text}: not a port, or an address such as 127.0.0.1:9469 or [::1]:9469");
+    if let Ok(port) = text.trim_start_matches(':').parse::<u16>() {
+        return Ok(SocketAddr::from(([127, 0, 0, 1], port)));
+    }
+    let local = text
+        .strip_prefix("localhost:")
+        .map(|p| format!("127.0.0.1:{p}"));
+    local.as_deref().unwrap_or(text).parse().map_err(|_| bad())
 }
 
 #[cfg(test)]
@@ -259,6 +417,62 @@ mod tests {
         ] {
             assert!(mount(words).is_err(), "{words}");
         }
+    }
+
+    #[test]
+    fn a_rate_is_in_kib_unless_it_says_otherwise() {
+        assert_eq!(rate("500"), Ok(500 << 10));
+        assert_eq!(rate("200M"), Ok(200 << 20));
+        assert_eq!(rate("1.5m"), Ok(3 << 19));
+        assert_eq!(rate("100MB"), Ok(100_000_000));
+        assert_eq!(rate("4096b"), Ok(4096));
+        assert_eq!((rate("0"), rate("off")), (Ok(0), Ok(0)));
+        for bad in [
+            "",
+            "M",
+            "-1",
+            "1X",
+            "1e9",
+            "inf",
+            "0.1b",
+            "1..2",
+            "99999999P",
+        ] {
+            assert!(rate(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn an_address_is_on_this_machine_unless_it_says_otherwise() {
+        let text = |text| address(text).map(|a| a.to_string());
+        assert_eq!(text("9469").as_deref(), Ok("127.0.0.1:9469"));
+        assert_eq!(text("localhost:1").as_deref(), Ok("127.0.0.1:1"));
+        assert_eq!(text("0.0.0.0:1").as_deref(), Ok("0.0.0.0:1"));
+        assert_eq!(text("[::1]:1").as_deref(), Ok("[::1]:1"));
+        assert!(address("host:1").is_err() && address("99999").is_err());
+    }
+
+    #[test]
+    fn words_come_before_the_file_and_0_lifts_what_it_says() {
+        let file = MountFile {
+            bwlimit: Some("1M".into()),
+            jobs: Some(2),
+            log_level: Some("debug".into()),
+            ..MountFile::default()
+        };
+        let with = |args: &str| {
+            let words = ["mirrorfs", "mount"].into_iter().chain(args.split(' '));
+            match Cli::try_parse_from(words).expect("parses").command {
+                Command::Mount(mount) => mount.config_with(&file).expect("is valid"),
+                other => panic!("{other:?}"),
+            }
+        };
+        let config = with("a b");
+        assert_eq!((config.bwlimit, config.jobs), (Some(1 << 20), Some(2)));
+        assert_eq!(config.log_level, LogLevel::Debug);
+        let config = with("a b --bwlimit 0 -o jobs=1 --log-level warn");
+        assert_eq!((config.bwlimit, config.jobs), (None, Some(1)));
+        assert_eq!(config.log_level, LogLevel::Warn);
     }
 
     #[test]

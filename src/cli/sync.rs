@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{ArgAction, Args, ValueEnum};
 
-use super::EXIT_CODES;
+use super::{EXIT_CODES, SyncFile, rate};
 use crate::config::{Cache, Fsync, Reflink, SyncConfig};
 
 pub(super) const ABOUT: &str = "\
@@ -77,6 +77,18 @@ pub struct Sync {
     /// Copy workers; one for each CPU unless given
     #[arg(short = 'j', long, value_name = "N", help_heading = "How it is copied")]
     pub jobs: Option<usize>,
+    /// What may be copied in a second
+    ///
+    /// KiB unless there is a unit, as in rsync: 500, 200M, 1.5G, 100MB; 0: no limit.
+    #[arg(
+        long,
+        value_name = "RATE",
+        env = "MIRRORFS_BWLIMIT",
+        hide_env_values = true,
+        value_parser = rate,
+        help_heading = "How it is copied"
+    )]
+    pub bwlimit: Option<u64>,
     /// Share extents between SRC and DST
     #[arg(
         long,
@@ -104,6 +116,18 @@ pub struct Sync {
     /// Compare both trees afterwards, every byte
     #[arg(long, help_heading = "How it is copied")]
     pub verify: bool,
+
+    /// Read defaults from this file
+    ///
+    /// TOML, table [sync]; options and environment variables come first. Default:
+    /// /etc/mirrorfs.toml, if it is there.
+    #[arg(
+        long,
+        value_name = "FILE",
+        env = "MIRRORFS_CONFIG",
+        hide_env_values = true
+    )]
+    pub config: Option<PathBuf>,
 
     /// What is done anyway.
     #[command(flatten)]
@@ -219,6 +243,11 @@ pub enum FsyncArg {
 impl Sync {
     /// The configuration, or one line that says what is wrong with the words.
     pub fn config(self) -> Result<SyncConfig, String> {
+        self.config_with(&SyncFile::default())
+    }
+
+    /// The configuration; what is not said here is as the file has it.
+    pub fn config_with(self, file: &SyncFile) -> Result<SyncConfig, String> {
         self.refused.check()?;
         for path in [&self.src, &self.dst] {
             not_remote(path)?;
@@ -239,7 +268,13 @@ impl Sync {
             FsyncArg::End => Fsync::End,
             FsyncArg::Never => Fsync::Never,
         };
-        config.jobs = self.jobs;
+        config.jobs = self.jobs.or(file.jobs);
+        let in_file = || file.bwlimit.as_deref().map(rate).transpose();
+        let bwlimit = match self.bwlimit {
+            None => in_file().map_err(|e| format!("configuration file: {e}"))?,
+            given => given,
+        };
+        config.bwlimit = bwlimit.filter(|rate| *rate > 0);
         config.reflink = match self.reflink {
             ReflinkArg::Auto => Reflink::Auto,
             ReflinkArg::Always => Reflink::Always,

@@ -74,6 +74,12 @@ pub trait Completion: Send {
         true
     }
 
+    /// True when somebody waits for the end of a background job that has begun: nothing holds it
+    /// back then.
+    fn wanted(&self) -> bool {
+        false
+    }
+
     /// Source bytes as soon as they were read, before they are written to dst: only for
     /// `Span::Range` jobs, in pieces, any order, that together cover the clipped range.
     fn data(&mut self, offset: u64, bytes: &[u8]) {

@@ -198,7 +198,11 @@ impl Worker {
 
     /// Reads into a buffer just taken.
     pub(super) fn read_into(&mut self, slot: usize, piece: Piece, buffer: Buffer) -> Option<Event> {
-        self.files[slot].as_mut()?.buffers[piece.chunk] = Some(buffer);
+        let file = self.files[slot].as_mut()?;
+        file.buffers[piece.chunk] = Some(buffer);
+        if file.priority == Priority::Background {
+            self.shared.throttle.spend(piece.len as u64);
+        }
         self.read_more(slot, piece)
     }
 
@@ -209,6 +213,7 @@ impl Worker {
         let priority = self.files[slot].as_ref()?.priority;
         let lane = if priority == Priority::Demand { 0 } else { 1 };
         if piece.len <= SMALL_BYTES
+            && self.is_free(slot)
             && self.reads[..=lane].iter().all(|lane| lane.is_empty())
             && let Some(buffer) = self.buffers.take(piece.len, priority)
         {

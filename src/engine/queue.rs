@@ -100,6 +100,15 @@ impl<T> Queue<T> {
         dropped
     }
 
+    /// What waits in the background now.
+    pub(super) fn take_background(&self) -> Vec<T> {
+        let mut lanes = self.lanes.lock();
+        let taken = lanes.background.drain(..).collect();
+        self.room.notify_all();
+        self.publish(&lanes);
+        taken
+    }
+
     /// Everything that is left, after the last worker has gone.
     pub(super) fn drain(&self) -> Vec<T> {
         let mut lanes = self.lanes.lock();

@@ -82,7 +82,7 @@ impl Bench {
         let src = Arc::new(OwnedFd::from(
             File::open(dir.path().join("src")).expect("open"),
         ));
-        let engine = Engine::launch(config, io_max).expect("an engine");
+        let engine = Engine::launch(config, io_max, Arc::default()).expect("an engine");
         Bench { dir, src, engine }
     }
 

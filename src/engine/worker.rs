@@ -8,9 +8,11 @@
 //! A slot belongs to one file from take to the end of src's close; a call on src that hangs keeps
 //! its slot and nothing else. The limits (I9): slots, buffers, the ring's entries.
 
+use std::cell::Cell;
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::{AsFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::Ordering::SeqCst;
 use std::sync::{Arc, Weak};
 
 use rustix::io::Errno;
@@ -91,6 +93,12 @@ pub(super) struct Worker {
     todo: VecDeque<Action>,
     out: Vec<Action>,
     wake_armed: bool,
+    /// Cancellations of the background that were carried out.
+    cancels: u64,
+    /// Calls to all workers that this turn has seen.
+    calls: u64,
+    /// Something of this turn stayed behind the throttle: the pace thread is to wake us.
+    held: Cell<bool>,
     /// The most that one read or write may transfer: tests make it small.
     pub(super) io_max: usize,
 }
@@ -171,6 +179,9 @@ impl Worker {
             todo: VecDeque::new(),
             out: Vec::new(),
             wake_armed: false,
+            cancels: 0,
+            calls: 0,
+            held: Cell::new(false),
             io_max,
         };
         (worker, no_ring)
@@ -179,6 +190,7 @@ impl Worker {
     /// Works until the engine was stopped and nothing is left.
     pub(super) fn run(mut self) {
         loop {
+            self.calls = self.shared.calls.load(SeqCst);
             let mut busy = self.take_jobs();
             for (slot, event) in self.bell().take_results() {
                 self.drive(slot, event);
@@ -186,7 +198,9 @@ impl Worker {
             }
             busy |= self.issue_reads();
             let stopping = self.shared.queue.is_closed();
-            if stopping {
+            let cancels = self.shared.cancels.load(SeqCst);
+            if stopping || cancels != self.cancels {
+                self.cancels = cancels;
                 self.cancel_background();
             }
             if !busy {
@@ -243,9 +257,14 @@ impl Worker {
         let demand = !self.free.is_empty();
         // With reads that wait for a buffer another file would only wait as well.
         let starved = self.reads.iter().any(|lane| !lane.is_empty());
+        let throttle = &self.shared.throttle;
         (
             demand,
-            demand && self.background < self.background_max && !starved,
+            demand
+                && self.background < self.background_max
+                && !starved
+                && self.index < throttle.jobs()
+                && self.is_open(),
         )
     }
 
@@ -322,6 +341,34 @@ impl Worker {
         device
     }
 
+    /// True when the background may go on; else it is remembered that something stays behind.
+    fn is_open(&self) -> bool {
+        let open = self.shared.throttle.is_open();
+        if !open {
+            self.held.set(true);
+        }
+        open
+    }
+
+    /// True when this file's reads need not wait until the gate opens.
+    pub(super) fn is_free(&self, slot: usize) -> bool {
+        let file = self.files[slot].as_ref();
+        self.is_open()
+            || self.shared.queue.is_closed() // The last piece of what ends now.
+            || file.is_none_or(|f| f.priority == Priority::Demand || f.done.wanted())
+    }
+
+    /// Behind a closed gate: what somebody waits for goes first, the rest stays.
+    fn first_read(&mut self, lane: usize) -> Option<(usize, Piece)> {
+        let first = self.reads[lane].front().copied()?;
+        if self.is_free(first.0) {
+            return Some(first);
+        }
+        let at = (0..self.reads[lane].len()).find(|at| self.is_free(self.reads[lane][*at].0))?;
+        self.reads[lane].swap(0, at);
+        self.reads[lane].front().copied()
+    }
+
     /// Issues reads for which there are buffers: all of demand, some of the background.
     fn issue_reads(&mut self) -> bool {
         let mut issued = 0;
@@ -330,7 +377,7 @@ impl Worker {
             .enumerate()
         {
             while lane == 0 || issued < READS_PER_TURN {
-                let Some((slot, piece)) = self.reads[lane].front().copied() else {
+                let Some((slot, piece)) = self.first_read(lane) else {
                     break;
                 };
                 let Some(buffer) = self.buffers.take(piece.len, priority) else {
@@ -383,8 +430,12 @@ impl Worker {
         self.bell().lie_down(room);
         let called = self.shared.queue.has(demand, background)
             || self.bell().has_results()
+            || self.shared.calls.load(SeqCst) != self.calls
             || self.shared.queue.is_closed() != stopping;
         if !called {
+            if self.held.take() {
+                self.shared.pace.wanted();
+            }
             let shared = Arc::clone(&self.shared);
             let signal = shared.bells[self.index].signal();
             let slept = match &mut self.ring {

@@ -24,6 +24,7 @@ use parking_lot::Mutex;
 use rustix::fs::AtFlags;
 use rustix::io::Errno;
 
+use super::Mirror;
 use super::commit::Carried;
 use super::hydrate::FileRef;
 use super::node::{Ino, Origin};
@@ -138,7 +139,7 @@ impl Placer<'_> {
         (1..=CARRY_MAX).contains(&stat.size)
             && stat.nlink == 1
             && is_dense(stat)
-            && !self.mirror.populates.is_wanted(carrier.ino.load(Relaxed))
+            && self.mirror.may_carry(carrier.ino.load(Relaxed))
     }
 
     /// Copies a small file and gives it its name. `false`: nothing was done, it is placed as usual.
@@ -218,6 +219,9 @@ impl Placer<'_> {
         progress.files_seen.add(1);
         progress.bytes_seen.add(size);
         progress.bytes_left.add(size);
+        if !shared {
+            self.mirror.throttle.spend(size);
+        }
         let mut carried = carrier.carried.lock();
         carried.files += 1;
         carried.bytes += size;
@@ -257,4 +261,12 @@ fn read_small(
     buffer.truncate(size);
     let after = stat::stat_fd(file.as_fd()).ok()?;
     (after.key == stat.key && !after.changed_since(stat)).then_some((meta, file))
+}
+
+impl Mirror {
+    /// Waits as the background's limit wants it, unless somebody waits for the directory.
+    fn may_carry(&self, dir: Ino) -> bool {
+        let wanted = || self.populates.is_wanted(dir);
+        self.throttle.wait(|| self.stopping() || wanted()) && !wanted()
+    }
 }

@@ -121,6 +121,7 @@ impl Mirror {
             mark,
         }
         .run(accept_loss)?;
+        self.finished.store(true, Ordering::Relaxed);
         self.progress.complete.store(true, Ordering::Relaxed);
         Ok(())
     }

@@ -124,6 +124,37 @@ impl Hydrations {
         }
     }
 
+    /// A background job has ended without its file. In one step, so that nobody joins in between.
+    fn give_up(&self, hydration: &Arc<Hydration>, begun: bool) -> GivenUp {
+        let mut table = self.table.lock();
+        let mut state = hydration.state.lock();
+        let demanded = state.asked == Some(Priority::Demand);
+        let ours = match begun {
+            true => state.stage == Stage::Copying,
+            // Else the file goes another way: a demand job has it, or will; or it is truncated.
+            false => state.stage == Stage::Queued && !demanded,
+        };
+        if !ours {
+            return GivenUp::Settled(Vec::new());
+        }
+        state.stage = Stage::Queued;
+        state.asked = None;
+        state.whole = None;
+        if demanded || !state.readers.is_empty() || !state.writers.is_empty() {
+            state.asked = Some(Priority::Demand);
+            return GivenUp::AskedAnew;
+        }
+        // Range jobs that still run keep it in the table (I6).
+        if state.ranges.is_empty() {
+            state.stage = Stage::Over;
+            let same = |h: &Arc<Hydration>| Arc::ptr_eq(h, hydration);
+            if table.get(&hydration.file.ino).is_some_and(same) {
+                table.remove(&hydration.file.ino);
+            }
+        }
+        GivenUp::Settled(state.take_settled())
+    }
+
     pub(super) fn join(&self, file: &FileRef) -> (Arc<Hydration>, bool) {
         let mut table = self.table.lock();
         if let Some(found) = table.get(&file.ino)
@@ -155,6 +186,14 @@ impl Hydrations {
         table.insert(file.ino, Arc::clone(&new));
         (new, true)
     }
+}
+
+/// What became of a hydration whose background job was cancelled.
+enum GivenUp {
+    /// Somebody waits: the whole file is to be asked of the engine again.
+    AskedAnew,
+    /// Who is to hear that the file is still pending.
+    Settled(Vec<Waiter>),
 }
 
 /// What somebody wants of a file.
@@ -199,10 +238,10 @@ impl Mirror {
     }
 
     fn hydrate_waiting(self: &Arc<Self>, file: &FileRef, need: Need, then: Waiter) {
-        self.progress.waiting.add(1);
-        let mirror = Arc::clone(self);
+        let path = file.origin.as_ref().map(|o| o.path().to_path());
+        let wait = self.progress.waits.begin(path.unwrap_or_default());
         let then: Waiter = Box::new(move |result| {
-            mirror.progress.waiting.sub(1);
+            drop(wait);
             then(result);
         });
         self.hydrate(file, need, Priority::Demand, then);
@@ -237,9 +276,12 @@ impl Mirror {
             (Stage::Queued | Stage::Copying, Need::Unmarked) => state.settled.push(then),
         }
         let start = state.ask(priority);
+        let begun = state.stage == Stage::Copying;
         drop(state);
         if start {
             self.start(&hydration, priority);
+        } else if begun && priority == Priority::Demand {
+            self.engine.hurry();
         }
     }
 
@@ -319,6 +361,8 @@ impl Mirror {
         let done = Whole {
             mirror: Arc::clone(self),
             hydration: Arc::clone(hydration),
+            priority,
+            begun: false,
         };
         self.engine.submit(CopyJob {
             src_dir: Arc::clone(&src.fd),
@@ -392,7 +436,7 @@ impl Mirror {
         drop(state);
         waiters.into_iter().for_each(|w| w(result.clone()));
         for reader in ranges.into_iter().flat_map(|r| r.readers) {
-            self.progress.waiting.sub(1);
+            drop(reader.wait);
             let read = || self.read_here(&hydration.file, &hydration.path, reader.range);
             (reader.then)(result.clone().and_then(|()| read()));
         }
@@ -421,6 +465,15 @@ impl Mirror {
         let waiters = state.take_waiters();
         drop(state);
         waiters.into_iter().for_each(|w| w(Err(error.clone())));
+    }
+
+    /// A background job was cancelled. Whoever waits for the file gets it all the same; the walker
+    /// hears that it is still pending.
+    fn background_stopped(self: &Arc<Self>, hydration: &Arc<Hydration>, begun: bool) {
+        match self.hydrations.give_up(hydration, begun) {
+            GivenUp::AskedAnew => self.start(hydration, Priority::Demand),
+            GivenUp::Settled(settled) => settled.into_iter().for_each(|w| w(Err(Error::Stopped))),
+        }
     }
 
     pub(super) fn note_file_phase(&self, file: &FileRef, phase: Phase) {
@@ -479,6 +532,10 @@ impl State {
 struct Whole {
     mirror: Arc<Mirror>,
     hydration: Arc<Hydration>,
+    /// The lane that this job is in.
+    priority: Priority,
+    /// This job, and no other, copies the file.
+    begun: bool,
 }
 
 impl Completion for Whole {
@@ -488,7 +545,13 @@ impl Completion for Whole {
         if won {
             state.stage = Stage::Copying;
         }
+        self.begun = won;
         won
+    }
+
+    fn wanted(&self) -> bool {
+        let state = self.hydration.state.lock();
+        !state.readers.is_empty() || !state.writers.is_empty()
     }
 
     fn landed(&mut self, range: Range<u64>) {
@@ -497,6 +560,9 @@ impl Completion for Whole {
 
     fn done(self: Box<Self>, outcome: Result<Copied>) {
         match outcome {
+            Err(Error::Stopped) if self.priority == Priority::Background => {
+                self.mirror.background_stopped(&self.hydration, self.begun);
+            }
             Ok(copied) => {
                 let ready = {
                     let mut state = self.hydration.state.lock();

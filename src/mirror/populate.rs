@@ -179,10 +179,11 @@ impl Mirror {
             origin,
         };
         let mirror = Arc::clone(self);
-        self.progress.waiting.add(1);
+        let path = dir.origin.as_ref().map(|o| o.to_path());
+        let wait = self.progress.waits.begin(path.unwrap_or_default());
         let task = move || {
             mirror.populate_claimed(&dir, None);
-            mirror.progress.waiting.sub(1);
+            drop(wait);
         };
         self.engine.pool().run(Priority::Demand, Box::new(task));
     }
@@ -195,9 +196,9 @@ impl Mirror {
         };
         let mirror = Arc::clone(self);
         // The walker hears of it and brings nothing more for the next syncfs.
-        self.progress.waiting.add(1);
+        self.progress.barriers.add(1);
         let again = move |ready| {
-            mirror.progress.waiting.sub(1);
+            mirror.progress.barriers.sub(1);
             match ready {
                 Ok(()) => mirror.when_published(ino, then),
                 Err(e) => then(Err(e)),
@@ -231,15 +232,24 @@ impl Mirror {
     /// Populates a directory on the calling thread, with the data of its small files, or waits for
     /// whoever does it already. For the walker; a session thread must not call it.
     pub fn populate_now(self: &Arc<Self>, dir: &DirRef, carrier: &Carrier<'_>) -> Result<()> {
+        self.populate_here(dir, Some(carrier))
+    }
+
+    /// Populates a directory on the calling thread: names only.
+    pub fn populate_names(self: &Arc<Self>, dir: &DirRef) -> Result<()> {
+        self.populate_here(dir, None)
+    }
+
+    fn populate_here(self: &Arc<Self>, dir: &DirRef, carrier: Option<&Carrier<'_>>) -> Result<()> {
         let (tell, told) = crossbeam_channel::bounded(1);
         let waiter: Waiter = Box::new(move |result| {
             let _ = tell.send(result); // The receiver below outlives every sender but a panic.
         });
         if self.populates.join(dir.ino, waiter) {
-            carrier.must_list();
+            carrier.inspect(|c| c.must_list());
         } else {
-            carrier.enter(dir.ino);
-            self.populate_claimed(dir, Some(carrier));
+            carrier.inspect(|c| c.enter(dir.ino));
+            self.populate_claimed(dir, carrier);
         }
         told.recv().unwrap_or(Err(Error::Stopped))
     }

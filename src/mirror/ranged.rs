@@ -16,6 +16,7 @@ use super::node::Node;
 use super::source::SrcInfo;
 use crate::engine::job::{Completion, Copied, CopyJob, Durability, Priority, Span};
 use crate::error::{Context, Error, Result, Side};
+use crate::progress::waits::Wait;
 use crate::ranges::RangeSet;
 use crate::sys::fd;
 use crate::sys::name::RelPath;
@@ -34,6 +35,7 @@ pub(super) struct RangeJob {
 pub(super) struct RangeReader {
     pub(super) range: Range<u64>,
     pub(super) then: ReadDone,
+    pub(super) wait: Wait,
 }
 
 /// Told the bytes of a read, once.
@@ -74,10 +76,10 @@ impl Mirror {
                 drop(state);
                 return then(self.read_here(&file, &hydration.path, range));
             }
-            let job = state.wait_for_range(range, info.size, then);
+            let wait = self.progress.waits.begin(hydration.path.to_path());
+            let job = state.wait_for_range(range, info.size, then, wait);
             (job, room && state.ask(Priority::Background))
         };
-        self.progress.waiting.add(1);
         if let Some((id, wanted)) = job {
             let (mirror, hydration) = (Arc::clone(self), Arc::clone(&hydration));
             let at_hand = hydration.state.lock().src.is_some();
@@ -158,7 +160,7 @@ impl Mirror {
             state.stage == Stage::Queued && state.asked.is_none() && state.ranges.is_empty()
         };
         for reader in left {
-            self.progress.waiting.sub(1);
+            drop(reader.wait);
             match &result {
                 Ok(()) => {
                     (reader.then)(self.read_here(&hydration.file, &hydration.path, reader.range))
@@ -181,10 +183,12 @@ impl State {
         range: Range<u64>,
         size: u64,
         then: ReadDone,
+        wait: Wait,
     ) -> Option<(u64, Range<u64>)> {
         let reader = RangeReader {
             range: range.clone(),
             then,
+            wait,
         };
         let covers = |r: &RangeJob| r.range.start <= range.start && range.end <= r.range.end;
         if let Some(job) = self
@@ -241,7 +245,7 @@ impl Completion for Part {
             job.take_bytes(offset, bytes)
         };
         for (reader, bytes) in ready {
-            self.mirror.progress.waiting.sub(1);
+            drop(reader.wait);
             self.mirror.progress.demand_bytes.add(bytes.len() as u64);
             (reader.then)(Ok(bytes));
         }

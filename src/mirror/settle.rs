@@ -168,6 +168,7 @@ impl Mirror {
             match result {
                 Ok(bytes) => {
                     mirror.progress.bytes_left.sub(bytes);
+                    mirror.progress.bytes_dropped.add(bytes);
                     mirror.progress.files_pulled.add(1);
                     node.set_phase(Phase::Unmarked);
                     mirror.source.unlearn(node.ino);

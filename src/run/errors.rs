@@ -4,8 +4,8 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use super::control::{self, Request};
-use super::{Failure, Outcome, exit, out, preflight};
+use super::varlink::Request;
+use super::{Failure, Outcome, client, exit, out, preflight};
 use crate::cli;
 
 /// How the entries are written.
@@ -33,8 +33,8 @@ impl Format {
 /// `mirrorfs errors`.
 pub(super) fn run(path: &Path, format: Format) -> Outcome {
     let bad = |e: &dyn std::fmt::Display| Failure::new(exit::FAILURE, format!("ledger: {e}"));
-    let value = match control::find(path)? {
-        Some(daemon) => daemon.call(&Request::Errors)?,
+    let value = match client::find(path)? {
+        Some(daemon) => daemon.call(&Request::Errors)?["entries"].take(),
         None => {
             preflight::migration(path)?;
             serde_json::to_value(crate::mirror::read_ledger(path)?).map_err(|e| bad(&e))?

@@ -2,13 +2,13 @@
 
 use std::path::Path;
 
-use super::control::{self, Request};
 use super::mount::refused;
-use super::{Outcome, exit, out, preflight};
+use super::varlink::Request;
+use super::{Outcome, client, exit, out, preflight};
 
 /// `mirrorfs finish`.
 pub(super) fn run(path: &Path, accept_loss: bool) -> Outcome {
-    let lost = match control::find(path)? {
+    let lost = match client::find(path)? {
         Some(daemon) => {
             daemon.call(&Request::Finish { accept_loss })?;
             daemon.report.counts.errors

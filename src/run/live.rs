@@ -5,10 +5,10 @@ use std::time::{Duration, Instant};
 
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
-use super::report::Counts;
+use super::counts::Counts;
 
 /// How often a line is written where no bar can be drawn.
-const LINE_EVERY: Duration = Duration::from_secs(10);
+pub(super) const LINE_EVERY: Duration = Duration::from_secs(10);
 
 /// What is on the screen.
 pub(super) struct Screen {
@@ -25,10 +25,11 @@ impl Screen {
         let style = |template: &str| {
             ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar())
         };
-        let files = ProgressBar::new(0)
-            .with_style(style("files {wide_bar} {human_pos} / {human_len}{msg}"));
+        let files = ProgressBar::new(0).with_style(style(
+            "files {wide_bar} {human_pos} / {prefix}{human_len}{msg}",
+        ));
         let data = ProgressBar::new(0).with_style(style(
-            "data  {wide_bar} {binary_bytes} / {binary_total_bytes}{msg}",
+            "data  {wide_bar} {binary_bytes} / {prefix}{binary_total_bytes}{msg}",
         ));
         Screen {
             files: bars.add(files),
@@ -51,15 +52,25 @@ impl Screen {
             }
             return;
         }
-        let more = if counts.walk_done { "" } else { "+" };
+        let about = counts.about();
+        let files_about = if counts.walk_done { "" } else { "~" };
         self.files.set_length(counts.files_seen);
         self.files.set_position(counts.files_pulled);
+        self.files.set_prefix(files_about);
+        let mut files = format!("  {state}");
+        if counts.waiting > 0 {
+            files += &format!("  waiting {}", counts.waits());
+        }
         self.files
-            .set_message(format!("{more}  {state}  errors {}", counts.errors));
-        self.data.set_length(counts.bytes_seen);
+            .set_message(format!("{files}  errors {}", counts.errors));
+        self.data.set_length(counts.bytes_total);
         self.data.set_position(counts.bytes_pulled);
+        self.data.set_prefix(about);
         let rate = super::out::bytes(counts.bytes_per_s);
-        self.data.set_message(format!("{more}  {rate}/s"));
+        let eta = counts
+            .eta()
+            .map_or_else(String::new, |eta| format!("  {eta}"));
+        self.data.set_message(format!("  {rate}/s{eta}"));
     }
 
     /// One line now.

@@ -6,30 +6,36 @@
 //!   Serving   -> Stopping   somebody's umount     likewise
 //!   any       -> (exit)     the last open file was closed
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
+use sd_notify::NotifyState;
 use serde_json::{Value, json};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGUSR2};
 
-use super::control::{self, Handler, Listener, Request};
+use super::control::{self, Handler, Listener};
 use super::daemon::{self, Parent};
-use super::live::Screen;
+use super::live::{LINE_EVERY, Screen};
 use super::log::Log;
+use super::metrics::Exporter;
 use super::out::quoted;
 use super::preflight::{self, Ground};
-use super::status::{Live, Phase};
+use super::steer::{self, Wheel, absolute};
+use super::varlink::Request;
+use super::watch::{Phase, Watch};
+use super::web;
 use super::{Failure, Outcome, exit};
+use crate::cli;
 use crate::config::MountConfig;
 use crate::error::Error;
 use crate::fuse::session::Session;
 use crate::mirror::Mirror;
 use crate::progress::Progress;
 use crate::sys::host;
-use crate::walk::{Mode, Walker};
+use crate::walk::Walker;
 
 /// How often the main loop looks around when nothing happens.
 const TICK: Duration = Duration::from_millis(200);
@@ -50,10 +56,17 @@ enum Event {
 }
 
 /// `mirrorfs mount`.
-pub(super) fn run(config: MountConfig) -> Outcome {
+pub(super) fn run(args: cli::Mount) -> Outcome {
+    let config = steer::mount_config(&args)?;
+    start(config, args)
+}
+
+fn start(config: MountConfig, args: cli::Mount) -> Outcome {
     // In front of everything, the log too: a refusal changes nothing.
-    let ground = preflight::mount(absolute(config)?)?;
+    let ground = preflight::mount(all_absolute(config)?)?;
     let config = &ground.config;
+    let web = config.metrics.map(web::Server::bind).transpose()?;
+    let args = with_absolute_file(args)?;
     if config.foreground {
         let screen = Screen::new();
         let log = match &config.log_file {
@@ -61,16 +74,18 @@ pub(super) fn run(config: MountConfig) -> Outcome {
             None => Log::stderr(screen.bars()),
         };
         log.install(config.log_level);
-        return serve(ground, &log, &mut Parent::none(), Some(screen));
+        let front = Front::Screen(screen);
+        return serve(ground, (args, log, web), &mut Parent::none(), front);
     }
     let path = match &config.log_file {
         Some(path) => path.clone(),
         None => control::make_run_dir()?.join(log_name(&config.dst)),
     };
     let log = Log::file(&path)?;
-    daemon::start(&log, |parent| {
+    daemon::start(&log.clone(), |parent| {
         log.install(ground.config.log_level);
-        let outcome = serve(ground, &log, parent, None);
+        let front = Front::Log(String::new());
+        let outcome = serve(ground, (args, log, web), parent, front);
         if let Err(failure) = &outcome {
             tracing::error!("{}", failure.line);
         }
@@ -79,20 +94,23 @@ pub(super) fn run(config: MountConfig) -> Outcome {
 }
 
 /// The daemon's working directory is `/`: from here on every path says where it starts.
-fn absolute(mut config: MountConfig) -> Result<MountConfig, Failure> {
-    let absolute = |path: &mut PathBuf| -> Result<(), Failure> {
-        let full = std::path::absolute(&*path)
-            .map_err(|e| Failure::new(exit::USAGE, format!("{}: {e}", quoted(path))))?;
-        *path = full.components().collect();
-        Ok(())
-    };
-    absolute(&mut config.src)?;
-    absolute(&mut config.dst)?;
-    absolute(&mut config.mountpoint)?;
-    if let Some(path) = &mut config.log_file {
-        absolute(path)?;
+fn all_absolute(mut config: MountConfig) -> Result<MountConfig, Failure> {
+    let paths = [&mut config.src, &mut config.dst, &mut config.mountpoint];
+    let files = [&mut config.log_file, &mut config.metrics_file];
+    for path in paths.into_iter().chain(files.into_iter().flatten()) {
+        *path = absolute(path)?;
     }
     Ok(config)
+}
+
+/// SIGHUP reads the file again.
+fn with_absolute_file(mut args: cli::Mount) -> Result<cli::Mount, Failure> {
+    if let Some(path) = args.config_file() {
+        let path = absolute(&path)?;
+        args.options.push(format!("config={}", path.display()));
+        args.options.rotate_right(1); // The first one counts.
+    }
+    Ok(args)
 }
 
 /// One log for each dst: its last name for people, a hash for uniqueness.
@@ -114,11 +132,52 @@ fn log_name(dst: &Path) -> String {
     format!("{name}-{hash:016x}.log")
 }
 
-fn serve(ground: Ground, log: &Log, parent: &mut Parent, mut screen: Option<Screen>) -> Outcome {
+/// What a daemon has in front of it, or not.
+enum Front {
+    /// A terminal, or what stands in for one.
+    Screen(Screen),
+    /// A log, and the last line of progress in it.
+    Log(String),
+}
+
+impl Front {
+    /// Shows the counters; called a few times a second.
+    fn show(&mut self, watch: &Watch, line_due: bool) {
+        match self {
+            Front::Screen(screen) => {
+                let report = watch.report();
+                screen.show(report.state_name(), &report.counts);
+            }
+            Front::Log(last) if line_due => {
+                let line = watch.report().line();
+                if *last != line {
+                    tracing::info!("{line}");
+                    *last = line;
+                }
+            }
+            Front::Log(_) => {}
+        }
+    }
+
+    /// One line now.
+    fn line(&mut self, watch: &Watch) {
+        let report = watch.report();
+        match self {
+            Front::Screen(screen) => screen.line(report.state_name(), &report.counts),
+            Front::Log(_) => tracing::info!("{}", report.line()),
+        }
+    }
+}
+
+fn serve(
+    ground: Ground,
+    (args, log, web): (cli::Mount, Log, Option<web::Server>),
+    parent: &mut Parent,
+    mut front: Front,
+) -> Outcome {
     host::raise_nofile();
     let progress = Arc::new(Progress::default());
-    progress.paused.store(!ground.config.background, Relaxed);
-    let live = Arc::new(Live::new(&ground, progress.clone())?);
+    let watch = Arc::new(Watch::new(&ground, progress.clone())?);
     let Ground {
         config,
         trees,
@@ -127,10 +186,12 @@ fn serve(ground: Ground, log: &Log, parent: &mut Parent, mut screen: Option<Scre
     } = ground;
     let listener = Listener::bind()?;
     let mirror = Mirror::open(&config, trees, progress)?;
+    watch.set_mirror(mirror.clone());
+    let wheel = Arc::new(Wheel::new(args, log, mirror.clone()));
     let (events_in, events) = bounded(64);
     watch_signals(events_in.clone())?;
     // Before the mount is seen: who sees it finds its daemon.
-    let socket = listener.serve(handler(live.clone(), mirror.clone(), events_in))?;
+    let socket = listener.serve(handler(watch.clone(), wheel.clone(), events_in))?;
     let session = match Session::start(mirror.clone(), &config, dead.on_mountpoint) {
         Ok(session) => session,
         Err(error) => {
@@ -140,48 +201,49 @@ fn serve(ground: Ground, log: &Log, parent: &mut Parent, mut screen: Option<Scre
     };
     session.attach()?;
     dead.detach_elsewhere();
-    live.set_phase(Phase::Serving);
-    let mode = if config.background {
-        Mode::Pull
-    } else {
-        Mode::Sweep
-    };
-    let walker = match Walker::start(mirror.clone(), mode) {
-        Ok(walker) => walker,
+    watch.set_phase(Phase::Serving);
+    let walker = match Walker::start(mirror.clone()) {
+        Ok(walker) => Arc::new(walker),
         Err(error) => {
             session.detach()?;
             return Err(error.into());
         }
     };
+    wheel.set_walker(walker.clone());
     tracing::info!(
         "usable: {} on {}",
         quoted(&config.src),
         quoted(&config.mountpoint)
     );
+    tell_systemd(&[NotifyState::Ready]);
 
     let served = Served {
+        exporter: Exporter::start(config.metrics_file.clone(), web, &watch),
         config: &config,
-        log,
-        live: &live,
+        wheel: &wheel,
+        watch: &watch,
         mirror: &mirror,
         session: &session,
     };
     let end = match parent.ready() {
-        true => served.until_the_end(&events, &mut screen),
+        true => served.until_the_end(&events, &mut front),
         false => served.detach().map(|()| Phase::Stopping),
     };
     // Whoever asks from now on is told so, instead of waiting for an answer.
     drop(events);
     walker.stop();
     if let Ok(phase) = &end {
-        live.set_phase(*phase);
+        watch.set_phase(*phase);
     }
+    tell_systemd(&[NotifyState::Stopping]);
     let waited = session.wait();
     mirror.stop();
+    served.save_tally();
+    served.exporter.stop();
     socket.close();
-    let report = live.report();
+    let report = watch.report();
     tracing::info!("{}", report.line());
-    if let Some(screen) = &mut screen {
+    if let Front::Screen(screen) = &mut front {
         screen.close(report.state_name(), &report.counts);
     }
     let end = end?;
@@ -194,26 +256,48 @@ fn serve(ground: Ground, log: &Log, parent: &mut Parent, mut screen: Option<Scre
     })
 }
 
+/// Nothing happens unless systemd has started us and wants to know.
+fn tell_systemd(state: &[NotifyState<'_>]) {
+    if let Err(e) = sd_notify::notify(state) {
+        tracing::debug!("systemd: {e}");
+    }
+}
+
+/// When something is due again.
+struct Every(Duration, Instant);
+
+impl Every {
+    fn new(time: Duration) -> Every {
+        Every(time, Instant::now())
+    }
+
+    fn is_due(&mut self) -> bool {
+        let due = self.1.elapsed() >= self.0;
+        if due {
+            self.1 = Instant::now();
+        }
+        due
+    }
+}
+
 /// The pieces of a mount in service.
 struct Served<'a> {
     config: &'a MountConfig,
-    log: &'a Log,
-    live: &'a Live,
+    wheel: &'a Wheel,
+    watch: &'a Watch,
     mirror: &'a Mirror,
     session: &'a Session,
+    exporter: Exporter,
 }
 
 impl Served<'_> {
     /// Handles events until the mount is detached; says how it ended.
-    fn until_the_end(
-        &self,
-        events: &Receiver<Event>,
-        screen: &mut Option<Screen>,
-    ) -> Result<Phase, Failure> {
-        let mut sampled = Instant::now();
+    fn until_the_end(&self, events: &Receiver<Event>, front: &mut Front) -> Result<Phase, Failure> {
+        let mut second = Every::new(Duration::from_secs(1));
+        let mut line = Every::new(LINE_EVERY);
         let mut told_degraded = false;
         let mut finish_again: Option<Instant> = None;
-        self.live.tick();
+        self.watch.tick();
         loop {
             let event = match events.recv_timeout(TICK) {
                 Ok(event) => Some(event),
@@ -224,32 +308,12 @@ impl Served<'_> {
                     None
                 }
             };
-            match event {
-                Some(Event::Signal(SIGHUP)) => self.log.reopen(),
-                Some(Event::Signal(SIGUSR1)) => self.line(screen),
-                // What cannot be detached (something is mounted on top) is served on.
-                Some(Event::Signal(_)) => match self.detach() {
-                    Ok(()) => return Ok(Phase::Stopping),
-                    Err(failure) => tracing::error!("{}", failure.line),
-                },
-                Some(Event::Stop { reply }) => {
-                    let detached = self.detach();
-                    let stopped = detached.is_ok();
-                    answer(&reply, detached.map(|()| json!({})));
-                    if stopped {
-                        return Ok(Phase::Stopping);
-                    }
-                }
-                Some(Event::Finish { accept_loss, reply }) => match self.finish(accept_loss) {
-                    Ok(()) => {
-                        answer(&reply, Ok(json!({})));
-                        return Ok(Phase::Finished);
-                    }
-                    Err(failure) => answer(&reply, Err(failure)),
-                },
-                None => {}
+            if let Some(event) = event
+                && let Some(phase) = self.on(event, front)
+            {
+                return Ok(phase);
             }
-            let finished = self.live.phase() == Phase::Finished;
+            let finished = self.watch.phase() == Phase::Finished;
             if self.session.is_detached() {
                 tracing::info!("unmounted by somebody else");
                 return Ok(if finished {
@@ -268,25 +332,52 @@ impl Served<'_> {
                         finish_again = Some(Instant::now() + FINISH_PAUSE);
                     }
                 } else if !std::mem::replace(&mut told_degraded, true) {
-                    tracing::warn!("not finished: {}", self.live.report().action);
+                    tracing::warn!("not finished: {}", self.watch.report().action);
                 }
             }
-            if sampled.elapsed() >= Duration::from_secs(1) {
-                sampled = Instant::now();
-                self.live.tick();
+            if second.is_due() {
+                self.watch.tick();
             }
-            if let Some(screen) = screen {
-                let report = self.live.report();
-                screen.show(report.state_name(), &report.counts);
+            let line_due = line.is_due();
+            if line_due {
+                self.save_tally();
+                tell_systemd(&[NotifyState::Status(&self.watch.report().line())]);
             }
+            front.show(self.watch, line_due);
         }
     }
 
-    fn line(&self, screen: &mut Option<Screen>) {
-        let report = self.live.report();
-        match screen {
-            Some(screen) => screen.line(report.state_name(), &report.counts),
-            None => tracing::info!("{}", report.line()),
+    /// One event; a phase when it ends the mount.
+    fn on(&self, event: Event, front: &mut Front) -> Option<Phase> {
+        match event {
+            Event::Signal(SIGHUP) => self.wheel.reread(),
+            Event::Signal(SIGUSR1) => front.line(self.watch),
+            Event::Signal(SIGUSR2) => self.wheel.toggle(),
+            // What cannot be detached (something is mounted on top) is served on.
+            Event::Signal(_) => match self.detach() {
+                Ok(()) => return Some(Phase::Stopping),
+                Err(failure) => tracing::error!("{}", failure.line),
+            },
+            Event::Stop { reply } => {
+                let detached = self.detach();
+                let stopped = detached.is_ok();
+                answer(&reply, detached.map(|()| json!({})));
+                return stopped.then_some(Phase::Stopping);
+            }
+            Event::Finish { accept_loss, reply } => match self.finish(accept_loss) {
+                Ok(()) => {
+                    answer(&reply, Ok(json!({})));
+                    return Some(Phase::Finished);
+                }
+                Err(failure) => answer(&reply, Err(failure)),
+            },
+        }
+        None
+    }
+
+    fn save_tally(&self) {
+        if let Err(e) = self.mirror.save_tally() {
+            tracing::debug!("{e}"); // For people only: dst is full, most likely, and they know.
         }
     }
 
@@ -303,7 +394,7 @@ impl Served<'_> {
             let errors = self.mirror.progress().errors.get();
             refused(error, errors)
         })?;
-        self.live.set_phase(Phase::Finished);
+        self.watch.set_phase(Phase::Finished);
         tracing::info!("finished");
         Ok(self.session.detach()?)
     }
@@ -322,17 +413,23 @@ fn answer(reply: &Sender<Result<Value, Failure>>, result: Result<Value, Failure>
     let _ = reply.send(result); // A client that went away does not need it.
 }
 
-fn handler(live: Arc<Live>, mirror: Arc<Mirror>, events: Sender<Event>) -> Arc<Handler> {
+fn handler(watch: Arc<Watch>, wheel: Arc<Wheel>, events: Sender<Event>) -> Arc<Handler> {
     let json = |value: serde_json::Result<Value>| {
         value.map_err(|e| Failure::new(exit::FAILURE, format!("json: {e}")))
     };
     Arc::new(move |request| {
         let (reply, answer) = bounded(1);
         let event = match request {
-            Request::Status => return json(serde_json::to_value(live.report())),
-            Request::Errors => return json(serde_json::to_value(mirror.ledger_entries())),
+            Request::Status => return json(serde_json::to_value(watch.report())),
+            Request::Errors => {
+                return json(serde_json::to_value(watch.ledger()).map(|e| json!({ "entries": e })));
+            }
             Request::Finish { accept_loss } => Event::Finish { accept_loss, reply },
             Request::Stop => Event::Stop { reply },
+            other => match wheel.turn(&other) {
+                Some(result) => return result,
+                None => return Err(Failure::new(exit::FAILURE, "no such request")),
+            },
         };
         let stopping = || Failure::new(exit::FAILURE, "the daemon is stopping");
         events.send(event).map_err(|_| stopping())?;
@@ -344,7 +441,8 @@ fn handler(live: Arc<Live>, mirror: Arc<Mirror>, events: Sender<Event>) -> Arc<H
 fn watch_signals(events: Sender<Event>) -> Result<(), Failure> {
     let fail = |e: std::io::Error| Failure::new(exit::FAILURE, format!("signals: {e}"));
     let mut signals =
-        signal_hook::iterator::Signals::new([SIGINT, SIGTERM, SIGHUP, SIGUSR1]).map_err(fail)?;
+        signal_hook::iterator::Signals::new([SIGINT, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2])
+            .map_err(fail)?;
     let watch = move || {
         let mut stopping = false;
         for signal in signals.forever() {

@@ -57,6 +57,16 @@ pub(crate) fn duration(time: Duration) -> String {
     }
 }
 
+/// `38 ms`, `0.4 s`, `12 s`, `3 m 20 s`.
+pub(crate) fn seconds(ms: f64) -> String {
+    match ms {
+        ..1.0 => format!("{ms:.1} ms"),
+        ..100.0 => format!("{ms:.0} ms"),
+        ..10_000.0 => format!("{:.1} s", ms / 1e3),
+        _ => duration(Duration::from_secs_f64(ms / 1e3)),
+    }
+}
+
 /// `34 %`, rounded down: 100 % only when nothing is left.
 pub(crate) fn percent(part: u64, whole: u64) -> String {
     let percent = match whole {
@@ -78,6 +88,10 @@ mod tests {
         assert_eq!(percent(999, 1000), "99 %");
         assert_eq!(percent(0, 0), "100 %");
         assert_eq!(duration(Duration::from_secs(4320)), "1 h 12 m");
+        assert_eq!(seconds(0.42), "0.4 ms");
+        assert_eq!(seconds(38.4), "38 ms");
+        assert_eq!(seconds(400.0), "0.4 s");
+        assert_eq!(seconds(200_000.0), "3 m 20 s");
         assert_eq!(bytes(8 << 20), "8.0 MiB");
     }
 }

@@ -1,15 +1,12 @@
 //! Report: what is known about a migration at one moment, as a page, as one line and as JSON.
-//!
-//! Only what is known is said: a total that still grows is written with a `+`.
 
-use std::collections::VecDeque;
-use std::sync::atomic::Ordering::Relaxed;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
-use super::out::{bytes, count, duration, percent};
-use crate::progress::Progress;
+use super::counts::Counts;
+use super::out::{bytes, count, duration};
+use crate::error::Printable;
 
 /// The states of DESIGN section 9.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -34,6 +31,18 @@ pub enum State {
 }
 
 impl State {
+    /// All of them.
+    pub(super) const ALL: [State; 8] = [
+        State::Preparing,
+        State::Walking,
+        State::Migrating,
+        State::Paused,
+        State::Degraded,
+        State::Complete,
+        State::Finished,
+        State::Stopped,
+    ];
+
     pub(super) fn name(self) -> &'static str {
         match self {
             State::Preparing => "PREPARING",
@@ -45,88 +54,6 @@ impl State {
             State::Finished => "FINISHED",
             State::Stopped => "STOPPED",
         }
-    }
-}
-
-/// The counters, at one moment. They start at 0 with each daemon.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-pub struct Counts {
-    /// Entries that have their name and metadata in dst.
-    pub entries_placed: u64,
-    /// Entries seen in src.
-    pub entries_seen: u64,
-    /// Files complete and durable in dst.
-    pub files_pulled: u64,
-    /// Files seen in src.
-    pub files_seen: u64,
-    /// Bytes complete and durable in dst.
-    pub bytes_pulled: u64,
-    /// Bytes seen in src.
-    pub bytes_seen: u64,
-    /// Bytes known to be left.
-    pub bytes_left: u64,
-    /// Files pulled because somebody waited.
-    pub demand_files: u64,
-    /// Bytes pulled because somebody waited.
-    pub demand_bytes: u64,
-    /// Accesses that wait for src now.
-    pub waiting: u64,
-    /// Entries in the ledger.
-    pub errors: u64,
-    /// Every directory was seen: the totals are final.
-    pub walk_done: bool,
-    /// Bytes per second, over the last half minute.
-    pub bytes_per_s: u64,
-}
-
-impl Counts {
-    /// The counters now.
-    pub fn of(progress: &Progress, bytes_per_s: u64) -> Counts {
-        Counts {
-            entries_placed: progress.entries_placed.get(),
-            entries_seen: progress.entries_seen.get(),
-            files_pulled: progress.files_pulled.get(),
-            files_seen: progress.files_seen.get(),
-            bytes_pulled: progress.bytes_pulled.get(),
-            bytes_seen: progress.bytes_seen.get(),
-            bytes_left: progress.bytes_left.get(),
-            demand_files: progress.demand_files.get(),
-            demand_bytes: progress.demand_bytes.get(),
-            waiting: progress.waiting.get(),
-            errors: progress.errors.get(),
-            walk_done: progress.walk_done.load(Relaxed),
-            bytes_per_s,
-        }
-    }
-
-    /// A `+` while the total can still grow.
-    fn more(&self) -> &'static str {
-        if self.walk_done { "" } else { "+" }
-    }
-
-    /// Time for what is known to be left; `None` while nothing moves.
-    fn eta(&self) -> Option<Duration> {
-        (self.bytes_per_s > 0 && self.bytes_left > 0)
-            .then(|| Duration::from_secs(self.bytes_left / self.bytes_per_s))
-    }
-
-    /// One line for a log or a pipe.
-    pub(crate) fn line(&self) -> String {
-        let more = self.more();
-        let mut line = format!(
-            "entries {} / {}{more}  files {} / {}{more}  data {} / {}{more}  {}/s",
-            count(self.entries_placed),
-            count(self.entries_seen),
-            count(self.files_pulled),
-            count(self.files_seen),
-            bytes(self.bytes_pulled),
-            bytes(self.bytes_seen),
-            bytes(self.bytes_per_s),
-        );
-        if let Some(eta) = self.eta() {
-            line += &format!("  ETA {}{more}", duration(eta));
-        }
-        line + &format!("  errors {}", count(self.errors))
     }
 }
 
@@ -159,9 +86,17 @@ pub struct Report {
     pub since_unix: u64,
     /// What the background does: running, off, paused, waits for room, done.
     pub background: String,
+    /// The background's limit, bytes per second.
+    pub bwlimit: Option<u64>,
+    /// The limit is not applied for now (SIGUSR2).
+    pub bwlimit_lifted: bool,
+    /// Threads of each kind that the background may use.
+    pub jobs: Option<u64>,
     /// The counters.
     #[serde(flatten)]
     pub counts: Counts,
+    /// Whole passes changed nothing: what is left needs somebody.
+    pub stuck: bool,
     /// Free in dst, bytes.
     pub dst_free: Option<u64>,
     /// What you should do.
@@ -175,22 +110,18 @@ impl Report {
         let usable = if self.usable { ", usable" } else { "" };
         let since = UNIX_EPOCH + Duration::from_secs(self.since_unix);
         let age = SystemTime::now().duration_since(since).unwrap_or_default();
-        let total = |part, whole| match c.walk_done {
-            true => percent(part, whole),
-            false => "(not all directories were seen yet)".to_owned(),
-        };
+        let about = c.about();
         let mut data = format!(
-            "data    {} pulled / {}{}  {}",
+            "data    {} pulled / {about}{}{}",
             bytes(c.bytes_pulled),
-            bytes(c.bytes_seen),
-            c.more(),
-            total(c.bytes_pulled, c.bytes_seen),
+            bytes(c.bytes_total),
+            c.share(c.bytes_pulled, c.bytes_total),
         );
         if c.bytes_per_s > 0 {
             data += &format!("  {}/s", bytes(c.bytes_per_s));
         }
         if let Some(eta) = c.eta() {
-            data += &format!("  ETA {}{}", duration(eta), c.more());
+            data += &format!("  {eta}");
         }
         let mut page = vec![
             format!(
@@ -207,36 +138,34 @@ impl Report {
                 humantime::format_rfc3339_seconds(since),
                 duration(age),
                 self.pid,
-                self.background
+                self.background_text()
             ),
             format!(
-                "entries {} placed / {}{}  {}",
+                "entries {} placed / {about}{}{}",
                 count(c.entries_placed),
-                count(c.entries_seen),
-                c.more(),
-                total(c.entries_placed, c.entries_seen),
+                count(c.entries_total),
+                c.share(c.entries_placed, c.entries_total),
             ),
             format!(
-                "files   {} pulled / {}{}  {}",
+                "files   {} pulled / {}{} seen",
                 count(c.files_pulled),
+                if c.walk_done { "" } else { "~" },
                 count(c.files_seen),
-                c.more(),
-                total(c.files_pulled, c.files_seen),
             ),
             data,
             format!(
                 "on access {} files, {}; waiting {}",
                 count(c.demand_files),
                 bytes(c.demand_bytes),
-                count(c.waiting)
+                c.waits()
             ),
         ];
         if let Some(free) = self.dst_free {
+            let needed = c.bytes_left.max(c.bytes_total - c.bytes_pulled);
             page.push(format!(
-                "dst free {}, needed {}{}",
+                "dst free {}, needed {about}{}",
                 bytes(free),
-                bytes(c.bytes_left),
-                c.more()
+                bytes(if c.walk_done { c.bytes_left } else { needed }),
             ));
         }
         page.push(match c.errors {
@@ -251,6 +180,46 @@ impl Report {
         page
     }
 
+    /// `running, limit 200.0 MiB/s, 2 jobs`.
+    fn background_text(&self) -> String {
+        let mut text = self.background.clone();
+        if let Some(rate) = self.bwlimit {
+            text += &format!(", limit {}/s", bytes(rate));
+            if self.bwlimit_lifted {
+                text += " (lifted)";
+            }
+        }
+        if let Some(jobs) = self.jobs {
+            text += &format!(", {jobs} jobs");
+        }
+        text
+    }
+
+    /// For scripts: tab-separated, numbers exact, fields only ever added at the end.
+    pub(super) fn script_line(&self) -> String {
+        let c = &self.counts;
+        let number = |n: Option<u64>| n.map_or_else(|| "-".to_owned(), |n| n.to_string());
+        [
+            escaped(&self.mountpoint),
+            escaped(&self.src),
+            escaped(&self.dst),
+            self.state.name().to_owned(),
+            c.entries_placed.to_string(),
+            c.entries_total.to_string(),
+            c.files_pulled.to_string(),
+            c.files_seen.to_string(),
+            c.bytes_pulled.to_string(),
+            c.bytes_total.to_string(),
+            u8::from(c.walk_done).to_string(),
+            c.bytes_per_s.to_string(),
+            number(c.eta_s),
+            c.waiting.to_string(),
+            number(c.longest_wait_ms),
+            c.errors.to_string(),
+        ]
+        .join("\t")
+    }
+
     /// The state as it is printed.
     pub(crate) fn state_name(&self) -> &'static str {
         self.state.name()
@@ -262,51 +231,7 @@ impl Report {
     }
 }
 
-/// Bytes per second over the last half minute.
-#[derive(Debug, Default)]
-pub(crate) struct Rate(VecDeque<(Instant, u64)>);
-
-impl Rate {
-    /// Adds a sample.
-    pub(crate) fn sample(&mut self, now: Instant, bytes: u64) {
-        self.0.push_back((now, bytes));
-        while self.0.len() > 2
-            && self
-                .0
-                .front()
-                .is_some_and(|(t, _)| now.duration_since(*t).as_secs() > 30)
-        {
-            self.0.pop_front();
-        }
-    }
-
-    /// The rate; 0 until there are two samples.
-    pub(crate) fn bytes_per_s(&self) -> u64 {
-        let (Some((t0, b0)), Some((t1, b1))) = (self.0.front(), self.0.back()) else {
-            return 0;
-        };
-        let s = t1.duration_since(*t0).as_secs_f64();
-        if s < 0.1 {
-            0
-        } else {
-            (b1.saturating_sub(*b0) as f64 / s) as u64
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_total_that_can_grow_is_marked() {
-        let mut counts = Counts {
-            bytes_left: 1 << 30,
-            bytes_per_s: 1 << 20,
-            ..Counts::default()
-        };
-        assert!(counts.line().contains("/ 0+"), "{}", counts.line());
-        counts.walk_done = true;
-        assert!(counts.line().contains("ETA 17 m 4 s"), "{}", counts.line());
-    }
+/// A path that is one field whatever is in it.
+fn escaped(path: &str) -> String {
+    Printable(path.as_ref()).to_string()
 }

@@ -1,220 +1,149 @@
-//! Status: the daemon's side (`Live`), which makes a report whenever somebody asks, and the command,
-//! which prints it.
+//! The `status` command: a page, a line or JSON, once or again every second.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::Ordering::Relaxed;
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
-use parking_lot::Mutex;
 use serde::Serialize;
 
-use super::control::{self, lexical};
-use super::out::{self, bytes, count, quoted};
-use super::preflight::{self, Ground};
-use super::report::{Counts, Rate, Report, State};
+use super::client::{self, Daemon};
+use super::out::{self, bytes, count};
+use super::preflight;
+use super::report::{Report, State};
 use super::{Failure, Outcome, exit};
-use crate::config::MountConfig;
+use crate::cli;
 use crate::error::Printable;
-use crate::progress::Progress;
-use crate::sys::host;
 
-/// What only the main loop knows.
+/// How often a live page is drawn.
+const EVERY: Duration = Duration::from_secs(1);
+/// To the first line, the first column; and what is below goes.
+const HOME: &str = "\x1b[H";
+const CLEAR_LINE: &str = "\x1b[K";
+const CLEAR_BELOW: &str = "\x1b[J";
+const CLEAR_ALL: &str = "\x1b[2J";
+
+/// How it is written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Phase {
-    /// Not attached yet.
-    Preparing,
-    /// Attached.
-    Serving,
-    /// Finished: dst is a plain tree.
-    Finished,
-    /// Detached, still in use by somebody.
-    Stopping,
-}
-
-/// The daemon's side: everything a report is made of.
-pub(crate) struct Live {
-    config: MountConfig,
-    progress: Arc<Progress>,
-    since: SystemTime,
-    src_fs: String,
-    dst_fs: String,
-    home_names: Vec<String>,
-    src_names: Vec<String>,
-    /// dst from before the mount, for its free space.
-    dst: OwnedFd,
-    phase: Mutex<Phase>,
-    rate: Mutex<Rate>,
-}
-
-impl Live {
-    /// Before the mount is attached: later these paths lead into ourselves.
-    pub(crate) fn new(ground: &Ground, progress: Arc<Progress>) -> Result<Live, Failure> {
-        let config = &ground.config;
-        let dst = host::dup(ground.trees.dst.as_fd()).map_err(|e| {
-            let line = format!("{}: dup: {e}", quoted(&config.dst));
-            Failure::new(exit::UNUSABLE, line)
-        })?;
-        let mut home_names = names(&config.mountpoint);
-        home_names.extend(names(&config.dst));
-        Ok(Live {
-            progress,
-            since: SystemTime::now(),
-            src_fs: ground.src_fs.clone(),
-            dst_fs: ground.dst_fs.clone(),
-            home_names,
-            src_names: names(&config.src),
-            dst,
-            phase: Mutex::new(Phase::Preparing),
-            rate: Mutex::new(Rate::default()),
-            config: config.clone(),
-        })
-    }
-
-    /// Tells where the main loop is.
-    pub(crate) fn set_phase(&self, phase: Phase) {
-        *self.phase.lock() = phase;
-    }
-
-    /// Where the main loop is.
-    pub(crate) fn phase(&self) -> Phase {
-        *self.phase.lock()
-    }
-
-    /// Takes a sample for the rate; called about once a second.
-    pub(crate) fn tick(&self) {
-        self.rate
-            .lock()
-            .sample(Instant::now(), self.progress.bytes_pulled.get());
-    }
-
-    /// The report of this moment.
-    pub(crate) fn report(&self) -> Report {
-        let counts = Counts::of(&self.progress, self.rate.lock().bytes_per_s());
-        let state = self.state(&counts);
-        let text = |path: &Path| path.to_string_lossy().into_owned();
-        let free = host::fs_stat(self.dst.as_fd()).ok();
-        Report {
-            state,
-            usable: !matches!(state, State::Preparing | State::Finished | State::Stopped),
-            mountpoint: text(&self.config.mountpoint),
-            src: text(&self.config.src),
-            dst: text(&self.config.dst),
-            src_fs: self.src_fs.clone(),
-            dst_fs: self.dst_fs.clone(),
-            home_names: self.home_names.clone(),
-            src_names: self.src_names.clone(),
-            pid: std::process::id(),
-            version: env!("CARGO_PKG_VERSION").to_owned(),
-            since_unix: self
-                .since
-                .duration_since(UNIX_EPOCH)
-                .unwrap_or_default()
-                .as_secs(),
-            background: self.background().to_owned(),
-            action: self.action(state, &counts),
-            counts,
-            dst_free: free.map(|s| s.bavail.saturating_mul(s.frsize)),
-        }
-    }
-
-    fn state(&self, counts: &Counts) -> State {
-        let is = |flag: &std::sync::atomic::AtomicBool| flag.load(Relaxed);
-        match *self.phase.lock() {
-            Phase::Preparing => State::Preparing,
-            Phase::Finished => State::Finished,
-            Phase::Stopping => State::Stopped,
-            Phase::Serving if is(&self.progress.complete) && counts.errors == 0 => State::Complete,
-            Phase::Serving if is(&self.progress.complete) => State::Degraded,
-            Phase::Serving if is(&self.progress.dst_full) => State::Degraded,
-            Phase::Serving if is(&self.progress.stuck) => State::Degraded,
-            Phase::Serving if is(&self.progress.paused) => State::Paused,
-            Phase::Serving if counts.walk_done => State::Migrating,
-            Phase::Serving => State::Walking,
-        }
-    }
-
-    fn background(&self) -> &'static str {
-        if self.progress.complete.load(Relaxed) {
-            "done"
-        } else if !self.config.background {
-            "off"
-        } else if self.progress.dst_full.load(Relaxed) {
-            "waits for room in dst"
-        } else if self.progress.paused.load(Relaxed) {
-            "paused"
-        } else {
-            "running"
-        }
-    }
-
-    fn action(&self, state: State, counts: &Counts) -> String {
-        let mountpoint = Printable(self.config.mountpoint.as_os_str());
-        match state {
-            State::Complete if self.config.finish => "none; it finishes by itself".into(),
-            State::Complete => format!("mirrorfs finish {mountpoint}"),
-            State::Degraded if self.progress.dst_full.load(Relaxed) => {
-                "make room in dst; reading goes on, from src".into()
-            }
-            State::Degraded => format!(
-                "{} entries could not be pulled: mirrorfs errors {mountpoint}; mend and mount \
-                 again, or mirrorfs finish --accept-loss {mountpoint}",
-                count(counts.errors)
-            ),
-            State::Paused => "none; only what is opened is copied".into(),
-            State::Walking | State::Migrating => {
-                format!("none; when this says COMPLETE: mirrorfs finish {mountpoint}")
-            }
-            State::Finished => "none; waits for the last open file".into(),
-            State::Stopped => "none; waits for the last open file, then mount resumes".into(),
-            State::Preparing => "none".into(),
-        }
-    }
-}
-
-/// How a client may spell a path: as the user did, and as it resolved before the mount.
-fn names(path: &Path) -> Vec<String> {
-    let spelled = [lexical(path), std::fs::canonicalize(path).ok()];
-    let mut names: Vec<String> = spelled
-        .into_iter()
-        .flatten()
-        .map(|p| Printable(p.as_os_str()).to_string())
-        .collect();
-    names.dedup();
-    names
+enum Format {
+    Page,
+    Script,
+    Json,
 }
 
 /// `mirrorfs status`.
-pub(crate) fn run(path: Option<&Path>, json: bool) -> Outcome {
+pub(super) fn run(args: &cli::Status) -> Outcome {
+    let format = match (args.json, args.script) {
+        (true, _) => Format::Json,
+        (_, true) => Format::Script,
+        _ => Format::Page,
+    };
+    let path = args.path.as_deref();
+    if args.watch {
+        return watch(path, format);
+    }
     let Some(path) = path else {
-        let reports: Vec<Report> = control::daemons().into_iter().map(|d| d.report).collect();
-        if json {
-            print_json(&reports)?;
-        } else if reports.is_empty() {
-            out::say("no migration is running");
-        }
-        for (i, report) in reports.iter().enumerate().filter(|_| !json) {
-            if i > 0 {
-                out::say("");
-            }
-            report.page().iter().for_each(|line| out::say(line));
+        let reports = all();
+        match format {
+            Format::Json => print_json(&reports)?,
+            Format::Page if reports.is_empty() => out::say("no migration is running"),
+            _ => print(&reports, format),
         }
         return Ok(exit::DONE);
     };
-    match control::find(path)? {
-        Some(daemon) if json => print_json(&daemon.report)?,
-        Some(daemon) => daemon.report.page().iter().for_each(|line| out::say(line)),
-        None => stopped(path, json)?,
+    match client::find(path)? {
+        Some(daemon) if format == Format::Json => print_json(&daemon.report)?,
+        Some(daemon) => print(&[daemon.report], format),
+        None => stopped(path, format)?,
     }
     Ok(exit::DONE)
 }
 
+fn all() -> Vec<Report> {
+    client::daemons().into_iter().map(|d| d.report).collect()
+}
+
+fn print(reports: &[Report], format: Format) {
+    lines(reports, format)
+        .iter()
+        .for_each(|line| out::say(line));
+}
+
+fn lines(reports: &[Report], format: Format) -> Vec<String> {
+    let mut lines = Vec::new();
+    for report in reports {
+        match format {
+            Format::Script => lines.push(report.script_line()),
+            Format::Json => lines.extend(serde_json::to_string(report)),
+            Format::Page => {
+                if !lines.is_empty() {
+                    lines.push(String::new());
+                }
+                lines.extend(report.page());
+            }
+        }
+    }
+    lines
+}
+
+/// Until the daemon ends. On a terminal the page stays in its place.
+fn watch(path: Option<&Path>, format: Format) -> Outcome {
+    let mut daemon = match path {
+        None => None,
+        Some(path) => match client::find(path)? {
+            Some(daemon) => Some(daemon),
+            None => {
+                stopped(path, format)?;
+                return Ok(exit::DONE);
+            }
+        },
+    };
+    let in_place = format == Format::Page && std::io::stdout().is_terminal();
+    if in_place {
+        out::raw(CLEAR_ALL.as_bytes());
+    }
+    loop {
+        let reports = match &daemon {
+            Some(daemon) => vec![daemon.report.clone()],
+            None => all(),
+        };
+        let text = page(&lines(&reports, format), in_place);
+        let mut stdout = std::io::stdout().lock();
+        let written = stdout
+            .write_all(text.as_bytes())
+            .and_then(|()| stdout.flush());
+        // Nobody looks any more (`| head`).
+        if written.is_err() || (path.is_none() && reports.is_empty()) {
+            return Ok(exit::DONE);
+        }
+        drop(stdout);
+        std::thread::sleep(EVERY);
+        if let Some(before) = daemon.take() {
+            match before.again() {
+                Some(now) => daemon = Some(now),
+                None => return Ok(gone(&before)),
+            }
+        }
+    }
+}
+
+fn page(lines: &[String], in_place: bool) -> String {
+    if !in_place {
+        return lines.iter().map(|line| format!("{line}\n")).collect();
+    }
+    let lines = lines.iter().map(|line| format!("{line}{CLEAR_LINE}\n"));
+    format!("{HOME}{}{CLEAR_BELOW}", lines.collect::<String>())
+}
+
+fn gone(daemon: &Daemon) -> u8 {
+    out::say(&format!("the daemon {} has ended", daemon.report.pid));
+    exit::DONE
+}
+
 /// No daemon: the marks in dst tell what is left.
-fn stopped(dst: &Path, json: bool) -> Result<(), Failure> {
+fn stopped(dst: &Path, format: Format) -> Result<(), Failure> {
     preflight::migration(dst)?;
     let survey = crate::mirror::survey(dst)?;
-    let dst: PathBuf = lexical(dst).unwrap_or_else(|| dst.to_path_buf());
+    let dst: PathBuf = client::lexical(dst).unwrap_or_else(|| dst.to_path_buf());
     let src = survey.identity_src.as_deref().map(Path::to_string_lossy);
     let done = survey.pending_files == 0 && survey.pending_dirs == 0 && survey.ledger == 0;
     let action = match (&src, done) {
@@ -222,7 +151,17 @@ fn stopped(dst: &Path, json: bool) -> Result<(), Failure> {
         (Some(src), _) => format!("mirrorfs mount {src} {}", Printable(dst.as_os_str())),
         (None, _) => "mirrorfs mount SRC DST, as before".to_owned(),
     };
-    if json {
+    if format == Format::Script {
+        let src = src.as_deref().unwrap_or("-");
+        let dst = Printable(dst.as_os_str());
+        let left = ["-"; 12].join("\t");
+        out::say(&format!(
+            "-\t{src}\t{dst}\t{}\t{left}",
+            State::Stopped.name()
+        ));
+        return Ok(());
+    }
+    if format == Format::Json {
         return print_json(&serde_json::json!({
             "state": State::Stopped,
             "usable": false,
@@ -261,46 +200,12 @@ fn print_json(value: &impl Serialize) -> Result<(), Failure> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::preflight::Dead;
     use super::*;
-    use crate::mirror::Trees;
-
-    fn live() -> Live {
-        let config = MountConfig::new("/usr", "/tmp");
-        let ground = Ground {
-            trees: Trees::open(&config.src, &config.dst).expect("opens"),
-            config,
-            src_fs: "ext4".to_owned(),
-            dst_fs: "xfs".to_owned(),
-            dead: Dead::default(),
-        };
-        Live::new(&ground, Arc::new(Progress::default())).expect("opens")
-    }
 
     #[test]
-    fn the_state_says_what_the_user_should_do() {
-        let live = live();
-        let state = |live: &Live| live.report().state;
-        assert_eq!(state(&live), State::Preparing);
-        live.set_phase(Phase::Serving);
-        assert_eq!(state(&live), State::Walking);
-        live.progress.walk_done.store(true, Relaxed);
-        assert_eq!(state(&live), State::Migrating);
-        live.progress.dst_full.store(true, Relaxed);
-        assert_eq!(state(&live), State::Degraded);
-        live.progress.complete.store(true, Relaxed);
-        assert_eq!(state(&live), State::Complete);
-        assert_eq!(live.report().action, "mirrorfs finish /tmp");
-        live.progress.errors.set(1);
-        assert_eq!(state(&live), State::Degraded);
-    }
-
-    #[test]
-    fn a_report_survives_json() {
-        let report = live().report();
-        let text = serde_json::to_string(&report).expect("serializes");
-        assert!(text.contains("\"state\":\"PREPARING\""), "{text}");
-        let back: Report = serde_json::from_str(&text).expect("parses");
-        assert_eq!(back, report);
+    fn a_page_in_place_leaves_nothing_of_the_page_before() {
+        let lines = ["a".to_owned(), "b".to_owned()];
+        assert_eq!(page(&lines, false), "a\nb\n");
+        assert_eq!(page(&lines, true), "\x1b[Ha\x1b[K\nb\x1b[K\n\x1b[J");
     }
 }

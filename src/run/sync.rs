@@ -4,17 +4,19 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGUSR2};
 
+use super::counts::Counts;
 use super::live::Screen;
 use super::log::Log;
 use super::out::{bytes, count, duration};
-use super::report::{Counts, Rate};
+use super::rate::Rate;
 use super::{Failure, Outcome, exit, out, preflight};
 use crate::config::{LogLevel, SyncConfig};
 use crate::progress::Progress;
 use crate::sync::{Event, SyncReport};
 use crate::sys::host;
+use crate::throttle::Throttle;
 
 /// How often the screen is drawn.
 const TICK: Duration = Duration::from_millis(200);
@@ -32,18 +34,22 @@ pub(super) fn run(config: SyncConfig) -> Outcome {
     });
     let fail = |e: std::io::Error| Failure::new(exit::FAILURE, format!("sync: {e}"));
     let mut signals =
-        signal_hook::iterator::Signals::new([SIGINT, SIGTERM, SIGHUP, SIGUSR1]).map_err(fail)?;
+        signal_hook::iterator::Signals::new([SIGINT, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2])
+            .map_err(fail)?;
 
     let (done_in, done) = crossbeam_channel::bounded(1);
     let (job, counters) = (config.clone(), progress.clone());
     let stop = Arc::new(AtomicBool::new(false));
     let stopping = Arc::clone(&stop);
+    let throttle = Arc::new(Throttle::default());
+    throttle.set_limit(config.bwlimit);
+    let pace = Arc::clone(&throttle);
     let copy = move || {
         let mut tell = |event: Event| match event {
             Event::Line(line) => out::say(&line.to_string()),
             Event::Error(error) => out::complain(&error.message),
         };
-        let result = crate::sync::run(&job, counters, &stopping, &mut tell);
+        let result = crate::sync::run_throttled(&job, counters, &stopping, &pace, &mut tell);
         let _ = done_in.send(result); // Gone only after a second signal.
     };
     let thread = std::thread::Builder::new().name("sync".into());
@@ -63,7 +69,7 @@ pub(super) fn run(config: SyncConfig) -> Outcome {
             sampled = Some(Instant::now());
             rate.sample(Instant::now(), progress.bytes_pulled.get());
         }
-        let counts = Counts::of(&progress, rate.bytes_per_s());
+        let counts = Counts::of(&progress, &rate, None);
         for signal in signals.pending() {
             match signal {
                 // The first one lets what has begun become whole; files appear whole or not at
@@ -74,6 +80,7 @@ pub(super) fn run(config: SyncConfig) -> Outcome {
                     return Err(interrupted());
                 }
                 SIGUSR1 => screen.line("SYNC", &counts),
+                SIGUSR2 => toggled(throttle.toggle_limit(), throttle.limit()),
                 _ => {}
             }
         }
@@ -82,9 +89,18 @@ pub(super) fn run(config: SyncConfig) -> Outcome {
         }
     };
     if config.progress {
-        screen.close("SYNC", &Counts::of(&progress, rate.bytes_per_s()));
+        screen.close("SYNC", &Counts::of(&progress, &rate, None));
     }
     report(&config, &result?)
+}
+
+/// The log says what SIGUSR2 has done.
+pub(super) fn toggled(applied: bool, limit: Option<u64>) {
+    match limit {
+        Some(rate) if applied => tracing::warn!("bandwidth limit: {}/s", bytes(rate)),
+        Some(_) => tracing::warn!("bandwidth limit: lifted"),
+        None => tracing::warn!("bandwidth limit: none is set"),
+    }
 }
 
 fn interrupted() -> Failure {

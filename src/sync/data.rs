@@ -150,6 +150,7 @@ impl Work<'_, '_> {
             buffers.waited += begin.elapsed();
             fd::pwrite_all(t.dst.as_fd(), &buf[..n], 0).on("write", Side::Dst, path())?;
             self.copied(n as u64);
+            self.pace(n as u64);
             let Some(after) = self.src_changed(t)? else {
                 t.unchanged = true;
                 break;
@@ -264,6 +265,7 @@ impl Work<'_, '_> {
                 return Ok(range.end); // src shrank: seal() sees it.
             }
             self.copied(n);
+            self.pace(n);
             data.start += n;
             if self.crew.hungry() || self.stopping() {
                 break;

@@ -364,6 +364,12 @@ impl Work<'_, '_> {
         self.job.progress.bytes_pulled.add(bytes);
     }
 
+    /// Waits as --bwlimit wants it.
+    pub(super) fn pace(&self, bytes: u64) {
+        self.job.throttle.spend(bytes);
+        self.job.throttle.wait(|| self.stopping()); // Stopping: the caller sees that too.
+    }
+
     /// Looks at src again after a copy.
     pub(super) fn src_changed(&self, t: &Transfer) -> Result<Option<Stat>> {
         let changed = fd_changed_since(t.src.as_fd(), &t.meta.stat);

@@ -11,10 +11,16 @@ use crate::fixture::{
     run,
 };
 
-const COMMANDS: [&str; 8] = [
+const COMMANDS: [&str; 14] = [
     "mount",
     "sync",
     "status",
+    "wait",
+    "pause",
+    "resume",
+    "cancel",
+    "set",
+    "pull",
     "verify",
     "finish",
     "errors",
@@ -61,7 +67,10 @@ fn help_is_as_documented() {
 
 #[test]
 fn help_names_every_exit_code() {
-    for command in ["mount", "sync", "status", "verify", "finish", "errors"] {
+    for command in COMMANDS
+        .iter()
+        .filter(|c| !["completions", "man"].contains(c))
+    {
         let help = mirrorfs_with(&[command, "--help"]).expect_code(0).out;
         for code in [0, 1, 2, 3, 9, 11, 20, 23, 24, 25, 30] {
             let line = format!("  {code:2}  ");
@@ -111,6 +120,15 @@ fn what_cannot_be_meant_is_a_usage_error() {
         (&["sync", "--max-delete", "x", "a", "b"], &["--max-delete"]),
         (&["errors", "--json", "-0", "a"], &["--json"]),
         (&["finish"], &["<PATH>"]),
+        (&["set", "a"], &["--bwlimit"]),
+        (&["set", "a", "--bwlimit", "fast"], &["fast"]),
+        (&["mount", "a", "b", "--bwlimit", "1X"], &["1X"]),
+        (&["mount", "a", "b", "--metrics", "host:1"], &["host:1"]),
+        (&["mount", "a", "b", "--jobs", "300"], &["--jobs"]),
+        (&["sync", "a", "b", "--bwlimit", "x"], &["x"]),
+        (&["wait", "a", "--timeout", "soon"], &["--timeout"]),
+        (&["pull"], &["<PATHS>"]),
+        (&["status", "-H", "--json"], &["--json"]),
     ];
     for (args, words) in cases {
         eprintln!("{args:?}");
@@ -250,7 +268,9 @@ fn mount_says_when_the_helper_or_dev_fuse_is_missing() {
 fn a_path_that_is_no_migration_is_refused() {
     let s = bad_places();
     let at = |name: &str| s.path().join(name);
-    for command in ["status", "finish", "errors"] {
+    for command in [
+        "status", "finish", "errors", "wait", "pause", "resume", "cancel",
+    ] {
         for path in ["dst", "none"] {
             eprintln!("{command} {path}");
             let output = run(mirrorfs().arg(command).arg(at(path)));

@@ -414,6 +414,11 @@ impl World {
         self
     }
 
+    /// The path of something that is neither in src nor in dst.
+    pub(crate) fn scratch_path(&self, name: &str) -> PathBuf {
+        self.scratch.path().join(name)
+    }
+
     /// Mounts with the walker.
     #[track_caller]
     pub(crate) fn mount(&self) -> Mounted {

@@ -9,6 +9,7 @@
 mod bench;
 mod cli;
 mod compare;
+mod control;
 mod crash;
 mod differential;
 mod fidelity;
@@ -17,4 +18,5 @@ mod nasty;
 mod raw;
 mod rootless;
 mod semantics;
+mod service;
 mod tidy;

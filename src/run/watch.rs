@@ -1,0 +1,309 @@
+//! Watch: what the daemon knows of itself. It makes a report whenever somebody asks, and keeps the
+//! rate and the past.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, OnceLock};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use parking_lot::Mutex;
+
+use super::client::lexical;
+use super::counts::{Counts, Estimate};
+use super::out::{count, quoted};
+use super::preflight::Ground;
+use super::rate::{History, Point, Rate, unix_now};
+use super::report::{Report, State};
+use super::{Failure, exit};
+use crate::config::MountConfig;
+use crate::error::Printable;
+use crate::mirror::{LedgerEntry, Mirror};
+use crate::progress::Progress;
+use crate::sys::{host, local};
+use crate::throttle::{Background, Throttle};
+
+/// What only the main loop knows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Phase {
+    /// Not attached yet.
+    Preparing,
+    /// Attached.
+    Serving,
+    /// Finished: dst is a plain tree.
+    Finished,
+    /// Detached, still in use by somebody.
+    Stopping,
+}
+
+/// The daemon's side: everything a report is made of.
+pub(crate) struct Watch {
+    config: MountConfig,
+    progress: Arc<Progress>,
+    since: SystemTime,
+    src_fs: String,
+    dst_fs: String,
+    home_names: Vec<String>,
+    src_names: Vec<String>,
+    /// dst from before the mount, for its free space.
+    dst: OwnedFd,
+    phase: Mutex<Phase>,
+    rate: Mutex<Rate>,
+    history: Mutex<History>,
+    estimate: Option<Estimate>,
+    /// The mirror's, once it is there.
+    mirror: OnceLock<Arc<Mirror>>,
+}
+
+impl Watch {
+    /// Before the mount is attached: later these paths lead into ourselves.
+    pub(crate) fn new(ground: &Ground, progress: Arc<Progress>) -> Result<Watch, Failure> {
+        let config = &ground.config;
+        let dst = host::dup(ground.trees.dst.as_fd()).map_err(|e| {
+            let line = format!("{}: dup: {e}", quoted(&config.dst));
+            Failure::new(exit::UNUSABLE, line)
+        })?;
+        let mut home_names = names(&config.mountpoint);
+        home_names.extend(names(&config.dst));
+        Ok(Watch {
+            progress,
+            since: SystemTime::now(),
+            src_fs: ground.src_fs.clone(),
+            dst_fs: ground.dst_fs.clone(),
+            home_names,
+            src_names: names(&config.src),
+            dst,
+            phase: Mutex::new(Phase::Preparing),
+            rate: Mutex::default(),
+            history: Mutex::default(),
+            estimate: estimate(ground),
+            mirror: OnceLock::new(),
+            config: config.clone(),
+        })
+    }
+
+    /// Tells where the main loop is.
+    pub(crate) fn set_phase(&self, phase: Phase) {
+        *self.phase.lock() = phase;
+    }
+
+    /// Where the main loop is.
+    pub(crate) fn phase(&self) -> Phase {
+        *self.phase.lock()
+    }
+
+    /// The mirror whose background is told of. Once.
+    pub(crate) fn set_mirror(&self, mirror: Arc<Mirror>) {
+        let _ = self.mirror.set(mirror); // There is one.
+    }
+
+    fn throttle(&self) -> Option<&Throttle> {
+        self.mirror.get().map(|m| m.throttle())
+    }
+
+    /// Takes a sample for the rate and the history; called about once a second.
+    pub(crate) fn tick(&self) {
+        let pulled = self.progress.bytes_pulled.get();
+        self.rate.lock().sample(Instant::now(), pulled);
+        self.history.lock().sample(unix_now(), |time_unix| Point {
+            time_unix,
+            bytes_pulled: self.progress.earlier[2].get() + pulled,
+            files_pulled: self.progress.earlier[1].get() + self.progress.files_pulled.get(),
+            waiting: self.progress.waits.len() as u64,
+        });
+    }
+
+    /// The past, the oldest point first.
+    pub(crate) fn history(&self) -> Vec<Point> {
+        self.history.lock().points().to_vec()
+    }
+
+    /// What the counters are made of.
+    pub(crate) fn progress(&self) -> &Progress {
+        &self.progress
+    }
+
+    /// What could not be pulled.
+    pub(crate) fn ledger(&self) -> Vec<LedgerEntry> {
+        self.mirror
+            .get()
+            .map(|m| m.ledger_entries())
+            .unwrap_or_default()
+    }
+
+    /// The report of this moment.
+    pub(crate) fn report(&self) -> Report {
+        let mut counts = Counts::of(&self.progress, &self.rate.lock(), self.estimate);
+        let state = self.state(&counts);
+        // What does not move has no end in sight.
+        if !matches!(state, State::Walking | State::Migrating) {
+            counts.eta_s = None;
+        }
+        let throttle = self.throttle();
+        let jobs = throttle.map(|t| t.jobs()).filter(|n| *n != usize::MAX);
+        let text = |path: &Path| path.to_string_lossy().into_owned();
+        let free = host::fs_stat(self.dst.as_fd()).ok();
+        Report {
+            state,
+            usable: !matches!(state, State::Preparing | State::Finished | State::Stopped),
+            mountpoint: text(&self.config.mountpoint),
+            src: text(&self.config.src),
+            dst: text(&self.config.dst),
+            src_fs: self.src_fs.clone(),
+            dst_fs: self.dst_fs.clone(),
+            home_names: self.home_names.clone(),
+            src_names: self.src_names.clone(),
+            pid: std::process::id(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            since_unix: self
+                .since
+                .duration_since(UNIX_EPOCH)
+                .unwrap_or_default()
+                .as_secs(),
+            background: self.background().to_owned(),
+            bwlimit: throttle.and_then(|t| t.limit()),
+            bwlimit_lifted: throttle.is_some_and(|t| t.is_lifted()),
+            jobs: jobs.map(|n| n as u64),
+            action: self.action(state, &counts),
+            counts,
+            stuck: self.progress.stuck.load(Relaxed),
+            dst_free: free.map(|s| s.bavail.saturating_mul(s.frsize)),
+        }
+    }
+
+    fn state(&self, counts: &Counts) -> State {
+        let is = |flag: &std::sync::atomic::AtomicBool| flag.load(Relaxed);
+        match *self.phase.lock() {
+            Phase::Preparing => State::Preparing,
+            Phase::Finished => State::Finished,
+            Phase::Stopping => State::Stopped,
+            Phase::Serving if is(&self.progress.complete) && counts.errors == 0 => State::Complete,
+            Phase::Serving if is(&self.progress.complete) => State::Degraded,
+            Phase::Serving if is(&self.progress.dst_full) => State::Degraded,
+            Phase::Serving if is(&self.progress.stuck) => State::Degraded,
+            Phase::Serving if self.pulls() != Background::Running => State::Paused,
+            Phase::Serving if counts.walk_done => State::Migrating,
+            Phase::Serving => State::Walking,
+        }
+    }
+
+    fn background(&self) -> &'static str {
+        if self.progress.complete.load(Relaxed) {
+            "done"
+        } else if self.pulls() == Background::Off {
+            "off"
+        } else if self.pulls() == Background::Paused {
+            "paused"
+        } else if self.progress.dst_full.load(Relaxed) {
+            "waits for room in dst"
+        } else {
+            "running"
+        }
+    }
+
+    fn pulls(&self) -> Background {
+        self.throttle()
+            .map_or(Background::Running, |t| t.background())
+    }
+
+    fn action(&self, state: State, counts: &Counts) -> String {
+        let mountpoint = Printable(self.config.mountpoint.as_os_str());
+        match state {
+            State::Complete if self.config.finish => "none; it finishes by itself".into(),
+            State::Complete => format!("mirrorfs finish {mountpoint}"),
+            State::Degraded if self.progress.dst_full.load(Relaxed) => {
+                "make room in dst; reading goes on, from src".into()
+            }
+            State::Degraded => format!(
+                "{} entries could not be pulled: mirrorfs errors {mountpoint}; mend and mount \
+                 again, or mirrorfs finish --accept-loss {mountpoint}",
+                count(counts.errors)
+            ),
+            State::Paused => {
+                format!("none; only what is opened is copied (mirrorfs resume {mountpoint})")
+            }
+            State::Walking | State::Migrating => {
+                format!("none; when this says COMPLETE: mirrorfs finish {mountpoint}")
+            }
+            State::Finished => "none; waits for the last open file".into(),
+            State::Stopped => "none; waits for the last open file, then mount resumes".into(),
+            State::Preparing => "none".into(),
+        }
+    }
+}
+
+/// What is in SRC, when SRC is the whole of a file system that counts its inodes.
+fn estimate(ground: &Ground) -> Option<Estimate> {
+    const COUNTING: [&str; 5] = ["ext2", "ext3", "ext4", "xfs", "f2fs"];
+    let src = ground.trees.src.as_fd();
+    let whole = local::place(src).ok()??.path == Path::new("/");
+    if !whole || !COUNTING.contains(&ground.src_fs.as_str()) {
+        return None;
+    }
+    let stat = host::fs_stat(src).ok()?;
+    Some(Estimate {
+        entries: stat.files.saturating_sub(stat.ffree),
+        bytes: stat
+            .blocks
+            .saturating_sub(stat.bfree)
+            .saturating_mul(stat.frsize),
+    })
+}
+
+/// How a client may spell a path: as the user did, and as it resolved before the mount.
+fn names(path: &Path) -> Vec<String> {
+    let spelled = [lexical(path), std::fs::canonicalize(path).ok()];
+    let mut names: Vec<String> = spelled
+        .into_iter()
+        .flatten()
+        .map(|p| Printable(p.as_os_str()).to_string())
+        .collect();
+    names.dedup();
+    names
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::preflight::Dead;
+    use super::*;
+    use crate::mirror::Trees;
+
+    fn live() -> Watch {
+        let config = MountConfig::new("/usr", "/tmp");
+        let ground = Ground {
+            trees: Trees::open(&config.src, &config.dst).expect("opens"),
+            config,
+            src_fs: "ext4".to_owned(),
+            dst_fs: "xfs".to_owned(),
+            dead: Dead::default(),
+        };
+        Watch::new(&ground, Arc::new(Progress::default())).expect("opens")
+    }
+
+    #[test]
+    fn the_state_says_what_the_user_should_do() {
+        let live = live();
+        let state = |live: &Watch| live.report().state;
+        assert_eq!(state(&live), State::Preparing);
+        live.set_phase(Phase::Serving);
+        assert_eq!(state(&live), State::Walking);
+        live.progress.walk_done.store(true, Relaxed);
+        assert_eq!(state(&live), State::Migrating);
+        live.progress.dst_full.store(true, Relaxed);
+        assert_eq!(state(&live), State::Degraded);
+        live.progress.complete.store(true, Relaxed);
+        assert_eq!(state(&live), State::Complete);
+        assert_eq!(live.report().action, "mirrorfs finish /tmp");
+        live.progress.errors.set(1);
+        assert_eq!(state(&live), State::Degraded);
+    }
+
+    #[test]
+    fn a_report_survives_json() {
+        let report = live().report();
+        let text = serde_json::to_string(&report).expect("serializes");
+        assert!(text.contains("\"state\":\"PREPARING\""), "{text}");
+        let back: Report = serde_json::from_str(&text).expect("parses");
+        assert_eq!(back, report);
+    }
+}

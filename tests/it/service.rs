@@ -1,0 +1,444 @@
+//! mirrorfs as a service: the mount helper, systemd, metrics, and the status page in a browser.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::unix::net::UnixDatagram;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use crate::fixture::{
+    LIMIT, Output, World, bytes, can_mount_on, find_program, fuse_mount_at, mirrorfs, need, run,
+    status, wait_until,
+};
+
+fn world() -> Option<World> {
+    can_mount_on("ext4").then(|| World::on("ext4"))
+}
+
+fn file(w: &World, name: &str, len: usize) {
+    fs::write(w.src.join(name), bytes(len as u64, len)).unwrap();
+}
+
+/// The program under the helper's name.
+fn helper(w: &World) -> PathBuf {
+    let path = w.scratch_path("mount.mirrorfs");
+    if !path.exists() {
+        std::os::unix::fs::symlink(mirrorfs().get_program(), &path).unwrap();
+    }
+    path
+}
+
+fn stop(at: &Path) {
+    run(Command::new("umount").arg(at)).expect_code(0);
+    let mut status = mirrorfs();
+    let status = status.args(["status", "-H"]);
+    wait_until("the daemon has gone", LIMIT, || {
+        !run(status).out.contains(at.to_str().unwrap())
+    });
+}
+
+#[test]
+fn the_helper_mounts_as_fstab_says_and_once() {
+    let Some(w) = world() else { return };
+    file(&w, "a", 1000);
+    let options = format!(
+        "rw,nofail,_netdev,x-systemd.requires-mounts-for=/old,dst={},bwlimit=10M",
+        w.dst.display()
+    );
+    let call = |options: &str| -> Output {
+        run(Command::new(helper(&w))
+            .args([&w.src, &w.at])
+            .args(["-n", "-o", options]))
+    };
+    call(&format!("{options},bogus")).expect_code(1);
+    call("dst=/nowhere/at/all").expect_code(32);
+    run(Command::new(helper(&w)).arg(&w.src)).expect_code(1);
+    assert!(fuse_mount_at(&w.at).is_none());
+    // -f only looks; -s forgives what nobody knows.
+    run(Command::new(helper(&w))
+        .args([&w.src, &w.at])
+        .args(["-f", "-o", &options]))
+    .expect_code(0);
+    assert!(fuse_mount_at(&w.at).is_none());
+    let sloppy = format!("{options},bogus");
+    run(Command::new(helper(&w))
+        .args([&w.src, &w.at])
+        .args(["-s", "-o", &sloppy]))
+    .expect_code(0);
+    let pid = status(&w.at)["pid"].clone();
+    assert_eq!(status(&w.at)["bwlimit"], 10 << 20);
+    // Again: it is there.
+    call(&options).expect_code(0);
+    assert_eq!(status(&w.at)["pid"], pid);
+    assert_eq!(fs::read(w.at.join("a")).unwrap(), bytes(1000, 1000));
+    stop(&w.at);
+    // As mount.fuse3 calls it: over DST itself.
+    run(mirrorfs()
+        .args([&w.src, &w.dst])
+        .args(["-o", "rw,dev,suid"]))
+    .expect_code(0);
+    assert_eq!(fs::read(w.dst.join("a")).unwrap(), bytes(1000, 1000));
+    stop(&w.dst);
+}
+
+/// The real mount(8) finds helpers in /sbin only, so this runs in a mount namespace of its own.
+#[test]
+fn mount_a_may_be_run_again() {
+    let Some(w) = world() else { return };
+    file(&w, "a", 1000);
+    let fstab = w.scratch_path("fstab");
+    let (src, dst, at) = (w.src.display(), w.dst.display(), w.at.display());
+    fs::write(
+        &fstab,
+        format!("{src} {at} mirrorfs dst={dst},nofail,x-test=1 0 0\n"),
+    )
+    .unwrap();
+    let script = format!(
+        "set -e; mkdir -p /tmp/sbin.$$; cp -a /sbin/. /tmp/sbin.$$ 2>/dev/null || true\n\
+         mount -t tmpfs none /mnt; cp {helper} /mnt/mount.mirrorfs\n\
+         touch /tmp/sbin.$$/x; rm -rf /tmp/sbin.$$\n\
+         mkdir /mnt/up /mnt/work; mount -t overlay o -o lowerdir=$(readlink -f /sbin),upperdir=/mnt/up,workdir=/mnt/work $(readlink -f /sbin)\n\
+         cp /mnt/mount.mirrorfs /sbin/mount.mirrorfs\n\
+         mount -a -T {fstab}; cat {at}/a | wc -c\n\
+         mount -a -T {fstab}; mirrorfs_pid=$(grep -c fuse.mirrorfs /proc/self/mountinfo); echo mounts $mirrorfs_pid\n\
+         umount {at}",
+        helper = mirrorfs().get_program().to_str().unwrap(),
+        fstab = fstab.display(),
+    );
+    let output = run(Command::new("unshare").args(["--mount", "sh", "-c", &script]));
+    if output.err.contains("overlay") {
+        need(false, "overlayfs");
+        return;
+    }
+    let output = output.expect_code(0);
+    assert_eq!(output.out, "1000\nmounts 1\n", "{}", output.err);
+}
+
+#[test]
+fn systemd_hears_when_the_mount_is_usable_and_how_far_it_is() {
+    let Some(w) = world() else { return };
+    file(&w, "a", 1000);
+    let path = w.scratch_path("notify");
+    let socket = UnixDatagram::bind(&path).unwrap();
+    socket
+        .set_read_timeout(Some(Duration::from_secs(30)))
+        .unwrap();
+    let m = w.mount_with(&[], &[("NOTIFY_SOCKET", path.to_str().unwrap())]);
+    let heard = || {
+        let mut buffer = [0; 4096];
+        let n = socket.recv(&mut buffer).unwrap();
+        String::from_utf8_lossy(&buffer[..n]).into_owned()
+    };
+    assert_eq!(heard(), "READY=1\n");
+    let line = heard();
+    assert!(
+        line.starts_with("STATUS=") && line.contains("files 1 / 1"),
+        "{line}"
+    );
+    m.finish();
+    let last = std::iter::repeat_with(heard).find(|line| !line.starts_with("STATUS="));
+    assert_eq!(last.as_deref(), Some("STOPPING=1\n"));
+}
+
+#[test]
+fn the_unit_is_one_that_systemd_takes() {
+    if !need(find_program("systemd-analyze").is_some(), "systemd-analyze") {
+        return;
+    }
+    let scratch = crate::fixture::Scratch::new();
+    let unit = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/systemd/mirrorfs@.service");
+    let unit = fs::read_to_string(unit).unwrap();
+    let program = mirrorfs().get_program().to_str().unwrap().to_owned();
+    let copy = scratch.path().join("mirrorfs@test.service");
+    fs::write(&copy, unit.replace("/usr/bin/mirrorfs", &program)).unwrap();
+    let said = run(Command::new("systemd-analyze")
+        .args(["verify", "--man=no"])
+        .arg(copy));
+    let said = said.expect_code(0);
+    assert_eq!(said.err, "");
+}
+
+/// A port that nobody has.
+fn port() -> u16 {
+    TcpListener::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap()
+        .port()
+}
+
+/// Status and body of an answer.
+fn http(port: u16, method: &str, path: &str, host: &str, body: &str) -> (u16, String) {
+    let mut stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
+    stream
+        .set_read_timeout(Some(Duration::from_secs(60)))
+        .unwrap();
+    let length = body.len();
+    write!(
+        stream,
+        "{method} {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\
+         Content-Length: {length}\r\nContent-Type: application/json\r\n\r\n{body}"
+    )
+    .unwrap();
+    let mut stream = BufReader::new(stream);
+    let mut line = String::new();
+    stream.read_line(&mut line).unwrap();
+    let code = line
+        .split(' ')
+        .nth(1)
+        .and_then(|c| c.parse().ok())
+        .unwrap_or(0);
+    let mut length = 0;
+    loop {
+        line.clear();
+        stream.read_line(&mut line).unwrap();
+        match line.trim_end().split_once(':') {
+            Some((key, value)) if key.eq_ignore_ascii_case("content-length") => {
+                length = value.trim().parse().unwrap();
+            }
+            Some(_) => {}
+            None => break,
+        }
+    }
+    let mut body = vec![0; length];
+    stream.read_exact(&mut body).unwrap();
+    (code, String::from_utf8_lossy(&body).into_owned())
+}
+
+fn get(port: u16, path: &str) -> String {
+    let (code, body) = http(port, "GET", path, "localhost", "");
+    assert_eq!(code, 200, "{path}: {body}");
+    body
+}
+
+/// The value of a metric without its labels.
+fn metric(text: &str, name: &str) -> f64 {
+    let line = text.lines().find(|l| l.starts_with(&format!("{name}{{")));
+    let line = line.unwrap_or_else(|| panic!("{name}: {text}"));
+    line.rsplit(' ').next().unwrap().parse().unwrap()
+}
+
+#[test]
+fn metrics_say_what_status_says_and_to_this_machine_only() {
+    let Some(w) = world() else { return };
+    file(&w, "a", 1000);
+    file(&w, "b", 3000);
+    let prom = w.scratch_path("mirrorfs.prom");
+    let port = port();
+    let args = [
+        "--metrics",
+        &port.to_string(),
+        "--metrics-file",
+        prom.to_str().unwrap(),
+    ];
+    let m = w.mount_with(&args, &[]);
+    assert_eq!(fs::read(m.path("a")).unwrap().len(), 1000);
+    m.wait_complete();
+    let text = get(port, "/metrics");
+    assert!(text.ends_with("# EOF\n"), "{text}");
+    assert_eq!(metric(&text, "mirrorfs_pulled_bytes_total"), 4000.0);
+    assert_eq!(metric(&text, "mirrorfs_entries_placed_total"), 2.0);
+    assert!(text.contains("state=\"COMPLETE\"} 1\n") && text.contains("state=\"WALKING\"} 0\n"));
+    assert!(text.contains("le=\"+Inf\""), "{text}");
+    // Every metric is in the document, and the reverse.
+    let doc = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/METRICS.md");
+    let doc = fs::read_to_string(doc).unwrap();
+    let mut given: Vec<&str> = text
+        .lines()
+        .filter_map(|l| l.strip_prefix("# TYPE "))
+        .filter_map(|l| l.split(' ').next())
+        .chain(["mirrorfs_eta_seconds"])
+        .collect();
+    let mut told: Vec<&str> = doc
+        .split('`')
+        .filter(|word| word.starts_with("mirrorfs_") && !word.contains(['{', ' ']))
+        .map(|word| word.strip_suffix("_total").unwrap_or(word))
+        .collect();
+    given.sort_unstable();
+    told.sort_unstable();
+    given.dedup();
+    told.dedup();
+    assert_eq!(given, told);
+    let page = get(port, "/");
+    assert!(page.starts_with("<!doctype html>"));
+    assert!(
+        !page.contains("http://") && !page.contains("https://"),
+        "all is in the page"
+    );
+    let status: Value = serde_json::from_str(&get(port, "/status.json")).unwrap();
+    assert_eq!(status["bytes_pulled"], 4000);
+    assert_eq!(http(port, "GET", "/status.json", "evil.example", "").0, 403);
+    assert_eq!(http(port, "POST", "/", "localhost", "").0, 405);
+    assert_eq!(http(port, "GET", "/nothing", "localhost", "").0, 404);
+    // Somebody else has the port.
+    let taken = run(mirrorfs()
+        .args(["mount", "--metrics", &port.to_string()])
+        .args([&w.src, &w.dst]));
+    assert!(
+        taken.code() != 0 && taken.err.lines().count() == 1,
+        "{}",
+        taken.err
+    );
+    m.finish();
+    let last = fs::read_to_string(&prom).unwrap();
+    assert_eq!(metric(&last, "mirrorfs_pulled_bytes_total"), 4000.0);
+    assert!(last.contains("state=\"FINISHED\"} 1\n"), "{last}");
+}
+
+/// A headless Chromium, steered by WebDriver.
+struct Browser {
+    driver: Child,
+    port: u16,
+    session: String,
+}
+
+impl Browser {
+    fn start() -> Browser {
+        let port = port();
+        let driver = Command::new("chromedriver")
+            .arg(format!("--port={port}"))
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        wait_until("chromedriver", LIMIT, || {
+            TcpStream::connect(("127.0.0.1", port)).is_ok()
+        });
+        let mut browser = Browser {
+            driver,
+            port,
+            session: String::new(),
+        };
+        let args = [
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+        ];
+        let wanted = json!({ "capabilities": { "alwaysMatch": { "goog:chromeOptions": { "args": args } } } });
+        let made = browser.ask("POST", "", &wanted);
+        browser.session = format!("/{}", made["sessionId"].as_str().unwrap());
+        browser
+    }
+
+    #[track_caller]
+    fn ask(&self, method: &str, path: &str, body: &Value) -> Value {
+        let path = format!("/session{}{path}", self.session);
+        let (code, text) = http(self.port, method, &path, "localhost", &body.to_string());
+        assert_eq!(code, 200, "{method} {path}: {text}");
+        serde_json::from_str::<Value>(&text).unwrap()["value"].clone()
+    }
+
+    fn element(&self, id: &str) -> String {
+        let by = json!({ "using": "css selector", "value": format!("#{id}") });
+        let found = self.ask("POST", "/element", &by);
+        found
+            .as_object()
+            .unwrap()
+            .values()
+            .next()
+            .unwrap()
+            .as_str()
+            .unwrap()
+            .to_owned()
+    }
+
+    /// What a person sees: nothing while it is hidden.
+    fn text(&self, id: &str) -> String {
+        let path = format!("/element/{}/text", self.element(id));
+        self.ask("GET", &path, &json!({}))
+            .as_str()
+            .unwrap()
+            .to_owned()
+    }
+
+    fn click(&self, id: &str) {
+        let path = format!("/element/{}/click", self.element(id));
+        self.ask("POST", &path, &json!({}));
+    }
+
+    fn attribute(&self, id: &str, name: &str) -> String {
+        let path = format!("/element/{}/attribute/{name}", self.element(id));
+        self.ask("GET", &path, &json!({}))
+            .as_str()
+            .unwrap_or_default()
+            .to_owned()
+    }
+}
+
+impl Drop for Browser {
+    fn drop(&mut self) {
+        if !self.session.is_empty() {
+            let path = format!("/session{}", self.session);
+            http(self.port, "DELETE", &path, "localhost", "");
+        }
+        self.driver.kill().unwrap();
+        self.driver.wait().unwrap();
+    }
+}
+
+#[test]
+fn the_status_page_shows_a_migration_in_a_browser() {
+    let Some(w) = world() else { return };
+    if !need(
+        find_program("chromedriver").is_some(),
+        "chromedriver and chromium",
+    ) {
+        return;
+    }
+    for n in 0..60 {
+        file(&w, &format!("f{n}"), 100_000);
+    }
+    // A name that would be a tag, if anybody wrote it as HTML.
+    let odd = "<img src=x onerror=document.title=1>";
+    file(&w, odd, 10);
+    let port = port();
+    let m = w.mount_with(&["--metrics", &port.to_string(), "--bwlimit", "300K"], &[]);
+    let browser = Browser::start();
+    let url = json!({ "url": format!("http://127.0.0.1:{port}/") });
+    browser.ask("POST", "/url", &url);
+    wait_until("the state", LIMIT, || browser.text("state").len() > 3);
+    assert!(
+        ["WALKING", "MIGRATING"].contains(&browser.text("state").as_str()),
+        "{}",
+        browser.text("state")
+    );
+    assert!(browser.text("where").contains(w.src.to_str().unwrap()));
+    assert!(
+        browser.text("since").contains("limit 300.0 KiB/s"),
+        "{}",
+        browser.text("since")
+    );
+    wait_until("a rate", LIMIT, || {
+        browser.attribute("curve", "d").contains('L')
+    });
+    assert!(
+        browser.text("rate-max").contains("KiB/s"),
+        "{}",
+        browser.text("rate-max")
+    );
+
+    browser.click("tab-waiting");
+    assert_eq!(browser.text("waiting-none"), "Nobody waits.");
+    assert_eq!(browser.text("rate-max"), "", "the other tab is hidden");
+    browser.click("tab-errors");
+    assert_eq!(browser.text("errors-none"), "No errors.");
+    browser.click("tab-rates");
+    assert!(browser.text("rate-span").starts_with("from "));
+
+    run(mirrorfs().args(["set", "--bwlimit", "off"]).arg(&m.at)).expect_code(0);
+    m.wait_complete();
+    wait_until("COMPLETE", LIMIT, || browser.text("state") == "COMPLETE");
+    assert!(
+        browser.text("data").contains("100 %"),
+        "{}",
+        browser.text("data")
+    );
+    assert!(browser.text("action").starts_with("mirrorfs finish"));
+    m.finish();
+    wait_until("GONE", LIMIT, || browser.text("state") == "GONE");
+}
