@@ -153,6 +153,8 @@ fn serve_client(mut stream: UnixStream, handler: &Handler) -> std::io::Result<()
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.set_write_timeout(Some(PATIENCE))?;
     if peer != 0 && peer != local::uid() {
+        // Read first: who hangs up on what was asked takes the answer away with it.
+        receive(&mut stream, REQUEST_MAX)?;
         return send(
             &mut stream,
             &refusal(&Failure::new(exit::FAILURE, "not allowed")),
