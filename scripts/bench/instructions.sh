@@ -3,10 +3,11 @@
 # benches/baseline.json; 1 when one takes over 3 % more (LIMIT), 3 when the baseline is of another compiler or C library.
 # --baseline writes it anew. BASE=COMMIT counts that commit first, here, and compares with it instead: for a machine
 # that the baseline is not of. What a busy machine adds (some paths depend on the clock) is not blamed: a baseline is the
-# least of 3 runs (RUNS), and a comparison that fails is made again, up to 3 runs. Works in memory (MIRRORFS_BENCH_DIR, default /dev/shm); as root, because of the mark's name.
+# median of 3 runs (RUNS), and a comparison that fails is made again, up to 3 runs. Works in memory (MIRRORFS_BENCH_DIR,
+# default /dev/shm); as root, because of the mark's name.
 set -eu
 cd "$(dirname "$0")/../.."
-case ${1:-} in '' | --baseline) ;; *) sed -n '2,7s/^# //p' "$0" >&2; exit 2 ;; esac
+case ${1:-} in '' | --baseline) ;; *) sed -n '2,8s/^# //p' "$0" >&2; exit 2 ;; esac
 export MIRRORFS_BENCH_DIR=${MIRRORFS_BENCH_DIR:-/dev/shm}
 target=${CARGO_TARGET_DIR:-target}
 baseline=benches/baseline.json
@@ -18,7 +19,7 @@ count() {
         { cat "$log" >&2; exit 2; }
 }
 
-# write SOURCES BASELINE: the least of all runs.
+# write SOURCES BASELINE: the median of all runs.
 write() {
     rm -rf "$target/gungraun"
     for run in $(seq "$runs"); do count "$1" "$run"; done

@@ -1,14 +1,16 @@
 #!/usr/bin/env python3
 """regress.py compare|write SUMMARIES BASELINE [LIMIT] - instruction counts against those in the repository.
 
-SUMMARIES is the directory where gungraun left its summary.json files, of one run or of several below it: the
-least count is taken, since what a run adds is waiting. BASELINE is benches/baseline.json. `compare` exits with 1 when a bench takes more than LIMIT percent (3) more than
-it did, or is missing, and with 3 when the counts are of another compiler or C library and cannot be
+SUMMARIES is the directory where gungraun left its summary.json files, of one run or of several below it: a
+baseline is their median, and the least of them is compared, since what is really dearer is so in each.
+BASELINE is benches/baseline.json. `compare` exits with 1 when a bench takes more than LIMIT percent (3) more
+than it did, or is missing, and with 3 when the counts are of another compiler or C library and cannot be
 compared; `write` makes the baseline anew.
 """
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +23,7 @@ def machine():
 
 
 def counted(summaries):
-    """{bench: {id: instructions of all threads}}"""
+    """{bench: {id: [instructions of all threads in each run]}}"""
     found = {}
     for file in sorted(Path(summaries).rglob('summary.json')):
         summary = json.loads(file.read_text())
@@ -30,19 +32,18 @@ def counted(summaries):
             for part in profile['data']['parts']:
                 values = part['metrics']['Ir']['values']
                 total += values['new']
-        ids = found.setdefault(summary['function_name'], {})
-        ids[summary['id']] = min(total, ids.get(summary['id'], total))
+        found.setdefault(summary['function_name'], {}).setdefault(summary['id'], []).append(total)
     return found
 
 
-def per_item(counts):
-    """{bench: instructions for each file or round}: what starting costs is taken off."""
+def per_item(counts, of):
+    """{bench: instructions for each file or round}: what starting costs is taken off; `of` makes one of several runs."""
     result = {}
     for bench, ids in counts.items():
         many = [i for i in ids if i != 'none']
         if 'none' not in ids or len(many) != 1:
             sys.exit('regress.py: %s has %s, not none and one other' % (bench, ', '.join(ids)))
-        result[bench] = (ids[many[0]] - ids['none']) / int(many[0].rsplit('_', 1)[1])
+        result[bench] = (of(ids[many[0]]) - of(ids['none'])) / int(many[0].rsplit('_', 1)[1])
     return result
 
 
@@ -69,7 +70,7 @@ def main():
         sys.exit(__doc__)
     what, summaries, baseline = sys.argv[1:4]
     limit = float(sys.argv[4]) if len(sys.argv) > 4 else 3.0
-    now = per_item(counted(summaries))
+    now = per_item(counted(summaries), min if what == 'compare' else statistics.median)
     if not now:
         sys.exit('regress.py: nothing in %s: cargo bench --bench instructions -- --save-summary=json' % summaries)
     if what == 'write':
