@@ -7,7 +7,7 @@ set -eu
 build="cc:gcc cargo:-"
 tests="mkfs.ext4:e2fsprogs mkfs.xfs:xfsprogs mkfs.btrfs:btrfs-progs chattr:e2fsprogs
   getfattr:attr getfacl:acl rsync:rsync setcap:libcap2-bin fusermount3:fuse3 python3:python3
-  losetup:mount setpriv:util-linux"
+  losetup:mount setpriv:util-linux systemd-analyze:systemd chromium:chromium chromedriver:chromium-driver"
 programs="$build $tests"
 tools=""
 for arg in "$@"; do
