@@ -9,12 +9,12 @@ set -eu
 cd "$(dirname "$0")/../.."
 case ${1:-} in '' | --baseline) ;; *) sed -n '2,8s/^# //p' "$0" >&2; exit 2 ;; esac
 export MIRRORFS_BENCH_DIR=${MIRRORFS_BENCH_DIR:-/dev/shm}
-target=${CARGO_TARGET_DIR:-target}
+target=$(realpath -m "${CARGO_TARGET_DIR:-target}")
 baseline=benches/baseline.json
 
 # count SOURCES RUN: the summaries end up in $target/gungraun/RUN.
 count() {
-    (cd "$1" && GUNGRAUN_HOME=$(realpath -m "$here/$target/gungraun/$2") CARGO_TARGET_DIR=$here/$target \
+    (cd "$1" && GUNGRAUN_HOME=$(realpath -m "$target/gungraun/$2") CARGO_TARGET_DIR=$target \
         cargo bench --locked --bench instructions -- --save-summary=json >"$log" 2>&1) ||
         { cat "$log" >&2; exit 2; }
 }
@@ -27,7 +27,6 @@ write() {
 }
 
 runs=${RUNS:-3}
-here=$PWD
 log=$(mktemp)
 base=
 cleanup() {
