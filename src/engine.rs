@@ -18,7 +18,6 @@ mod copy;
 pub mod job;
 mod latency;
 mod pace;
-pub mod passing;
 mod perform;
 pub mod pool;
 mod queue;

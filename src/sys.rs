@@ -10,6 +10,7 @@ pub mod copy;
 pub mod dir;
 pub mod fault;
 pub mod fd;
+pub mod fusedev;
 pub mod handle;
 pub mod helper;
 pub mod host;

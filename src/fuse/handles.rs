@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use dashmap::DashMap;
-use fuser::FileHandle;
 use parking_lot::Mutex;
 
 use super::passthrough::IoMode;
@@ -54,17 +53,17 @@ impl<T> Default for Handles<T> {
 }
 
 impl<T> Handles<T> {
-    pub(super) fn insert(&self, value: T) -> FileHandle {
+    pub(super) fn insert(&self, value: T) -> u64 {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         self.table.insert(number, Arc::new(value));
-        FileHandle(number)
+        number
     }
 
-    pub(super) fn get(&self, handle: FileHandle) -> Option<Arc<T>> {
-        self.table.get(&handle.0).map(|v| Arc::clone(&v))
+    pub(super) fn get(&self, handle: u64) -> Option<Arc<T>> {
+        self.table.get(&handle).map(|v| Arc::clone(&v))
     }
 
-    pub(super) fn remove(&self, handle: FileHandle) -> Option<Arc<T>> {
-        self.table.remove(&handle.0).map(|(_, v)| v)
+    pub(super) fn remove(&self, handle: u64) -> Option<Arc<T>> {
+        self.table.remove(&handle).map(|(_, v)| v)
     }
 }

@@ -5,11 +5,14 @@
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::time::Duration;
 
-use fuser::{Errno, FileHandle, INodeNo, ReplyDirectory, ReplyDirectoryPlus};
+use rustix::io::Errno;
 
+use super::answer::{self, Dirent, Entries};
 use super::handles::{Ahead, Listing};
-use super::reply::{file_attr, file_type, generation, raw};
+use super::reply::Reply;
+use super::request::At;
 use super::shared::Shared;
 use crate::engine::job::Priority;
 use crate::error::Result;
@@ -25,9 +28,9 @@ const DOTDOT: u64 = 2;
 const AHEAD_MAX: usize = 512;
 
 impl Shared {
-    pub(super) fn open_listing(&self, ino: INodeNo) -> Result<FileHandle, Errno> {
+    pub(super) fn open_listing(&self, ino: Ino) -> Result<u64, Errno> {
         let node = self.node(ino)?;
-        let dir = self.mirror.open_listing(&node).map_err(raw)?;
+        let dir = self.mirror.open_listing(&node)?;
         Ok(self.listings.insert(Listing {
             node,
             dir,
@@ -36,7 +39,7 @@ impl Shared {
     }
 
     /// The entries from `offset` on, from what was read ahead or from dst.
-    fn entries(&self, listing: &Listing, offset: u64) -> Result<Vec<Entry>, rustix::io::Errno> {
+    fn entries(&self, listing: &Listing, offset: u64) -> Result<Vec<Entry>, Errno> {
         let mut ahead = listing.ahead.lock();
         if offset != 0 && ahead.from == offset && (!ahead.entries.is_empty() || ahead.at_end) {
             return Ok(std::mem::take(&mut *ahead).entries);
@@ -66,75 +69,61 @@ impl Shared {
         listing.node.place().map_or(ROOT, |p| p.parent)
     }
 
-    pub(super) fn readdir(&self, fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
-        let Some(listing) = self.listings.get(fh) else {
-            return reply.error(Errno::EBADF);
+    pub(super) fn readdir(&self, at: At, reply: Reply<Entries>) {
+        let Some(listing) = self.listings.get(at.fh) else {
+            return reply.error(Errno::BADF);
         };
-        let directory = fuser::FileType::Directory;
-        let own = INodeNo(listing.node.ino);
-        if offset == 0 && reply.add(own, DOT, directory, ".") {
-            return reply.ok();
+        let mut out = Entries::with_room(at.size);
+        let own = Dirent::dir(listing.node.ino, DOT, b".");
+        if at.offset == 0 && !out.add(None, &own) {
+            return reply.ok(out);
         }
-        let up = INodeNo(Self::parent_of(&listing));
-        if (offset == 0 || offset == DOT) && reply.add(up, DOTDOT, directory, "..") {
-            return reply.ok();
+        let up = Dirent::dir(Self::parent_of(&listing), DOTDOT, b"..");
+        if at.offset <= DOT && !out.add(None, &up) {
+            return reply.ok(out);
         }
-        let from = if offset == DOT || offset == DOTDOT {
-            0
-        } else {
-            offset
-        };
+        let mut from = first_real(at.offset);
         let entries = match self.entries(&listing, from) {
             Ok(entries) => entries,
-            Err(e) => return reply.error(raw(e)),
+            Err(e) => return reply.error(e),
         };
-        let mut at = from;
         let mut rest = entries.into_iter();
         while let Some(entry) = rest.next() {
             let next = entry.next;
-            if !Self::is_hidden(&listing, &entry) {
-                let kind = file_type(entry.kind);
-                if reply.add(INodeNo(entry.ino), next, kind, entry.name.as_os_str()) {
-                    let left = std::iter::once(entry).chain(rest).collect();
-                    Self::keep_ahead(&listing, at, left);
-                    break;
-                }
+            let hidden = Self::is_hidden(&listing, &entry);
+            if !hidden && !out.add(None, &Dirent::of(&entry, entry.ino)) {
+                let left = std::iter::once(entry).chain(rest).collect();
+                Self::keep_ahead(&listing, from, left);
+                break;
             }
-            at = next;
+            from = next;
         }
-        reply.ok();
+        reply.ok(out);
     }
 
     /// Fills the reply here as long as nothing has to be asked of src; the rest on a pool thread.
-    pub(super) fn readdirplus(
-        shared: &Arc<Shared>,
-        fh: FileHandle,
-        offset: u64,
-        mut reply: ReplyDirectoryPlus,
-    ) {
-        let Some(listing) = shared.listings.get(fh) else {
-            return reply.error(Errno::EBADF);
+    pub(super) fn readdirplus(shared: &Arc<Shared>, at: At, reply: Reply<Entries>) {
+        let Some(listing) = shared.listings.get(at.fh) else {
+            return reply.error(Errno::BADF);
         };
-        if offset == 0 || offset == DOT {
-            match shared.add_dots(&listing, offset, &mut reply) {
-                Ok(false) => {}
-                Ok(true) => return reply.ok(),
+        let mut out = Entries::with_room(at.size);
+        if at.offset <= DOT {
+            match shared.add_dots(&listing, at.offset, &mut out) {
+                Ok(true) => {}
+                Ok(false) => return reply.ok(out),
                 Err(e) => return reply.error(e),
             }
         }
-        let from = if offset == DOT || offset == DOTDOT {
-            0
-        } else {
-            offset
-        };
+        let from = first_real(at.offset);
         let entries = match shared.entries(&listing, from) {
             Ok(entries) => entries,
-            Err(e) => return reply.error(raw(e)),
+            Err(e) => return reply.error(e),
         };
         let fill = Fill {
             listing,
             at: from,
             entries: entries.into_iter(),
+            out,
             reply,
         };
         if let Some(fill) = shared.fill(fill, Wait::No) {
@@ -147,34 +136,22 @@ impl Shared {
         }
     }
 
-    /// `.` and `..`: the kernel takes no node from them.
-    fn add_dots(
-        &self,
-        listing: &Listing,
-        offset: u64,
-        reply: &mut ReplyDirectoryPlus,
-    ) -> Result<bool, Errno> {
-        let attr = self
-            .mirror
-            .attr_now(&listing.node)
-            .map_err(|e| raw(e.errno()))?;
-        let Some(attr) = attr else {
-            return Err(Errno::EIO);
+    /// `.` and `..`: the kernel takes no node from them. False: no room.
+    fn add_dots(&self, listing: &Listing, offset: u64, out: &mut Entries) -> Result<bool, Errno> {
+        let attr = self.mirror.attr_now(&listing.node).map_err(|e| e.errno())?;
+        let attr = attr.ok_or(Errno::IO)?;
+        let mut add = |ino: Ino, next: u64, name: &[u8]| {
+            let shown = answer::Entry {
+                ino,
+                generation: 0,
+                attr,
+                entry_ttl: Duration::ZERO,
+                attr_ttl: Duration::ZERO,
+            };
+            out.add(Some(&shown), &Dirent::dir(ino, next, name))
         };
-        let mut add = |ino: Ino, offset: u64, name: &str| {
-            let shown = file_attr(ino, &attr);
-            let none = std::time::Duration::ZERO;
-            reply.add(
-                INodeNo(ino),
-                offset,
-                name,
-                &none,
-                &shown,
-                fuser::Generation(0),
-            )
-        };
-        let full = offset == 0 && add(listing.node.ino, DOT, ".");
-        Ok(full || add(Self::parent_of(listing), DOTDOT, ".."))
+        Ok((offset != 0 || add(listing.node.ino, DOT, b"."))
+            && add(Self::parent_of(listing), DOTDOT, b".."))
     }
 
     /// Adds entries until the reply is full or the directory ends, and sends it. With `Wait::No`
@@ -211,41 +188,39 @@ impl Shared {
             let Some(attr) = attr else {
                 // src does not answer for this one: it must not look missing.
                 self.mirror.nodes().forget(node.ino, 1);
-                fill.reply.error(Errno::EIO);
+                fill.reply.error(Errno::IO);
                 return None;
             };
-            if self.add_plus(&mut fill.reply, &node, &attr, &entry) {
+            let shown = self.plus(&node, attr);
+            if !fill.out.add(Some(&shown), &Dirent::of(&entry, node.ino)) {
                 self.mirror.nodes().forget(node.ino, 1);
                 let left = std::iter::once(entry).chain(fill.entries).collect();
                 Self::keep_ahead(&fill.listing, fill.at, left);
-                fill.reply.ok();
+                fill.reply.ok(fill.out);
                 return None;
             }
             fill.at = next;
         }
-        fill.reply.ok();
+        fill.reply.ok(fill.out);
         None
     }
 
-    fn add_plus(
-        &self,
-        reply: &mut ReplyDirectoryPlus,
-        node: &Node,
-        attr: &Attr,
-        entry: &Entry,
-    ) -> bool {
-        // One time for the name and the attributes: the shorter.
-        let ttl = self.attr_ttl(node.ino, attr);
-        let shown = file_attr(node.ino, attr);
-        let name = entry.name.as_os_str();
-        reply.add(
-            INodeNo(node.ino),
-            entry.next,
-            name,
-            &ttl,
-            &shown,
-            generation(node),
-        )
+    /// One time for the name and the attributes: the shorter.
+    fn plus(&self, node: &Node, attr: Attr) -> answer::Entry {
+        let shown = self.entry(node, attr);
+        answer::Entry {
+            entry_ttl: shown.attr_ttl,
+            ..shown
+        }
+    }
+}
+
+/// Where dst's own entries begin for a reader that wants what follows `offset`.
+fn first_real(offset: u64) -> u64 {
+    if offset == DOT || offset == DOTDOT {
+        0
+    } else {
+        offset
     }
 }
 
@@ -261,5 +236,6 @@ struct Fill {
     /// The offset that the next entry was asked for with.
     at: u64,
     entries: std::vec::IntoIter<Entry>,
-    reply: ReplyDirectoryPlus,
+    out: Entries,
+    reply: Reply<Entries>,
 }

@@ -9,10 +9,11 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use fuser::BackingId;
 use parking_lot::Mutex;
+use rustix::io::Errno;
 
 use crate::mirror::{Ino, Locate};
+use crate::sys::fusedev::BackingId;
 
 /// How a handle was opened.
 #[derive(Debug, Clone)]
@@ -50,7 +51,7 @@ impl Backings {
         ino: Ino,
         locate: Locate,
         write: bool,
-        register: impl FnOnce() -> std::io::Result<BackingId>,
+        register: impl FnOnce() -> Result<BackingId, Errno>,
     ) -> IoMode {
         let mut table = self.open.lock();
         let open = table.entry(ino).or_default();

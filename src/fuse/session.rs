@@ -14,11 +14,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 
-use fuser::{Config, INodeNo, Notifier, SessionACL};
 use parking_lot::Mutex;
 use rustix::io::Errno;
 
 use super::MirrorFs;
+use super::dev::{self, Dev};
+use super::handshake;
 use super::shared::Shared;
 use crate::config::MountConfig;
 use crate::error::{Context, Error, Printable, Result, Side};
@@ -40,19 +41,17 @@ pub struct Session {
     /// Who mounts and unmounts for us, without CAP_SYS_ADMIN.
     helper: Option<Helper>,
     mount_id: AtomicU64,
-    dev: OwnedFd,
-    thread: Mutex<Option<JoinHandle<std::io::Result<()>>>>,
+    /// For notifications; the session threads have their own.
+    dev: Arc<Dev>,
+    threads: Mutex<Vec<JoinHandle<Result<(), Errno>>>>,
 }
 
 /// Tells the kernel what it must not believe any more.
-struct Notify(Notifier);
+struct Notify(Arc<Dev>);
 
 impl Invalidate for Notify {
     fn attributes(&self, ino: Ino) {
-        // A negative offset: attributes only. An inode that the kernel no longer has is no error.
-        if let Err(e) = self.0.inval_inode(INodeNo(ino), -1, 0) {
-            tracing::debug!("invalidate inode {ino}: {e}");
-        }
+        self.0.void_attributes(ino);
     }
 }
 
@@ -91,7 +90,7 @@ impl Session {
                 (dev, Some(mount))
             }
         };
-        let mut session = Session {
+        let session = Session {
             shared: Arc::new(Shared::new(Arc::clone(&mirror))),
             mountpoint,
             on,
@@ -99,10 +98,10 @@ impl Session {
             mount: Mutex::new(mount),
             helper,
             mount_id: AtomicU64::new(0),
-            dev: host::dup(dev.as_fd()).on("dup", Side::Host, "/dev/fuse")?,
-            thread: Mutex::new(None),
+            dev: Arc::new(Dev::new(dev)),
+            threads: Mutex::default(),
         };
-        let served = session.serve(dev, &mirror, config);
+        let served = session.serve(&mirror, config);
         if let (Err(_), Some(helper)) = (&served, &session.helper)
             && let Err(e) = helper.unmount(&session.mountpoint)
         {
@@ -112,26 +111,27 @@ impl Session {
     }
 
     /// Answers the kernel's handshake and starts the threads.
-    fn serve(&mut self, dev: OwnedFd, mirror: &Mirror, config: &MountConfig) -> Result<()> {
-        let mut threads = Config::default();
-        threads.acl = SessionACL::All;
-        threads.n_threads = Some(config.threads.max(1));
-        threads.clone_fd = true;
+    fn serve(&self, mirror: &Mirror, config: &MountConfig) -> Result<()> {
         let unusable = |e: std::io::Error| Error::Unusable(format!("/dev/fuse: handshake: {e}"));
-        let fs = MirrorFs::new(Arc::clone(&self.shared));
-        let session =
-            fuser::Session::from_fd(fs, dev, SessionACL::All, threads).map_err(unusable)?;
-        mirror.set_invalidate(Box::new(Notify(session.notifier())));
-        self.shared.set_notifier(session.notifier());
-        let thread = std::thread::Builder::new()
-            .name("fuse".into())
-            .spawn(move || {
-                // The session threads inherit this: see sys::caps.
-                caps::drop_fsetid();
-                session.run()
-            })
-            .map_err(unusable)?;
-        self.thread = Mutex::new(Some(thread));
+        let agreed = handshake::answer(&self.dev).map_err(|e| unusable(e.into()))?;
+        if agreed.passthrough {
+            self.shared.backings.enable();
+        }
+        mirror.set_invalidate(Box::new(Notify(Arc::clone(&self.dev))));
+        self.shared.set_dev(Arc::clone(&self.dev));
+        for n in 0..config.threads.max(1) {
+            let dev = self.dev.another().map_err(|e| unusable(e.into()))?;
+            let fs = MirrorFs::new(Arc::clone(&self.shared));
+            let thread = std::thread::Builder::new()
+                .name(format!("fuse-{n}"))
+                .spawn(move || {
+                    // For good: see sys::caps.
+                    caps::drop_fsetid();
+                    dev::serve(dev, &fs)
+                })
+                .map_err(unusable)?;
+            self.threads.lock().push(thread);
+        }
         if self.helper.is_some() {
             let id = mount_id(&self.mountpoint)?;
             self.mount_id.store(id, Ordering::Relaxed);
@@ -192,7 +192,7 @@ impl Session {
         }
         take_off(&self.mountpoint, self.helper.as_ref())?;
         self.shared.expire();
-        if let Err(errno) = host::fuse_inc_epoch(self.dev.as_fd()) {
+        if let Err(errno) = host::fuse_inc_epoch(self.dev.fd().as_fd()) {
             // An older kernel: names in the detached mount may be stale for those still in it.
             tracing::debug!("FUSE_NOTIFY_INC_EPOCH: {errno}");
         }
@@ -212,25 +212,21 @@ impl Session {
 
     /// True when the kernel has ended the session: nothing refers to the mount any more.
     pub fn is_over(&self) -> bool {
-        self.thread
-            .lock()
-            .as_ref()
-            .is_none_or(JoinHandle::is_finished)
+        self.threads.lock().iter().all(JoinHandle::is_finished)
     }
 
     /// Waits until nothing refers to the mount any more.
     pub fn wait(&self) -> Result<()> {
-        let Some(thread) = self.thread.lock().take() else {
-            return Ok(());
-        };
-        match thread.join() {
-            Ok(Ok(())) => Ok(()),
-            // The last reference went while a thread was taking a request (a RELEASE, a FORGET):
-            // fs/fuse/dev.c says that instead of ENODEV.
-            Ok(Err(e)) if Errno::from_io_error(&e) == Some(Errno::CONNABORTED) => Ok(()),
-            Ok(Err(e)) => Err(Error::Unusable(format!("/dev/fuse: {e}"))),
-            Err(_) => Err(Error::Unusable("a session thread panicked".into())),
+        let threads = std::mem::take(&mut *self.threads.lock());
+        let mut result = Ok(());
+        for thread in threads {
+            match thread.join() {
+                Ok(Ok(())) => {}
+                Ok(Err(e)) => result = Err(Error::Unusable(format!("/dev/fuse: {e}"))),
+                Err(_) => result = Err(Error::Unusable("a session thread panicked".into())),
+            }
         }
+        result
     }
 }
 

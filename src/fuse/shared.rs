@@ -6,16 +6,17 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use fuser::{
-    Errno, FileHandle, FopenFlags, INodeNo, Notifier, ReplyAttr, ReplyCreate, ReplyEntry, ReplyOpen,
-};
+use rustix::io::Errno;
 
+use super::answer::{Attributes, Created, Entry, Opened};
+use super::dev::Dev;
 use super::handles::{Handles, Listing, OpenFile};
 use super::passthrough::{Backings, IoMode};
-use super::reply::{TTL, errno, file_attr, generation, is_volatile, raw};
+use super::reply::{Reply, TTL, errno, generation, is_volatile};
 use crate::error::Result;
-use crate::mirror::{Attr, Entry, Ino, Locate, Mirror, Node};
+use crate::mirror::{self, Attr, Ino, Locate, Mirror, Node};
 use crate::sys::caps;
+use crate::sys::fusedev::BackingId;
 
 /// What handlers and their continuations share.
 pub(super) struct Shared {
@@ -23,7 +24,8 @@ pub(super) struct Shared {
     pub(super) files: Handles<OpenFile>,
     pub(super) listings: Handles<Listing>,
     pub(super) backings: Backings,
-    pub(super) notifier: OnceLock<Notifier>,
+    /// For what the kernel is told without being asked, and for backing files.
+    dev: OnceLock<Arc<Dev>>,
     /// The mount is detached: dst changes behind the kernel's back from now on.
     pub(super) expired: AtomicBool,
 }
@@ -35,14 +37,14 @@ impl Shared {
             files: Handles::default(),
             listings: Handles::default(),
             backings: Backings::default(),
-            notifier: OnceLock::new(),
+            dev: OnceLock::new(),
             expired: AtomicBool::new(false),
         }
     }
 
-    pub(super) fn set_notifier(&self, notifier: Notifier) {
+    pub(super) fn set_dev(&self, dev: Arc<Dev>) {
         // Called once, right after the handshake.
-        let _ = self.notifier.set(notifier); // A second one would be the same channel.
+        let _ = self.dev.set(dev); // A second one would be the same connection.
     }
 
     pub(super) fn expire(&self) {
@@ -66,20 +68,29 @@ impl Shared {
         }
     }
 
-    pub(super) fn node(&self, ino: INodeNo) -> Result<Arc<Node>, Errno> {
-        self.mirror.nodes().get(ino.0).map_err(raw)
+    pub(super) fn node(&self, ino: Ino) -> Result<Arc<Node>, Errno> {
+        self.mirror.nodes().get(ino)
     }
 
-    pub(super) fn reply_entry(&self, what: &str, result: Result<Entry>, reply: ReplyEntry) {
-        match result {
-            Ok(entry) => {
-                let (ino, attr) = (entry.node.ino, &entry.attr);
-                let ttl = self.attr_ttl(ino, attr);
-                let shown = file_attr(ino, attr);
-                reply.entry_with_ttls(&ttl, &self.entry_ttl(), &shown, generation(&entry.node));
-            }
-            Err(e) => reply.error(errno(what, &e)),
+    /// A node as the protocol shows it under a name.
+    pub(super) fn entry(&self, node: &Node, attr: Attr) -> Entry {
+        Entry {
+            ino: node.ino,
+            generation: generation(node),
+            attr,
+            entry_ttl: self.entry_ttl(),
+            attr_ttl: self.attr_ttl(node.ino, &attr),
         }
+    }
+
+    pub(super) fn reply_entry(
+        &self,
+        what: &str,
+        result: Result<mirror::Entry>,
+        reply: Reply<Entry>,
+    ) {
+        let shown = result.map(|entry| self.entry(&entry.node, entry.attr));
+        reply.send(shown.map_err(|e| errno(what, &e)));
     }
 
     pub(super) fn reply_attr(
@@ -87,15 +98,14 @@ impl Shared {
         what: &str,
         node: &Node,
         result: Result<Attr>,
-        reply: ReplyAttr,
+        reply: Reply<Attributes>,
     ) {
-        match result {
-            Ok(attr) => {
-                let shown = file_attr(self.mirror.shown_ino(node, &attr), &attr);
-                reply.attr(&self.attr_ttl(node.ino, &attr), &shown);
-            }
-            Err(e) => reply.error(errno(what, &e)),
-        }
+        let shown = result.map(|attr| Attributes {
+            ino: self.mirror.shown_ino(node, &attr),
+            ttl: self.attr_ttl(node.ino, &attr),
+            attr,
+        });
+        reply.send(shown.map_err(|e| errno(what, &e)));
     }
 
     /// Counts a handle that is about to be given out.
@@ -105,7 +115,7 @@ impl Shared {
         file: OwnedFd,
         mode: IoMode,
         write: bool,
-    ) -> FileHandle {
+    ) -> u64 {
         self.files.insert(OpenFile {
             node,
             file: Arc::new(file),
@@ -119,11 +129,17 @@ impl Shared {
     pub(super) fn void_attributes(&self, ino: Ino, mode: &IoMode, write: bool) {
         if write
             && matches!(mode, IoMode::Passthrough(_))
-            && let Some(notifier) = self.notifier.get()
-            && let Err(e) = notifier.inval_inode(INodeNo(ino), -1, 0)
+            && let Some(dev) = self.dev.get()
         {
-            tracing::debug!("invalidate inode {ino}: {e}");
+            dev.void_attributes(ino);
         }
+    }
+
+    /// Asks the kernel for a number that stands for dst's file. It keeps this thread's credentials:
+    /// without CAP_FSETID a user's write clears setuid, as it must.
+    fn register(&self, file: &OwnedFd) -> Result<BackingId, Errno> {
+        let dev = self.dev.get().ok_or(Errno::NOTCONN)?;
+        caps::without_fsetid(|| BackingId::register(dev.fd(), file.as_fd()))
     }
 
     pub(super) fn reply_open(
@@ -132,41 +148,22 @@ impl Shared {
         file: OwnedFd,
         locate: Locate,
         write: bool,
-        reply: ReplyOpen,
+        reply: Reply<Opened>,
     ) {
         let ino = node.ino;
-        // The backing file keeps this thread's credentials: without CAP_FSETID a user's write
-        // clears setuid, as it must.
-        let register = || caps::without_fsetid(|| reply.open_backing(file.as_fd()));
+        let register = || self.register(&file);
         let mode = self.backings.decide(ino, locate, write, register);
         self.void_attributes(ino, &mode, write);
         let handle = self.insert_file(node, file, mode.clone(), write);
-        match &mode {
-            IoMode::Cached => reply.opened(handle, FopenFlags::empty()),
-            IoMode::Passthrough(id) => reply.opened_passthrough(handle, FopenFlags::empty(), id),
-        }
+        reply.ok(Opened { handle, mode });
     }
 
-    pub(super) fn reply_create(&self, entry: &Entry, file: OwnedFd, reply: ReplyCreate) {
+    pub(super) fn reply_create(&self, entry: &mirror::Entry, file: OwnedFd, reply: Reply<Created>) {
         let ino = entry.node.ino;
-        let register = || caps::without_fsetid(|| reply.open_backing(file.as_fd()));
+        let register = || self.register(&file);
         let mode = self.backings.decide(ino, Locate::Here, true, register);
         let handle = self.insert_file(Arc::clone(&entry.node), file, mode.clone(), true);
-        let ttl = self.attr_ttl(ino, &entry.attr);
-        let shown = file_attr(ino, &entry.attr);
-        let generation = generation(&entry.node);
-        match &mode {
-            IoMode::Cached => reply.created(&ttl, &shown, generation, handle, FopenFlags::empty()),
-            IoMode::Passthrough(id) => {
-                reply.created_passthrough(
-                    &ttl,
-                    &shown,
-                    generation,
-                    handle,
-                    FopenFlags::empty(),
-                    id,
-                );
-            }
-        }
+        let shown = self.entry(&entry.node, entry.attr);
+        reply.ok(Created(shown, Opened { handle, mode }));
     }
 }

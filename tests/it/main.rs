@@ -15,7 +15,6 @@ mod differential;
 mod fidelity;
 mod fixture;
 mod nasty;
-mod pagecache;
 mod raw;
 mod rootless;
 mod semantics;
