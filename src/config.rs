@@ -66,6 +66,8 @@ pub struct MountConfig {
     pub foreground: bool,
     /// Files over this many bytes are opened at once and pulled by range.
     pub large_file_bytes: u64,
+    /// What background copies of large files leave in the page cache; not `Direct`.
+    pub cache: Cache,
     /// FUSE session threads.
     pub threads: usize,
     /// Copy workers.
@@ -110,6 +112,7 @@ impl MountConfig {
             background: true,
             foreground: false,
             large_file_bytes: LARGE_FILE_BYTES,
+            cache: Cache::Auto,
             threads: cpus().clamp(2, 8),
             workers: cpus(),
             io_uring: true,

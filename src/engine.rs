@@ -18,6 +18,7 @@ mod copy;
 pub mod job;
 mod latency;
 mod pace;
+pub mod passing;
 mod perform;
 pub mod pool;
 mod queue;

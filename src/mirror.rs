@@ -52,6 +52,7 @@ pub use ranged::ReadDone;
 pub use source::SrcInfo;
 
 use crate::config::MountConfig;
+use crate::engine::passing::Allowance;
 use crate::engine::{Engine, EngineConfig};
 use crate::error::{Context, Error, Result, Side};
 use crate::mark::{Mark, MarkName};
@@ -127,6 +128,7 @@ pub struct Mirror {
     throttle: Arc<Throttle>,
     progress: Arc<Progress>,
     large_file_bytes: u64,
+    allowance: Allowance,
     /// Held while something marked is moved, and while a directory's mark is removed.
     moves: Mutex<()>,
     /// How often something marked was moved: a walker's finding is void when it changed.
@@ -213,6 +215,7 @@ impl Mirror {
             throttle,
             progress,
             large_file_bytes: config.large_file_bytes,
+            allowance: Allowance::new(config.cache),
             moves: Mutex::new(()),
             epoch: AtomicU64::new(0),
             mark_locks: [const { Mutex::new(()) }; 64],

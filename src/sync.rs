@@ -51,9 +51,9 @@ use crate::sys::xattr::{self, Target};
 use crate::sys::{copy, dir as sys_dir, fd, host, local};
 use crate::throttle::Throttle;
 
+use crate::engine::passing::Allowance;
 use data::{Buffers, Slice};
 use dir::Dir;
-use flow::Allowance;
 use record::Record;
 use report::{Changes, Totals};
 

@@ -34,6 +34,8 @@ pub struct MountFile {
     pub metrics_file: Option<PathBuf>,
     /// `-o large`.
     pub large: Option<String>,
+    /// `-o cache`.
+    pub cache: Option<String>,
     /// `-o threads`.
     pub threads: Option<usize>,
     /// `-o workers`.

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::{ArgAction, Args, ValueEnum};
 
 use super::{EXIT_CODES, MountFile};
-use crate::config::{LogLevel, MountConfig};
+use crate::config::{Cache, LogLevel, MountConfig};
 
 pub(super) const ABOUT: &str = "\
 Makes the whole tree of SRC usable at MOUNTPOINT, before anything was copied.
@@ -32,7 +32,8 @@ pub struct Mount {
     pub mountpoint: Option<PathBuf>,
     /// Mount options, separated by commas
     ///
-    /// large=SIZE (files over it open at once and are pulled by range; 8M), threads=N (FUSE
+    /// large=SIZE (files over it open at once and are pulled by range; 8M), cache=auto|keep|drop
+    /// (what background copies of large files leave in the page cache), threads=N (FUSE
     /// session threads), workers=N (copy workers), adopt, nobackground, finish, log=FILE,
     /// loglevel=LEVEL,
     /// bwlimit=RATE, jobs=N, metrics=ADDR, metrics-file=FILE, config=FILE. ro, nosuid, nodev and noexec apply to the mount. allow_other lets other
@@ -234,6 +235,9 @@ fn from_file(config: &mut MountConfig, file: &MountFile) -> Result<(), String> {
     if let Some(text) = &file.large {
         config.large_file_bytes = size(text).map_err(in_file)?;
     }
+    if let Some(word) = &file.cache {
+        config.cache = cache(word).map_err(in_file)?;
+    }
     config.threads = file.threads.unwrap_or(config.threads);
     config.workers = file.workers.unwrap_or(config.workers);
     Ok(())
@@ -292,6 +296,9 @@ fn mount_option(config: &mut MountConfig, option: &str) -> Result<(), String> {
         ("large", Some(text)) => {
             config.large_file_bytes = size(text).map_err(|e| format!("-o large={e}"))?;
         }
+        ("cache", Some(word)) => {
+            config.cache = cache(word).map_err(|e| format!("-o cache={e}"))?;
+        }
         ("threads", Some(text)) => config.threads = number(key, text)?,
         ("workers", Some(text)) => config.workers = number(key, text)?,
         ("log", Some(text)) => config.log_file = Some(PathBuf::from(text)),
@@ -310,8 +317,8 @@ fn mount_option(config: &mut MountConfig, option: &str) -> Result<(), String> {
         ("metrics-file", Some(text)) => config.metrics_file = Some(PathBuf::from(text)),
         ("config", Some(_)) => {} // See `config_file`.
         (
-            "large" | "threads" | "workers" | "log" | "loglevel" | "bwlimit" | "jobs" | "metrics"
-            | "metrics-file" | "config",
+            "large" | "cache" | "threads" | "workers" | "log" | "loglevel" | "bwlimit" | "jobs"
+            | "metrics" | "metrics-file" | "config",
             None,
         ) => {
             return Err(format!("-o {key} needs a value: -o {key}=..."));
@@ -321,6 +328,16 @@ fn mount_option(config: &mut MountConfig, option: &str) -> Result<(), String> {
         }
     }
     Ok(())
+}
+
+/// What background copies of large files leave in the page cache.
+fn cache(word: &str) -> Result<Cache, String> {
+    match word {
+        "auto" => Ok(Cache::Auto),
+        "keep" => Ok(Cache::Keep),
+        "drop" => Ok(Cache::Drop),
+        _ => Err(format!("{word}: not auto, keep or drop")),
+    }
 }
 
 fn number(key: &str, text: &str) -> Result<usize, String> {
@@ -413,6 +430,7 @@ mod tests {
             "a b -o nonsense",
             "a b -o large",
             "a b -o large=x",
+            "a b -o cache=direct",
             "a b -o threads=0",
         ] {
             assert!(mount(words).is_err(), "{words}");

@@ -80,6 +80,13 @@ pub trait Completion: Send {
         false
     }
 
+    /// Asked once, when it is known how much data src has (bytes, not for small files): true when
+    /// the file is to leave nothing in the page cache that was not there.
+    fn passes(&self, bytes: u64) -> bool {
+        let _ = bytes; // Through the cache, as everybody copies.
+        false
+    }
+
     /// Source bytes as soon as they were read, before they are written to dst: only for
     /// `Span::Range` jobs, in pieces, any order, that together cover the clipped range.
     fn data(&mut self, offset: u64, bytes: &[u8]) {

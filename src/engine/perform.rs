@@ -15,9 +15,10 @@ use super::buffers::{Buffer, SMALL_BYTES};
 use super::copy::{Action, Event, Failure, Offer, Piece};
 use super::job::{Copied, Priority};
 use super::latency::{Kind, Latencies, Way};
+use super::passing::{self, Passing};
 use super::ring::{Completed, Op, Opcode, Reply, Ring};
 use super::worker::{Pair, Worker, call};
-use crate::error::Error;
+use crate::error::{Error, Side};
 use crate::sys;
 use crate::sys::name::RelPath;
 
@@ -100,6 +101,11 @@ impl Worker {
             Event::SrcStat(stat) => {
                 file.size = stat.size;
                 file.device = stat.key.dev;
+                let bytes = stat.size.min(stat.blocks.saturating_mul(512));
+                if file.passing.is_none() && bytes > SMALL_BYTES as u64 {
+                    let passes = file.done.passes(bytes);
+                    file.passing = passes.then(|| Passing::new(self.ring.is_some()));
+                }
             }
             Event::DstStat { device, offer, .. } => {
                 file.dst_device = *device;
@@ -170,6 +176,11 @@ impl Worker {
             Action::StatSrc => self.meter(slot).ring(Kind::Stat, took),
             _ => {}
         }
+        if let Err(errno) = result
+            && self.refused_once(slot, &action, errno)
+        {
+            return self.perform(slot, action).map(|event| (slot, event));
+        }
         let event = match (action, result) {
             (Action::StatSrc, Ok(Reply::Stat(stat))) => Event::SrcStat(stat),
             (Action::Open { .. }, Ok(Reply::Fd(fd))) => {
@@ -235,6 +246,7 @@ impl Worker {
         let file = self.files[slot].as_ref()?;
         let small = file.buffers[chunk].as_ref()?.len() <= SMALL_BYTES;
         let (through_ring, wait) = self.data_way(slot, Kind::Read, small);
+        let once = self.once(slot, chunk, Side::Src);
         let file = self.files[slot].as_mut()?;
         let Some(src) = file.src.as_ref() else {
             return Some(Event::Failed(action, Errno::BADF)); // A plan reads what it has opened.
@@ -242,7 +254,7 @@ impl Worker {
         if through_ring {
             let (fd, buffer) = (Arc::clone(src), file.buffers[chunk].take()?);
             file.pieces[chunk] = Some(action);
-            let op = Op::read(fd, buffer, at..at + len, offset);
+            let op = Op::read(fd, buffer, at..at + len, offset).once(once);
             self.push(token_of(slot, CHUNK + chunk as u64), op, wait);
             return None;
         }
@@ -270,11 +282,12 @@ impl Worker {
         let file = self.files[slot].as_ref()?;
         let small = file.buffers[chunk].as_ref()?.len() <= SMALL_BYTES;
         let (through_ring, wait) = self.data_way(slot, Kind::Write, small);
+        let once = self.once(slot, chunk, Side::Dst);
         let file = self.files[slot].as_mut()?;
         if through_ring {
             let (fd, buffer) = (Arc::clone(&file.dst), file.buffers[chunk].take()?);
             file.pieces[chunk] = Some(action);
-            let op = Op::write(fd, buffer, at..at + len, offset);
+            let op = Op::write(fd, buffer, at..at + len, offset).once(once);
             self.push(token_of(slot, CHUNK + chunk as u64), op, wait);
             return None;
         }
@@ -399,7 +412,8 @@ impl Worker {
                 }
             }
             Action::Landed(range) => {
-                call(&file.path, || file.done.landed(range));
+                call(&file.path, || file.done.landed(range.clone()));
+                self.pass_by(slot, &range);
             }
             Action::Free { chunk } => {
                 if let Some(buffer) = file.buffers[chunk].take() {
@@ -428,6 +442,7 @@ impl Worker {
         // The caller's files are let go of before it hears the end.
         let (path, done, priority) = (file.path, file.done, file.priority);
         drop((file.src_dir, file.dst));
+        passing::end(file.passing, file.src.as_ref());
         call(&path, || done.done(outcome));
         match file.src {
             Some(src) if !fast => {

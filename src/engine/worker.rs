@@ -22,6 +22,7 @@ use super::buffers::{Buffer, BufferPool, SMALL_BYTES};
 use super::copy::{Action, CopyPlan, Event, Limits, Piece};
 use super::job::{Completion, CopyJob, Priority};
 use super::latency::Latencies;
+use super::passing::Passing;
 use super::pool::{Pool, panic_text};
 use super::ring::{Completed, Op, Opcode, Ring, RingConfig, Start};
 use super::{EngineConfig, Shared};
@@ -55,6 +56,8 @@ pub(super) struct File {
     pub(super) device: Device,
     pub(super) dst_device: Device,
     pub(super) size: u64,
+    /// It leaves nothing in the page cache.
+    pub(super) passing: Option<Passing>,
     /// The chunks' buffers that are not with the kernel.
     pub(super) buffers: Vec<Option<Buffer>>,
     /// What is under way on the ring, per chunk; and the one action that is about no chunk.
@@ -322,6 +325,7 @@ impl Worker {
             device: source,
             dst_device: source,
             size: 0,
+            passing: None,
             buffers: (0..chunks).map(|_| None).collect(),
             pieces: (0..chunks).map(|_| None).collect(),
             control: None,

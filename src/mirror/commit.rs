@@ -23,10 +23,11 @@ use super::anchor::Anchor;
 use super::hydrate::{Hydration, Stage};
 use super::node::{Ino, Origin, Phase};
 use super::populate::{DirRef, Waiter};
+use crate::engine::job::Priority;
 use crate::error::{Context, Error, Result, Side};
 use crate::mark::Mark;
 use crate::sys::xattr::Target;
-use crate::sys::{dir, fault, fd, stat};
+use crate::sys::{cache, dir, fault, fd, stat};
 
 /// How long a round waits for more. Each stops the journal for a moment, so few large ones are
 /// cheaper than many small ones.
@@ -408,7 +409,7 @@ impl Mirror {
     fn unmark_file(self: &Arc<Self>, hydration: Arc<Hydration>, round: u64) {
         fault::point("hydrate-durable");
         let guard = self.lock_perms(hydration.file.ino);
-        let (bytes, told) = {
+        let ((bytes, passes), told) = {
             let mut state = hydration.state.lock();
             if state.stage != Stage::Landed {
                 return;
@@ -427,13 +428,26 @@ impl Mirror {
                 return self.fail_hydration(&hydration, error);
             }
             state.stage = Stage::Unmarked(round);
-            (state.bytes, state.take_settled())
+            let passes = state.passes && state.asked == Some(Priority::Background);
+            ((state.bytes, passes), state.take_settled())
         };
         drop(guard);
+        if passes {
+            self.forget_pages(&hydration.file.anchor);
+        }
         fault::point("hydrate-unmarked");
         self.count_pulled(bytes);
         self.commit.queue.lock().unmarked.push((round, hydration));
         told.into_iter().for_each(|w| w(Ok(())));
+    }
+
+    /// A file that was only to pass through the page cache is durable now, so its pages are clean.
+    fn forget_pages(&self, anchor: &Anchor) {
+        let flags = OFlags::RDONLY | OFlags::NOATIME;
+        // Deleted, or not ours to open: the kernel will find other pages to drop.
+        if let Ok(file) = anchor.open(self.dst.as_fd(), flags) {
+            cache::forget(file.as_fd(), &(0..i64::MAX as u64));
+        }
     }
 
     /// I2 and the rule for renames: the mark goes only when nothing was moved since the walker

@@ -94,6 +94,8 @@ pub(super) struct State {
     pub(super) settled: Vec<Waiter>,
     pub(super) started: Instant,
     pub(super) bytes: u64,
+    /// Nothing of it is to stay in the page cache.
+    pub(super) passes: bool,
     pub(super) next_range: u64,
 }
 
@@ -176,6 +178,7 @@ impl Hydrations {
             settled: Vec::new(),
             started: Instant::now(),
             bytes: 0,
+            passes: false,
             next_range: 0,
         };
         let new = Arc::new(Hydration {
@@ -552,6 +555,13 @@ impl Completion for Whole {
     fn wanted(&self) -> bool {
         let state = self.hydration.state.lock();
         !state.readers.is_empty() || !state.writers.is_empty()
+    }
+
+    fn passes(&self, bytes: u64) -> bool {
+        let background = self.priority == Priority::Background && !self.wanted();
+        let passes = background && self.mirror.allowance.passes(bytes);
+        self.hydration.state.lock().passes = passes;
+        passes
     }
 
     fn landed(&mut self, range: Range<u64>) {

@@ -170,7 +170,7 @@ impl Work<'_, '_> {
         let stat = transfer.meta.stat;
         let size = stat.size;
         let data = size.min(stat.blocks.saturating_mul(512));
-        transfer.flow = self.job.allowance.flow(data);
+        transfer.flow = Flow::of(data, &self.job.allowance);
         if transfer.sparse {
             // Its size first: a write that extends a file makes xfs preallocate behind it, and the
             // next one makes that fill the hole.

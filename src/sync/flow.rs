@@ -10,14 +10,12 @@
 
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::atomic::{
-    AtomicBool, AtomicU64, Ordering::Acquire, Ordering::Relaxed, Ordering::Release,
-};
+use std::sync::atomic::{AtomicBool, Ordering::Acquire, Ordering::Relaxed, Ordering::Release};
 
 use rustix::io::Errno;
 
 use super::data::Transfer;
-use crate::config::Cache;
+use crate::engine::passing::Allowance;
 use crate::sys::cache::{self, Aligned};
 use crate::sys::stat::Stat;
 use crate::sys::{Result, fd};
@@ -26,45 +24,6 @@ use crate::sys::{Result, fd};
 pub(super) const BULK: usize = 1 << 20;
 /// What is written back, waited for and forgotten together: large enough for a disk to stream.
 const WINDOW: u64 = 16 << 20;
-/// Part of the free memory that `auto` fills with large files.
-const KEPT_PART: u64 = 4;
-
-/// What a run's large files may still leave in the cache.
-pub(super) struct Allowance {
-    cache: Cache,
-    left: AtomicU64,
-}
-
-impl Allowance {
-    pub(super) fn new(cache: Cache) -> Allowance {
-        let free = cache::memory_available();
-        Allowance {
-            cache,
-            left: AtomicU64::new(free.map_or(u64::MAX, |free| free / KEPT_PART)),
-        }
-    }
-
-    /// How a file with that much data flows.
-    pub(super) fn flow(&self, bytes: u64) -> Flow {
-        let take = |left: u64| left.checked_sub(bytes);
-        let (passing, direct) = match self.cache {
-            Cache::Keep => (false, false),
-            Cache::Drop => (true, false),
-            Cache::Direct => (true, true),
-            Cache::Auto => (
-                self.left.fetch_update(Relaxed, Relaxed, take).is_err(),
-                false,
-            ),
-        };
-        Flow {
-            passing,
-            theirs: true,
-            src: Lane::new(direct),
-            dst: Lane::new(direct),
-        }
-    }
-}
-
 /// One file's way.
 pub(super) struct Flow {
     /// It leaves nothing in the cache.
@@ -78,11 +37,20 @@ pub(super) struct Flow {
 impl Flow {
     /// Through the cache.
     pub(super) fn keep() -> Flow {
+        Flow::new(false, false)
+    }
+
+    /// As a run's allowance says for a file with that much data.
+    pub(super) fn of(bytes: u64, allowance: &Allowance) -> Flow {
+        Flow::new(allowance.passes(bytes), allowance.is_direct())
+    }
+
+    fn new(passing: bool, direct: bool) -> Flow {
         Flow {
-            passing: false,
+            passing,
             theirs: true,
-            src: Lane::new(false),
-            dst: Lane::new(false),
+            src: Lane::new(direct),
+            dst: Lane::new(direct),
         }
     }
 }
@@ -236,25 +204,5 @@ impl Flow {
 
     fn src_by_hand(&self) -> bool {
         !self.theirs && !self.src.once.load(Relaxed)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn auto_keeps_large_files_until_its_part_of_the_memory_is_taken() {
-        let allowance = Allowance {
-            cache: Cache::Auto,
-            left: AtomicU64::new(100),
-        };
-        let passing: Vec<bool> = [60, 60, 40, 1]
-            .map(|bytes| allowance.flow(bytes).passing)
-            .into();
-        assert_eq!(passing, [false, true, false, true]);
-        assert!(!Allowance::new(Cache::Keep).flow(u64::MAX).passing);
-        assert!(Allowance::new(Cache::Drop).flow(1).passing);
-        assert!(Allowance::new(Cache::Direct).flow(1).is_direct());
     }
 }

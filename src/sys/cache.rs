@@ -14,7 +14,7 @@ use rustix::io::{Errno, ReadWriteFlags};
 use super::Result;
 
 /// linux/fs.h.
-const RWF_DONTCACHE: ReadWriteFlags = ReadWriteFlags::from_bits_retain(0x80);
+pub(crate) const RWF_DONTCACHE: ReadWriteFlags = ReadWriteFlags::from_bits_retain(0x80);
 /// cachestat(2), the same number everywhere.
 const SYS_CACHESTAT: libc::c_long = 451;
 

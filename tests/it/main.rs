@@ -15,6 +15,7 @@ mod differential;
 mod fidelity;
 mod fixture;
 mod nasty;
+mod pagecache;
 mod raw;
 mod rootless;
 mod semantics;

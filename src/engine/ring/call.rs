@@ -13,6 +13,7 @@ use rustix::pipe::{SpliceFlags, splice};
 use super::op::{How, Op, Reply, Target};
 use crate::engine::buffers::Buffer;
 use crate::sys;
+use crate::sys::cache;
 
 /// The result, and what had been lent.
 pub(super) struct Outcome {
@@ -29,14 +30,17 @@ pub(super) fn call(op: Op) -> Outcome {
             mut buffer,
             range,
             offset,
+            once,
         } => {
             let bytes = buffer.bytes_mut(range);
-            let read =
-                fd_of(&file).and_then(|fd| match rustix::io::pread(fd, &mut *bytes, offset) {
+            let read = fd_of(&file).and_then(|fd| match once {
+                true => cache::read_once(fd, bytes, offset),
+                false => match rustix::io::pread(fd, &mut *bytes, offset) {
                     // The ring reads what has no offsets as well.
                     Err(Errno::SPIPE) => rustix::io::read(fd, bytes),
                     other => other,
-                });
+                },
+            });
             with_buffer(read.map(Reply::Count), buffer)
         }
         Op::Write {
@@ -44,11 +48,15 @@ pub(super) fn call(op: Op) -> Outcome {
             buffer,
             range,
             offset,
+            once,
         } => {
             let bytes = buffer.bytes(range);
-            let wrote = fd_of(&file).and_then(|fd| match rustix::io::pwrite(fd, bytes, offset) {
-                Err(Errno::SPIPE) => rustix::io::write(fd, bytes),
-                other => other,
+            let wrote = fd_of(&file).and_then(|fd| match once {
+                true => cache::write_once(fd, bytes, offset).map(|()| bytes.len()),
+                false => match rustix::io::pwrite(fd, bytes, offset) {
+                    Err(Errno::SPIPE) => rustix::io::write(fd, bytes),
+                    other => other,
+                },
             });
             with_buffer(wrote.map(Reply::Count), buffer)
         }

@@ -22,6 +22,7 @@ use super::lent::Lent;
 use super::op::{How, Op, Reply, Slot, Target};
 use crate::engine::buffers::Buffer;
 use crate::sys;
+use crate::sys::cache;
 
 /// What the kernel is using.
 pub(super) enum Held {
@@ -115,13 +116,14 @@ pub(super) fn prepare(op: Op, fixed: bool) -> (Held, squeue::Entry) {
             mut buffer,
             range,
             offset,
+            once,
         } => {
-            let index = buffer.index;
+            let (index, how) = (buffer.index, rw_flags(once));
             let bytes = buffer.bytes_mut(range);
             let (to, len) = (bytes.as_mut_ptr(), count(bytes.len()));
             let entry = on!(&file, f => match fixed {
-                true => opcode::ReadFixed::new(f, to, len, index).offset(offset).build(),
-                false => opcode::Read::new(f, to, len).offset(offset).build(),
+                true => opcode::ReadFixed::new(f, to, len, index).offset(offset).rw_flags(how).build(),
+                false => opcode::Read::new(f, to, len).offset(offset).rw_flags(how).build(),
             });
             (held_buffer(file, buffer, false), entry)
         }
@@ -130,13 +132,14 @@ pub(super) fn prepare(op: Op, fixed: bool) -> (Held, squeue::Entry) {
             buffer,
             range,
             offset,
+            once,
         } => {
-            let index = buffer.index;
+            let (index, how) = (buffer.index, rw_flags(once));
             let bytes = buffer.bytes(range);
             let (from, len) = (bytes.as_ptr(), count(bytes.len()));
             let entry = on!(&file, f => match fixed {
-                true => opcode::WriteFixed::new(f, from, len, index).offset(offset).build(),
-                false => opcode::Write::new(f, from, len).offset(offset).build(),
+                true => opcode::WriteFixed::new(f, from, len, index).offset(offset).rw_flags(how).build(),
+                false => opcode::Write::new(f, from, len).offset(offset).rw_flags(how).build(),
             });
             (held_buffer(file, buffer, true), entry)
         }
@@ -181,6 +184,15 @@ pub(super) fn prepare(op: Op, fixed: bool) -> (Held, squeue::Entry) {
             Err(op) => of_names(op),
         },
     }
+}
+
+/// What a read or write asks for besides.
+fn rw_flags(once: bool) -> i32 {
+    let flags = match once {
+        true => cache::RWF_DONTCACHE.bits(),
+        false => 0,
+    };
+    flags.cast_signed()
 }
 
 /// Operations on open files without memory.

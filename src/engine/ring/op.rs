@@ -90,19 +90,23 @@ pub enum Op {
         path: Option<CString>,
     },
     /// Reads into `buffer[range]`; fewer bytes than asked for is no error, 0 is the end of the file.
-    /// On what has no offsets (a pipe) `offset` means nothing. [`Reply::Count`].
+    /// On what has no offsets (a pipe) `offset` means nothing. [`Reply::Count`]. `once`: leaves no
+    /// page in the cache that was not there (RWF_DONTCACHE); EOPNOTSUPP or EINVAL where there is
+    /// no such thing.
     Read {
         file: Target,
         buffer: Buffer,
         range: Range<usize>,
         offset: u64,
+        once: bool,
     },
-    /// Writes from `buffer[range]`; may write less. [`Reply::Count`].
+    /// Writes from `buffer[range]`; may write less. [`Reply::Count`]. `once` as for a read.
     Write {
         file: Target,
         buffer: Buffer,
         range: Range<usize>,
         offset: u64,
+        once: bool,
     },
     /// fsync, or fdatasync with `data_only`.
     Fsync { file: Target, data_only: bool },
@@ -238,6 +242,7 @@ impl Op {
             buffer,
             range,
             offset,
+            once: false,
         }
     }
 
@@ -248,7 +253,16 @@ impl Op {
             buffer,
             range,
             offset,
+            once: false,
         }
+    }
+
+    /// A read or write that leaves no page in the cache that was not there, if told.
+    pub fn once(mut self, on: bool) -> Op {
+        if let Op::Read { once, .. } | Op::Write { once, .. } = &mut self {
+            *once = on;
+        }
+        self
     }
 
     /// Its opcode. A read or write of a registered buffer has the fixed one besides.

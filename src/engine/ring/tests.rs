@@ -175,6 +175,7 @@ impl Rig {
             buffer,
             range: 10..10 + len,
             offset,
+            once: false,
         };
         let completed = self.run(op);
         let buffer = completed.buffer.expect("given back");
@@ -194,6 +195,7 @@ impl Rig {
             buffer,
             range: 5..5 + bytes.len(),
             offset,
+            once: false,
         };
         let completed = self.run(op);
         self.buffers.give(completed.buffer.expect("given back"));

@@ -62,6 +62,7 @@ fn a_ring_that_is_dropped_lets_nobody_write_into_freed_memory() {
                 buffer: rig.buffer(),
                 range: 0..1 << 16,
                 offset: 0,
+                once: false,
             };
             rig.ring.push(1, read, start); // Of the pipe nothing ever comes.
         }
@@ -70,6 +71,7 @@ fn a_ring_that_is_dropped_lets_nobody_write_into_freed_memory() {
             buffer: rig.buffer(),
             range: 0..1 << 16,
             offset: 1 << 20,
+            once: false,
         };
         rig.ring.push(2, write, start);
         for _ in 0..50 {
