@@ -254,27 +254,31 @@ impl Meta {
         refused.0
     }
 
-    /// Applies everything to a symlink, fifo, socket or device of dst, by its name.
+    /// Applies everything to a symlink, fifo, socket or device of dst that was just made, or has no
+    /// other name. Whoever may write in the directory may have put something else there meanwhile:
+    /// what is not that, and every other inode, stays as it is (EBUSY).
     pub fn apply_at(&self, dir: BorrowedFd<'_>, name: &Name) -> Vec<Refused> {
         let mut refused = Refusals::default();
-        let flags = AtFlags::SYMLINK_NOFOLLOW;
-        let own = |uid, gid| rustix::fs::chownat(dir, name.as_cstr(), uid, gid, flags);
-        let now = || stat::stat_at(dir, name.as_cstr());
-        let perm = self.apply_owner(own, now, &mut refused);
+        let inode = fd::open_at(dir, name, OFlags::PATH).and_then(|inode| {
+            let now = stat::stat_fd(inode.as_fd())?;
+            let ours = now.kind() == self.stat.kind() && now.rdev == self.stat.rdev;
+            (ours && now.nlink < 2).then_some(inode).ok_or(Errno::BUSY)
+        });
+        let inode = match inode {
+            Ok(inode) => inode,
+            Err(errno) => {
+                refused.note("open", Err(errno));
+                return refused.0;
+            }
+        };
+        let fd = inode.as_fd();
+        let own = |uid, gid| rustix::fs::chownat(fd, c"", uid, gid, AtFlags::EMPTY_PATH);
+        let perm = self.apply_owner(own, || stat::stat_fd(fd), &mut refused);
         if self.stat.kind() != FileType::Symlink {
-            let mode = Mode::from_raw_mode(perm);
-            let set = || rustix::fs::chmodat(dir, name.as_cstr(), mode, AtFlags::empty());
-            refused.note("chmod", caps::with_fsetid(set));
+            refused.note("chmod", chmod_fd(fd, perm));
         }
-        self.apply_xattrs(Target::At(dir, name), &mut refused);
-        let times = timestamps(self.stat.atime, self.stat.mtime);
-        refused.note(
-            "utimensat",
-            rustix::fs::utimensat(dir, name.as_cstr(), &times, flags),
-        );
-        if let Ok(now) = stat::stat_at(dir, name.as_cstr()) {
-            refused.note_times(self.stat.mtime, now.mtime);
-        }
+        self.apply_xattrs(Target::Fd(fd), &mut refused);
+        self.apply_times_fd(fd, &mut refused);
         refused.0
     }
 
@@ -440,4 +444,48 @@ pub fn set_copied_xattr(target: Target<'_>, name: &CStr, value: &[u8]) -> Result
 /// Opens a directory of dst to apply metadata to it or to work in it.
 pub fn open_dst_dir(dir: BorrowedFd<'_>, name: &Name) -> Result<std::os::fd::OwnedFd, Errno> {
     fd::open_at(dir, name, OFlags::RDONLY | OFlags::DIRECTORY)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::{PermissionsExt, symlink};
+
+    use rustix::fs::CWD;
+
+    use super::*;
+
+    #[test]
+    fn metadata_by_name_reaches_only_the_inode_that_was_meant() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let at = |name: &str| dir.path().join(name);
+        let perm = |name: &str| at(name).metadata().expect("stat").permissions().mode() & 0o7777;
+        fs::write(at("victim"), "x").expect("write");
+        fs::set_permissions(at("victim"), fs::Permissions::from_mode(0o600)).expect("chmod");
+        symlink("victim", at("symlink")).expect("symlink");
+        fs::hard_link(at("victim"), at("link")).expect("link");
+        for name in ["fifo", "twice"] {
+            let mode = Mode::from_raw_mode(0o600);
+            rustix::fs::mknodat(CWD, at(name), FileType::Fifo, mode, 0).expect("mkfifo");
+        }
+        fs::hard_link(at("twice"), at("other")).expect("link");
+        let root = fs::File::open(dir.path()).expect("open");
+        let name = |n: &str| Name::new(n.as_bytes()).expect("a name");
+        let mut stat = stat::stat_at(root.as_fd(), name("fifo").as_cstr()).expect("stat");
+        stat.mode |= 0o666;
+        let meta = Meta {
+            stat,
+            xattrs: Vec::new(),
+            flags: 0,
+            unread: Vec::new(),
+        };
+        for taken in ["symlink", "link", "twice"] {
+            let refused = meta.apply_at(root.as_fd(), &name(taken));
+            assert_eq!(refused.len(), 1, "{taken}");
+            assert_eq!(refused[0].errno, Errno::BUSY, "{taken}");
+        }
+        assert_eq!((perm("victim"), perm("twice")), (0o600, 0o600));
+        assert!(meta.apply_at(root.as_fd(), &name("fifo")).is_empty());
+        assert_eq!(perm("fifo"), 0o666);
+    }
 }

@@ -265,7 +265,8 @@ impl<'a> Placer<'a> {
         if !self.mirror.control.identity.adopt
             || !equal
             || marked
-            || key.is_some() && there.nlink > 1
+            // Another name of it may be somebody else's, and src's owner may have planted this one.
+            || there.nlink > 1
         {
             return Ok(false);
         }

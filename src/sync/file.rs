@@ -147,6 +147,11 @@ impl Work<'_, '_> {
         if !changes.any() {
             return Ok(self.left_alone(now.key));
         }
+        if now.nlink > 1 {
+            // Other names may be somebody else's: whoever could plant a link here would get its file.
+            let what = What::Changed(changes);
+            return self.create(buffers, dir, name, src, meta, group, Some(now), what);
+        }
         self.job.totals.updated.add(1);
         self.line(
             '.',

@@ -67,7 +67,15 @@ impl Work<'_, '_> {
             if now.is_dir() {
                 self.remove_other_type(dir, name)?;
             } else if self.is_same(dir, name, &meta, target.as_deref(), now)? {
-                return self.amend_special(dir, name, &meta, now);
+                let (was, changes) = self.special_changes(dir, name, &meta, now)?;
+                if !changes.any() {
+                    return Ok(self.unchanged(now.key));
+                }
+                // Other names may be somebody else's: as with files, those get an inode of their own.
+                if now.nlink < 2 {
+                    return self.amend_special(dir, name, &meta, &was, changes);
+                }
+                what = What::Changed(changes);
             } else if now.kind() == stat.kind() {
                 what = What::Changed(Changes {
                     data: true,
@@ -148,7 +156,14 @@ impl Work<'_, '_> {
         Ok(has.as_c_str() == target)
     }
 
-    fn amend_special(&self, dir: &Dir, name: &Name, meta: &Meta, now: &Stat) -> Result<Step> {
+    /// dst's metadata, and what of it differs.
+    fn special_changes(
+        &self,
+        dir: &Dir,
+        name: &Name,
+        meta: &Meta,
+        now: &Stat,
+    ) -> Result<(Meta, Changes)> {
         let path = dir.path(name);
         let dst = Target::At(dir.pair.dst.as_fd(), name);
         let mut was = Meta {
@@ -165,14 +180,24 @@ impl Work<'_, '_> {
             }
         }
         let changes = stamp::changes(meta, &was, false, self.job.uid == 0);
-        if !changes.any() {
-            return Ok(self.unchanged(now.key));
-        }
+        Ok((was, changes))
+    }
+
+    fn amend_special(
+        &self,
+        dir: &Dir,
+        name: &Name,
+        meta: &Meta,
+        was: &Meta,
+        changes: Changes,
+    ) -> Result<Step> {
+        let path = dir.path(name);
+        let dst = Target::At(dir.pair.dst.as_fd(), name);
         self.job.totals.updated.add(1);
-        self.line('.', now.kind(), &path, What::Changed(changes), "");
+        self.line('.', was.stat.kind(), &path, What::Changed(changes), "");
         self.placed();
         if self.job.config.dry_run {
-            return Ok(Step::Done(now.key));
+            return Ok(Step::Done(was.stat.key));
         }
         for (attr, _) in &was.xattrs {
             if meta.xattr(attr).is_none() {
@@ -184,7 +209,7 @@ impl Work<'_, '_> {
         }
         let refused = meta.apply_at(dir.pair.dst.as_fd(), name);
         self.refused(&path, refused);
-        Ok(Step::Done(now.key))
+        Ok(Step::Done(was.stat.key))
     }
 
     fn make(

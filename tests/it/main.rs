@@ -14,6 +14,7 @@ mod crash;
 mod differential;
 mod fidelity;
 mod fixture;
+mod hostile;
 mod nasty;
 mod pagecache;
 mod raw;

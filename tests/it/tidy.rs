@@ -238,6 +238,31 @@ fn modules_import_lower_floors_only() {
 }
 
 #[test]
+fn every_test_that_a_document_names_exists() {
+    let code: String = sources()
+        .into_iter()
+        .chain(files("tests", &[".rs"]))
+        .map(|(_, text)| text)
+        .collect();
+    let mut named = 0;
+    let mut missing = Vec::new();
+    for (doc, text) in files("docs", &[".md"]) {
+        for word in text.split('`').skip(1).step_by(2) {
+            let is_name = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_';
+            // A sentence: no function of ours is called that otherwise.
+            if word.matches('_').count() >= 4 && word.chars().all(is_name) {
+                named += 1;
+                if !code.contains(&format!("fn {word}(")) {
+                    missing.push(format!("{doc}: {word}"));
+                }
+            }
+        }
+    }
+    assert!(named > 20, "only {named}: the scanner sees nothing");
+    expect_none("tests that do not exist", &missing);
+}
+
+#[test]
 fn every_module_of_the_table_exists() {
     for module in floors().keys() {
         let file = root().join(format!("src/{module}.rs"));
