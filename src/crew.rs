@@ -112,6 +112,11 @@ impl<'s, T: Send, M: Send> Crew<'s, T, M> {
         (0..wake).for_each(|_| self.work.notify_one());
     }
 
+    /// The top of the stack, if there is anything, for a worker that is in a step and can do it now.
+    pub fn take(&self) -> Option<T> {
+        lock(&self.stack).items.pop()
+    }
+
     /// True when somebody has nothing to do: whoever has much left may push half of it.
     pub fn hungry(&self) -> bool {
         self.idle.load(Relaxed) > 0

@@ -23,7 +23,7 @@ POOL = random.Random(7).randbytes(4 * MIB)
 MKFS = {'ext4': ['mkfs.ext4', '-q', '-F'], 'xfs': ['mkfs.xfs', '-q', '-f'], 'btrfs': ['mkfs.btrfs', '-q', '-f']}
 TAR = "mkdir {d} && tar -C {s} --acls --xattrs --xattrs-include='*' -S -cf - . | tar -C {d} --acls --xattrs --xattrs-include='*' -xpf -"
 
-# name -> (program that must be there, command, command for a slow source)
+# name -> (program that must be there, command, command for a slow or cold source)
 TOOLS = {
     'mirrorfs sync': (MIRRORFS, [MIRRORFS, 'sync', '--fsync', 'never', '{s}', '{d}'], None),
     'cp -a': ('cp', ['cp', '-a', '{s}', '{d}'], None),
@@ -265,6 +265,9 @@ def cold(src):
         os.fsync(f.fileno())
         os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     subprocess.run(['mount', '-o', 'loop', file, at], check=True)
+    # Else one thread of the kernel serves the image, one request after the other, as no disk does.
+    image = subprocess.run(['findmnt', '-no', 'SOURCE', at], stdout=subprocess.PIPE, text=True).stdout.strip()
+    subprocess.run(['losetup', '--direct-io=on', image], check=True)
 
 
 def workload(kind, fs, tools, lost):
@@ -290,7 +293,7 @@ def workload(kind, fs, tools, lost):
                     results[tool].append(server(src, patient or command, dst))
                 else:
                     (cold if kind == 'cold' else warm)(src)
-                    results[tool].append(run(command, src, dst))
+                    results[tool].append(run(patient or command if kind == 'cold' else command, src, dst))
         calls = calls_per_entry(src, dst) if kind == 'small' else None
         return table(kind, fs, results, lost, calls)
     finally:

@@ -2,9 +2,9 @@
 # compare.sh [WORKLOAD...] - whole-tree copies by mirrorfs sync and by the tools that one would take instead. As root.
 # Workloads: small (60,000 files), tiny (200,000 files in 20 directories), wide (1,000,000 files in one directory, most of
 # them empty), links (1,000,000 names of 10,000 inodes), large, same (large, within one file system), shared (500 files of
-# 4 MiB and 6,000 small ones within xfs or btrfs: reflinks), sparse, cold (small, nothing cached, the image on a disk),
-# slow1 and slow5 (5,000 files, 1 and 5 ms for each request; needs the test kit's slowfs.c, MIRRORFS_KIT, gcc and
-# libfuse3-dev, or SLOWFS=PROGRAM). Default: all of them.
+# 4 MiB and 6,000 small ones within xfs or btrfs: reflinks), sparse, cold (small, nothing cached, the image on a disk and
+# read with O_DIRECT), slow1 and slow5 (5,000 files, 1 and 5 ms for each request; needs the test kit's slowfs.c,
+# MIRRORFS_KIT, gcc and libfuse3-dev, or SLOWFS=PROGRAM). Default: all of them.
 # Tools: mirrorfs sync --fsync never, cp -a, rsync -aHAX, tar, xcp, fcp, rclone, fpsync. What is missing is installed (apt:
 # rsync rclone fpart; cargo install: xcp fcp) unless INSTALL=no, and left out if that fails.
 # FS="ext4 xfs btrfs tmpfs" chooses the file systems (default ext4; slow sources and cold: of dst), ROUNDS=5, SCALE=0.1

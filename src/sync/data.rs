@@ -34,7 +34,11 @@ const CLONE_MIN: u64 = 16 << 10;
 
 /// One thread's buffers.
 pub(super) struct Buffers {
-    data: Vec<u8>,
+    pub(super) data: Vec<u8>,
+    /// So much of the present file is in `data` already: all of it.
+    pub(super) ready: Option<usize>,
+    /// Files that wait for their data.
+    pub(super) later: super::ahead::Queue,
     /// For large files.
     pipe: Option<copy::Pipe>,
     /// For large files that leave nothing in the page cache.
@@ -51,6 +55,8 @@ impl Buffers {
     pub(super) fn new() -> Buffers {
         Buffers {
             data: vec![0; SMALL],
+            ready: None,
+            later: super::ahead::Queue::new(),
             pipe: None,
             bulk: None,
             waited: Duration::ZERO,
@@ -107,11 +113,22 @@ pub(super) struct Slice {
     range: Range<u64>,
 }
 
+/// What `Job::clone` knows; 0 is nothing.
+const YES: u8 = 1;
+const NO: u8 = 2;
+
 impl Work<'_, '_> {
+    /// A file of this size may be shared with src rather than read.
+    pub(super) fn may_clone(&self, size: u64) -> bool {
+        match self.job.config.reflink {
+            Reflink::Never => false,
+            Reflink::Always => true,
+            Reflink::Auto => size >= CLONE_MIN && self.job.clone.load(Relaxed) != NO,
+        }
+    }
+
     /// Shares all extents with src, where that is wanted and possible.
     pub(super) fn clone_whole(&self, t: &Transfer) -> Result<bool> {
-        const YES: u8 = 1;
-        const NO: u8 = 2;
         let size = t.meta.stat.size;
         let always = match self.job.config.reflink {
             Reflink::Never => return Ok(false),
@@ -145,9 +162,15 @@ impl Work<'_, '_> {
             let path = || t.at();
             let size = usize::try_from(t.meta.stat.size).map_or(SMALL, |n| n.min(SMALL));
             let buf = &mut buffers.data[..size];
-            let begin = Instant::now();
-            let n = fd::pread_all(t.src.as_fd(), buf, 0).on("read", Side::Src, path())?;
-            buffers.waited += begin.elapsed();
+            let n = match buffers.ready.take() {
+                Some(n) => n.min(size),
+                None => {
+                    let begin = Instant::now();
+                    let n = fd::pread_all(t.src.as_fd(), buf, 0).on("read", Side::Src, path())?;
+                    buffers.waited += begin.elapsed();
+                    n
+                }
+            };
             fd::pwrite_all(t.dst.as_fd(), &buf[..n], 0).on("write", Side::Dst, path())?;
             self.copied(n as u64);
             self.pace(n as u64);

@@ -56,7 +56,7 @@ impl Dir {
 
     /// What dst has under a name; `None`: nothing. No call where that is known already.
     pub(super) fn dst_stat(&self, name: &Name) -> Result<Option<Stat>> {
-        if self.fresh || self.listed.as_ref().is_some_and(|l| !l.contains(name)) {
+        if self.is_new(name) {
             return Ok(None);
         }
         match stat_at(self.pair.dst.as_fd(), name.as_cstr()) {
@@ -64,6 +64,11 @@ impl Dir {
             Err(Errno::NOENT) => Ok(None),
             Err(e) => Err(e).on("statx", Side::Dst, self.path(name)),
         }
+    }
+
+    /// dst is known to have nothing under a name.
+    pub(super) fn is_new(&self, name: &Name) -> bool {
+        self.fresh || self.listed.as_ref().is_some_and(|l| !l.contains(name))
     }
 
     /// Where an entry is, for an error.
@@ -233,7 +238,9 @@ impl Work<'_, '_> {
             }
         }
         // Inode tables are read from their start: what src has to fetch comes in larger pieces.
+        // The stack gives the last first.
         others.sort_unstable_by_key(|e| std::cmp::Reverse(e.ino));
+        dirs.sort_unstable_by_key(|e| std::cmp::Reverse(e.ino));
         self.subdirs(dir, dirs);
         dir.hold(others.len());
         self.names(buffers, dir, others, &mut more);

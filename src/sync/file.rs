@@ -37,11 +37,25 @@ impl Work<'_, '_> {
         let step = match opened {
             // It was a file when its directory was listed.
             Ok((_, stat)) if !stat.is_file() => return self.special(buffers, dir, name),
-            Ok((src, stat)) => self.opened(buffers, dir, &name, src, stat),
+            Ok((src, stat)) => return self.now_or_later(buffers, dir, name, src, stat),
             Err(e) => Err(e),
         };
         self.job.totals.src_took(buffers.waited);
         self.stepped(buffers, dir, &name, step);
+    }
+
+    /// Copies a file that is open.
+    pub(super) fn copy_open(
+        &self,
+        buffers: &mut Buffers,
+        dir: &Arc<Dir>,
+        name: &Name,
+        src: OwnedFd,
+        stat: Stat,
+    ) {
+        let step = self.opened(buffers, dir, name, src, stat);
+        self.job.totals.src_took(buffers.waited);
+        self.stepped(buffers, dir, name, step);
     }
 
     /// Accounts for one name of a directory.
@@ -204,7 +218,7 @@ impl Work<'_, '_> {
         let recorded = meta.stat.size == 0 || self.job.record.begin(root, sync)?;
         let temp = (!dir.is_ours() || now.is_some()).then(|| self.job.temp_name());
         let (dst, born) = self.born(dir, temp.as_ref().unwrap_or(name), &meta)?;
-        let sparse = meta.stat.blocks.saturating_mul(512) < meta.stat.size;
+        let sparse = meta.stat.is_sparse();
         let size = meta.stat.size;
         let mut transfer = Transfer {
             dir: Arc::clone(dir),

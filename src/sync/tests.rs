@@ -438,3 +438,63 @@ fn as_many_threads_as_asked_for_at_most_whatever_the_source_and_the_cpus() {
     assert_eq!(threads(Some(2), 4, 2, &totals), 2);
     assert_eq!(threads(None, 4, 2, &totals), THREADS_SLOW);
 }
+
+/// Takes the data of files out of the page cache; false where the file system has it nowhere else.
+fn chill(files: &[PathBuf]) -> bool {
+    files.iter().all(|path| {
+        let file = fs::File::open(path).expect("open");
+        file.sync_all().expect("fsync");
+        let all = 0..file.metadata().expect("stat").len();
+        crate::sys::cache::forget(file.as_fd(), &all);
+        crate::sys::cache::cached(file.as_fd(), &all) == Some(0)
+    })
+}
+
+#[test]
+fn what_is_not_in_memory_is_asked_for_first_and_copied_as_it_is_by_then() {
+    let t = trees();
+    let files: Vec<PathBuf> = (0..20).map(|i| t.src.join(format!("a/f{i}"))).collect();
+    let bytes = |n: u8| vec![n; 5000];
+    for path in &files {
+        fs::write(path, bytes(1)).expect("write");
+    }
+    let config = SyncConfig {
+        reflink: Reflink::Never,
+        jobs: Some(1),
+        ..t.config()
+    };
+    if !chill(&files) {
+        eprintln!("skipped: no file system with a page cache of its own");
+        return;
+    }
+    let throttle = Throttle::default();
+    let (roots, fresh) = open_roots(&config).expect("roots");
+    let job = Job::new(&config, Arc::default(), roots, &throttle).expect("a job");
+    let first = Item::Dir {
+        place: job.roots.root(),
+        fresh,
+        shallow: false,
+    };
+    let (halt, put_off) = (AtomicBool::new(false), AtomicU64::new(0));
+    Crew::run(
+        vec![first],
+        &halt,
+        || 1,
+        Buffers::new,
+        |crew: &Crew<'_, Item, Event>, buffers, item| {
+            let work = Work { crew, job: &job };
+            work.one(buffers, item);
+            // All that was put off changes before its turn comes: longer, and other bytes.
+            if put_off.fetch_add(buffers.later.len() as u64, Relaxed) == 0 {
+                for path in files.iter().filter(|_| !buffers.later.is_empty()) {
+                    fs::write(path, [bytes(2), bytes(2)].concat()).expect("write");
+                }
+            }
+            work.rest(buffers);
+        },
+        |event| assert!(!matches!(event, Event::Error(_)), "{event:?}"),
+    );
+    assert_eq!(put_off.load(Relaxed), 20);
+    job.settle(&SyncReport::default()).expect("the end");
+    assert_eq!(t.differences(), [] as [String; 0]);
+}

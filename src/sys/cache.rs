@@ -29,6 +29,19 @@ pub fn read_once(fd: BorrowedFd<'_>, buf: &mut [u8], offset: u64) -> Result<usiz
     }
 }
 
+/// Reads what of the beginning of a range is in the cache. EAGAIN: nothing is, and the kernel has
+/// begun to read it (its readahead) where it can. EOPNOTSUPP: not here.
+pub fn read_cached(fd: BorrowedFd<'_>, buf: &mut [u8], offset: u64) -> Result<usize> {
+    const NOWAIT: ReadWriteFlags = ReadWriteFlags::NOWAIT;
+    loop {
+        match rustix::io::preadv2(fd, &mut [IoSliceMut::new(buf)], offset, NOWAIT) {
+            Err(Errno::INTR) => {}
+            Err(Errno::INVAL | Errno::NOSYS) => return Err(Errno::OPNOTSUPP),
+            other => return other,
+        }
+    }
+}
+
 /// Writes all of `buf`, starts to write it back and leaves no page in the cache once that is done.
 /// EOPNOTSUPP: not here; nothing was written.
 pub fn write_once(fd: BorrowedFd<'_>, buf: &[u8], offset: u64) -> Result<()> {

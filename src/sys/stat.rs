@@ -85,6 +85,11 @@ impl Stat {
         self.kind() == FileType::Directory
     }
 
+    /// True for a file with fewer blocks than bytes: it has holes, or is packed.
+    pub fn is_sparse(&self) -> bool {
+        self.blocks.saturating_mul(512) < self.size
+    }
+
     /// True when the content may have changed between the two looks (size, mtime or ctime).
     pub fn changed_since(&self, earlier: &Stat) -> bool {
         (self.size, self.mtime, self.ctime) != (earlier.size, earlier.mtime, earlier.ctime)
