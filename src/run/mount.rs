@@ -30,11 +30,11 @@ use super::web;
 use super::{Failure, Outcome, exit};
 use crate::cli;
 use crate::config::MountConfig;
-use crate::error::Error;
+use crate::error::{Context, Error, Side};
 use crate::fuse::session::Session;
 use crate::mirror::Mirror;
 use crate::progress::Progress;
-use crate::sys::host;
+use crate::sys::{caps, host};
 use crate::walk::Walker;
 
 /// How often the main loop looks around when nothing happens.
@@ -67,6 +67,8 @@ fn start(config: MountConfig, args: cli::Mount) -> Outcome {
     let config = &ground.config;
     let web = config.metrics.map(web::Server::bind).transpose()?;
     let args = with_absolute_file(args)?;
+    // After the last port was bound; before there is a thread.
+    caps::shed(config.helper).on("capset", Side::Host, ".")?;
     if config.foreground {
         let screen = Screen::new();
         let log = match &config.log_file {

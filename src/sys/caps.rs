@@ -59,6 +59,45 @@ pub fn without_fsetid<T>(f: impl FnOnce() -> T) -> T {
     value
 }
 
+/// What a daemon of root's has a use for: any owner's files and metadata, marks and mounts, creating
+/// for others, the reserved blocks and file limits that root has, labels, registered buffers.
+const NEEDED: CapabilitySet = CapabilitySet::CHOWN
+    .union(CapabilitySet::DAC_OVERRIDE)
+    .union(CapabilitySet::DAC_READ_SEARCH)
+    .union(CapabilitySet::FOWNER)
+    .union(CapabilitySet::FSETID)
+    .union(CapabilitySet::IPC_LOCK)
+    .union(CapabilitySet::LINUX_IMMUTABLE)
+    .union(CapabilitySet::MAC_ADMIN)
+    .union(CapabilitySet::MKNOD)
+    .union(CapabilitySet::SETFCAP)
+    .union(CapabilitySet::SETGID)
+    .union(CapabilitySet::SETPCAP)
+    .union(CapabilitySet::SETUID)
+    .union(CapabilitySet::SYS_ADMIN)
+    .union(CapabilitySet::SYS_RESOURCE);
+
+/// Gives up every other capability for good, for the calling thread and what it starts; and, unless a
+/// set-user-ID helper is still to be called, that anything it executes could have more than it has.
+pub fn shed(helper: bool) -> Result<()> {
+    let mut caps = capabilities(None)?;
+    for one in CapabilitySet::all().difference(NEEDED).iter() {
+        // EINVAL: this kernel does not have it yet. EPERM: not root, who has nothing to give up.
+        match rustix::thread::remove_capability_from_bounding_set(one) {
+            Ok(()) | Err(Errno::INVAL | Errno::PERM) => {}
+            Err(e) => return Err(e),
+        }
+    }
+    caps.effective &= NEEDED;
+    caps.permitted &= NEEDED;
+    caps.inheritable &= NEEDED;
+    set_capabilities(None, caps)?;
+    if !helper {
+        rustix::thread::set_no_new_privs(true)?;
+    }
+    Ok(())
+}
+
 /// Whose name a thread can create in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Identity {

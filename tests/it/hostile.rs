@@ -617,3 +617,41 @@ fn a_fifo_of_dst_that_becomes_a_symlink_gives_nobody_the_file_behind_it() {
         assert!(begin.elapsed() < CONTROL_LIMIT, "the attack does not work");
     }
 }
+
+#[test]
+fn the_daemon_has_no_capability_that_it_has_no_use_for() {
+    if !can_mount() {
+        return;
+    }
+    let w = World::on("ext4");
+    fs::write(w.src.join("f"), b"content").unwrap();
+    let mounted = w.mount();
+    mounted.wait_complete();
+    let of = |pid: &str, key: &str| {
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+        let line = status.lines().find_map(|l| l.strip_prefix(key)).unwrap();
+        u64::from_str_radix(line.trim_start_matches(':').trim(), 16).unwrap()
+    };
+    // linux/capability.h: 0-4, 6-9, 14, 21, 24, 27, 31, 33.
+    let needed = [0, 1, 2, 3, 4, 6, 7, 8, 9, 14, 21, 24, 27, 31, 33];
+    let needed: u64 = needed.iter().map(|n| 1 << n).sum();
+    let kernel = 12; // CAP_NET_ADMIN, for one.
+    let tasks = fs::read_dir(format!("/proc/{}/task", mounted.pid)).unwrap();
+    let mut threads = 0;
+    for task in tasks.flatten() {
+        let task = format!("{}/task/{}", mounted.pid, task.file_name().display());
+        for set in ["CapPrm", "CapEff", "CapBnd", "CapInh"] {
+            let has = of(&task, set);
+            assert_eq!(has & !needed, 0, "{task} {set}: {has:x}");
+        }
+        assert_eq!(of(&task, "NoNewPrivs"), 1, "{task}");
+        threads += 1;
+    }
+    assert!(threads > 5, "{threads} threads");
+    assert_ne!(
+        of("self", "CapEff") & 1 << kernel,
+        0,
+        "the control: root has it"
+    );
+    mounted.finish();
+}
