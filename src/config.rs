@@ -68,6 +68,8 @@ pub struct MountConfig {
     pub large_file_bytes: u64,
     /// What background copies of large files leave in the page cache; not `Direct`.
     pub cache: Cache,
+    /// Neighbours of what is opened are pulled before the rest.
+    pub prefetch: bool,
     /// FUSE session threads.
     pub threads: usize,
     /// Copy workers.
@@ -113,6 +115,7 @@ impl MountConfig {
             foreground: false,
             large_file_bytes: LARGE_FILE_BYTES,
             cache: Cache::Auto,
+            prefetch: true,
             threads: cpus().clamp(2, 8),
             workers: cpus(),
             io_uring: true,

@@ -22,6 +22,7 @@ mod node;
 mod perms;
 mod place;
 mod populate;
+mod prefetch;
 mod ranged;
 mod settle;
 mod source;
@@ -68,6 +69,7 @@ use hydrate::Hydrations;
 use ledger::Ledger;
 use links::Anchors;
 use populate::Populates;
+use prefetch::Prefetch;
 use source::Source;
 use tally::Tally;
 
@@ -123,6 +125,9 @@ pub struct Mirror {
     ledger: Ledger,
     populates: Populates,
     hydrations: Hydrations,
+    prefetch: Prefetch,
+    /// Whether neighbours of what is opened come unasked.
+    with_neighbours: bool,
     commit: Commit,
     engine: Engine,
     throttle: Arc<Throttle>,
@@ -138,7 +143,7 @@ pub struct Mirror {
     /// Set under `moves`: the control directory is gone.
     finished: AtomicBool,
     invalidate: OnceLock<Box<dyn Invalidate>>,
-    committer: Mutex<Option<std::thread::JoinHandle<()>>>,
+    threads: Mutex<Vec<std::thread::JoinHandle<()>>>,
 }
 
 impl Mirror {
@@ -210,6 +215,8 @@ impl Mirror {
             ledger,
             populates: Populates::default(),
             hydrations: Hydrations::default(),
+            prefetch: Prefetch::default(),
+            with_neighbours: config.prefetch,
             commit: Commit::default(),
             engine,
             throttle,
@@ -222,17 +229,23 @@ impl Mirror {
             stopping: AtomicBool::new(false),
             finished: AtomicBool::new(false),
             invalidate: OnceLock::new(),
-            committer: Mutex::new(None),
+            threads: Mutex::default(),
         });
         mirror.perms().replay()?;
         mirror.stamp_root()?;
-        let committing = Arc::clone(&mirror);
-        let thread = std::thread::Builder::new()
-            .name("commit".into())
-            .spawn(move || committing.commit_loop())
-            .map_err(|e| Error::Unusable(format!("cannot start a thread: {e}")))?;
-        *mirror.committer.lock() = Some(thread);
+        mirror.spawn("commit", Mirror::commit_loop)?;
+        mirror.spawn("prefetch", Mirror::prefetch_loop)?;
         Ok(mirror)
+    }
+
+    fn spawn(self: &Arc<Self>, name: &str, run: fn(&Arc<Mirror>)) -> Result<()> {
+        let mirror = Arc::clone(self);
+        let thread = std::thread::Builder::new()
+            .name(name.to_owned())
+            .spawn(move || run(&mirror))
+            .map_err(|e| Error::Unusable(format!("cannot start a thread: {e}")))?;
+        self.threads.lock().push(thread);
+        Ok(())
     }
 
     /// Until it is populated the root has the attributes of whatever directory DST was: give it
@@ -338,10 +351,13 @@ impl Mirror {
         self.stopping.store(true, Ordering::Relaxed);
         self.engine.stop();
         self.commit.stop();
-        if let Some(thread) = self.committer.lock().take()
-            && thread.join().is_err()
-        {
-            tracing::error!("the commit thread panicked; its files are still pending");
+        self.prefetch.stop();
+        let threads = std::mem::take(&mut *self.threads.lock());
+        for thread in threads {
+            let name = thread.thread().name().unwrap_or_default().to_owned();
+            if thread.join().is_err() {
+                tracing::error!("the {name} thread panicked; its files are still pending");
+            }
         }
         if let Err(e) = self.ledger.sync(self.control.dir.as_fd()) {
             tracing::warn!("{e}");

@@ -57,6 +57,10 @@ pub struct Progress {
     pub demand_files: Counter,
     /// Bytes that were pulled because somebody waited.
     pub demand_bytes: Counter,
+    /// Files that were pulled because their neighbours were opened, or by a trace.
+    pub prefetched: Counter,
+    /// Of those, files that were opened then.
+    pub prefetch_hits: Counter,
     /// Gauge: bytes that are known to be still to pull (statfs subtracts them).
     pub bytes_left: Counter,
     /// Accesses that wait for src.

@@ -34,8 +34,8 @@ pub struct Mount {
     ///
     /// large=SIZE (files over it open at once and are pulled by range; 8M), cache=auto|keep|drop
     /// (what background copies of large files leave in the page cache), threads=N (FUSE
-    /// session threads), workers=N (copy workers), adopt, nobackground, finish, log=FILE,
-    /// loglevel=LEVEL,
+    /// session threads), workers=N (copy workers), noprefetch (files are not pulled because others
+    /// of their directory were opened), adopt, nobackground, finish, log=FILE, loglevel=LEVEL,
     /// bwlimit=RATE, jobs=N, metrics=ADDR, metrics-file=FILE, config=FILE. ro, nosuid, nodev and noexec apply to the mount. allow_other lets other
     /// users in where root is not asked (/etc/fuse.conf must allow it); root's mounts are open to
     /// all anyway. What mount(8) and
@@ -291,6 +291,7 @@ fn mount_option(config: &mut MountConfig, option: &str) -> Result<(), String> {
         ("ro" | "nosuid" | "nodev" | "noexec", None) => config.mount_options.push(key.to_owned()),
         ("allow_other", None) => config.allow_other = true,
         ("adopt", None) => config.adopt = true,
+        ("noprefetch", None) => config.prefetch = false,
         ("nobackground", None) => config.background = false,
         ("finish", None) => config.finish = true,
         ("large", Some(text)) => {

@@ -36,6 +36,9 @@ impl Mirror {
         flags: OFlags,
         then: impl FnOnce(Result<(OwnedFd, Locate)>) + Send + 'static,
     ) {
+        if !flags.contains(OFlags::TRUNC) {
+            self.note_open(node);
+        }
         let (mirror, held) = (Arc::clone(self), Arc::clone(node));
         let access = flags & OFlags::ACCMODE;
         let write = access != OFlags::RDONLY;

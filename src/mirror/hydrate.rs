@@ -83,6 +83,8 @@ pub(super) struct State {
     pub(super) stage: Stage,
     /// The lane in which the whole file was asked of the engine.
     pub(super) asked: Option<Priority>,
+    /// Somebody waits for it, or has.
+    pub(super) demanded: bool,
     /// Range jobs under way: the file cannot land before they end (I6).
     pub(super) ranges: Vec<RangeJob>,
     pub(super) whole: Option<Copied>,
@@ -168,6 +170,7 @@ impl Hydrations {
         let state = State {
             stage: Stage::Queued,
             asked: None,
+            demanded: false,
             ranges: Vec::new(),
             whole: None,
             present: RangeSet::new(),
@@ -208,6 +211,8 @@ pub enum Need {
     Write,
     /// To know that its mark is gone: the walker.
     Unmarked,
+    /// Its bytes, before anybody asks for them.
+    Ahead,
 }
 
 impl Mirror {
@@ -259,11 +264,8 @@ impl Mirror {
                 drop(state);
                 return self.hydrate(file, need, priority, then);
             }
-            (Stage::Landed | Stage::Unmarked(_), Need::Read) => {
-                drop(state);
-                return then(Ok(()));
-            }
-            (Stage::Unmarked(_), Need::Unmarked) => {
+            (Stage::Landed | Stage::Unmarked(_), Need::Read | Need::Ahead)
+            | (Stage::Unmarked(_), Need::Unmarked) => {
                 drop(state);
                 return then(Ok(()));
             }
@@ -274,10 +276,11 @@ impl Mirror {
                 return self.settle_soon(&hydration);
             }
             (Stage::Settling | Stage::Truncating, _) => return state.writers.push(then),
-            (Stage::Queued | Stage::Copying, Need::Read) => state.readers.push(then),
+            (Stage::Queued | Stage::Copying, Need::Read | Need::Ahead) => state.readers.push(then),
             (Stage::Queued | Stage::Copying, Need::Write) => state.writers.push(then),
             (Stage::Queued | Stage::Copying, Need::Unmarked) => state.settled.push(then),
         }
+        state.demanded |= priority == Priority::Demand && need != Need::Ahead;
         let start = state.ask(priority);
         let begun = state.stage == Stage::Copying;
         drop(state);
@@ -408,7 +411,7 @@ impl Mirror {
         state.dst = None;
         let readers = std::mem::take(&mut state.readers);
         let writers_wait = !state.writers.is_empty();
-        if state.asked == Some(Priority::Demand) {
+        if state.asked == Some(Priority::Demand) && state.demanded {
             self.progress.demand_files.add(1);
             self.progress.demand_bytes.add(copied.bytes);
             tracing::debug!(path = ?hydration.path, elapsed = ?state.started.elapsed(), "pulled on access");

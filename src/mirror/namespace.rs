@@ -550,7 +550,7 @@ impl Mirror {
     }
 
     /// A file's bytes are in dst although its mark is still to go.
-    fn has_landed(&self, ino: Ino, anchor: &Anchor) -> bool {
+    pub(super) fn has_landed(&self, ino: Ino, anchor: &Anchor) -> bool {
         self.hydrations
             .find(ino, anchor)
             .is_some_and(|h| h.has_landed())

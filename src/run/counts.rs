@@ -77,6 +77,12 @@ pub struct Counts {
     pub demand_files: u64,
     /// Their bytes.
     pub demand_bytes: u64,
+    /// Files pulled because their neighbours were opened, or by `--replay`.
+    #[serde(default)]
+    pub prefetched_files: u64,
+    /// Of those, files that were opened then.
+    #[serde(default)]
+    pub prefetch_hits: u64,
     /// Accesses that wait for src now.
     pub waiting: u64,
     /// How long the longest of them waits, milliseconds.
@@ -113,6 +119,8 @@ impl Counts {
             bytes_left: progress.bytes_left.get(),
             demand_files: progress.demand_files.get(),
             demand_bytes: progress.demand_bytes.get(),
+            prefetched_files: progress.prefetched.get(),
+            prefetch_hits: progress.prefetch_hits.get(),
             waiting: progress.waits.len() as u64,
             longest_wait_ms: longest.first().map(|(time, _)| ms(*time)),
             wait_p99_ms: progress.waits.p99().map(|t| t.as_secs_f64() * 1e3),

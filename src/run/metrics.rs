@@ -148,7 +148,7 @@ impl Collector for Scrape {
         };
         let report = watch.report();
         let c = &report.counts;
-        let counters: [(&str, &str, Option<Unit>, u64); 9] = [
+        let counters: [(&str, &str, Option<Unit>, u64); 11] = [
             (
                 "entries_seen",
                 "Entries of SRC that were seen",
@@ -196,6 +196,18 @@ impl Collector for Scrape {
                 "Bytes pulled because somebody waited",
                 Some(Unit::Bytes),
                 c.demand_bytes,
+            ),
+            (
+                "prefetched_files",
+                "Files pulled because their neighbours were opened, or by a trace",
+                None,
+                c.prefetched_files,
+            ),
+            (
+                "prefetch_hits",
+                "Of those, files that were opened then",
+                None,
+                c.prefetch_hits,
             ),
             (
                 "dirs_populated",

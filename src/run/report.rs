@@ -160,6 +160,13 @@ impl Report {
                 c.waits()
             ),
         ];
+        if c.prefetched_files > 0 {
+            page.push(format!(
+                "ahead   {} files, {} of them opened since",
+                count(c.prefetched_files),
+                count(c.prefetch_hits.min(c.prefetched_files)),
+            ));
+        }
         if let Some(free) = self.dst_free {
             let needed = c.bytes_left.max(c.bytes_total - c.bytes_pulled);
             page.push(format!(

@@ -17,6 +17,7 @@ mod fixture;
 mod hostile;
 mod nasty;
 mod pagecache;
+mod prefetch;
 mod raw;
 mod rootless;
 mod semantics;

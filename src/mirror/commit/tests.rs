@@ -12,8 +12,8 @@ fn quiet(src: &std::path::Path, dst: &std::path::Path) -> Arc<Mirror> {
     let trees = Trees::open(src, dst).expect("trees");
     let mirror = Mirror::open(&config, trees, Arc::new(Progress::default())).expect("mirror");
     mirror.commit.stop();
-    let thread = mirror.committer.lock().take();
-    thread.expect("a thread").join().expect("it ends");
+    let thread = mirror.threads.lock().remove(0);
+    thread.join().expect("it ends");
     mirror
 }
 

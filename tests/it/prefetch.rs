@@ -1,0 +1,108 @@
+//! What comes before anybody asks for it, because of what was opened.
+
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use serde_json::Value;
+
+use crate::fixture::{LIMIT, MARK, Mounted, World, bytes, can_mount_on, mirrorfs, run, wait_until};
+
+fn world() -> Option<World> {
+    can_mount_on("ext4").then(|| World::on("ext4"))
+}
+
+/// A file of src that no hole and no extent can make cheaper.
+fn file(w: &World, name: &str, len: usize) {
+    let path = w.src.join(name);
+    fs::create_dir_all(path.parent().unwrap()).unwrap();
+    fs::write(path, bytes(len as u64, len)).unwrap();
+}
+
+fn number(status: &Value, key: &str) -> u64 {
+    status[key]
+        .as_u64()
+        .unwrap_or_else(|| panic!("{key}: {status:#}"))
+}
+
+fn is_pending(path: &Path) -> bool {
+    rustix::fs::lgetxattr(path, MARK, &mut [0; 256]).is_ok()
+}
+
+/// How many files of a directory of dst have their data, whether it is durable yet or not. It was
+/// populated on access: all have their names.
+fn pulled_in(w: &World, dir: &str) -> usize {
+    let list = fs::read_dir(w.dst.join(dir)).unwrap();
+    let raw = list.map(|e| fs::read(e.unwrap().path()).unwrap());
+    raw.filter(|data| data[0] != 0).count()
+}
+
+/// A mount whose walker is far from `dir`: what it reads before is more than its limit gives it in the
+/// time that a test takes.
+fn far_from_the_walker(args: &[&str]) -> Option<(World, Mounted)> {
+    let w = world()?;
+    // Placed first, walked last.
+    for n in 0..40 {
+        file(&w, &format!("dir/{n:02}"), 100);
+    }
+    file(&w, "dir/large", 3 << 20);
+    for n in 0..150 {
+        file(&w, &format!("busy{n:03}/f"), 60 << 10);
+    }
+    let args = [&["--bwlimit", "100K"], args].concat();
+    let m = w.mount_with(&args, &[]);
+    Some((w, m))
+}
+
+fn open(m: &Mounted, n: usize) {
+    let path = m.path(format!("dir/{n:02}"));
+    assert_eq!(fs::read(path).unwrap(), bytes(100, 100));
+}
+
+const A_WHILE: Duration = Duration::from_millis(300);
+
+#[test]
+fn the_second_file_of_a_directory_brings_its_neighbours_and_the_first_does_not() {
+    let Some((w, m)) = far_from_the_walker(&[]) else {
+        return;
+    };
+    open(&m, 10);
+    std::thread::sleep(A_WHILE);
+    assert_eq!(pulled_in(&w, "dir"), 1);
+    open(&m, 11);
+    wait_until("a step of neighbours", LIMIT, || {
+        pulled_in(&w, "dir") >= 2 + 16
+    });
+    std::thread::sleep(A_WHILE);
+    let status = m.status();
+    assert_eq!(number(&status, "prefetched_files"), 16, "{status:#}");
+    assert_eq!(number(&status, "prefetch_hits"), 0, "{status:#}");
+    assert_eq!(number(&status, "demand_files"), 2, "{status:#}");
+    // While they are opened more come, in larger steps.
+    (0..40).for_each(|n| open(&m, n));
+    let status = m.status();
+    assert!(number(&status, "prefetched_files") > 16, "{status:#}");
+    assert!(number(&status, "prefetch_hits") > 16, "{status:#}");
+    assert!(is_pending(&w.dst.join("dir/large")), "that is not small");
+    let page = run(mirrorfs().arg("status").arg(&m.at)).expect_code(0).out;
+    assert!(page.contains("ahead   "), "{page}");
+    run(mirrorfs().args(["set", "--bwlimit", "off"]).arg(&m.at)).expect_code(0);
+    m.finish();
+    w.expect_finished_copy();
+}
+
+#[test]
+fn nothing_comes_unasked_with_noprefetch_without_the_background_and_while_it_is_paused() {
+    for args in [&["-o", "noprefetch"][..], &["--no-background"], &[]] {
+        let Some((w, m)) = far_from_the_walker(args) else {
+            return;
+        };
+        if args.is_empty() {
+            run(mirrorfs().arg("pause").arg(&m.at)).expect_code(0);
+        }
+        (0..10).for_each(|n| open(&m, n));
+        std::thread::sleep(A_WHILE);
+        assert_eq!(number(&m.status(), "prefetched_files"), 0, "{args:?}");
+        assert_eq!(pulled_in(&w, "dir"), 10, "{args:?}");
+    }
+}
