@@ -27,7 +27,7 @@ use rustix::fs::OFlags;
 use rustix::io::Errno;
 
 use crate::error::Result;
-use crate::mirror::{Access, Change, Creator, Ino, Make, Node};
+use crate::mirror::{Change, Creator, Ino, Make, Node};
 use crate::sys::name::Name;
 use answer::{Attributes, Bytes, Count, Created, Done, Entry, Offset, Opened, Xattr};
 use passthrough::IoMode;
@@ -208,17 +208,19 @@ impl MirrorFs {
 
     fn opendir(&self, ino: Ino, reply: Reply<Opened>) {
         let shared = Arc::clone(&self.shared);
-        self.shared
-            .mirror
-            .when_populated(ino, Access::Look, move |ready| {
-                let opened = ready
-                    .map_err(|e| errno("opendir", &e))
-                    .and_then(|()| shared.open_listing(ino));
-                reply.send(opened.map(|handle| Opened {
-                    handle,
-                    mode: IoMode::Cached,
-                }));
-            });
+        self.shared.mirror.when_listable(ino, move |ready| {
+            let opened = ready
+                .map_err(|e| errno("opendir", &e))
+                .and_then(|stream| shared.open_listing(ino, stream));
+            reply.send(opened.map(|handle| Opened {
+                handle,
+                mode: IoMode::Cached,
+            }));
+        });
+    }
+
+    fn readdir(&self, at: At, reply: Reply<answer::Entries>) {
+        Shared::readdir(&self.shared, at, reply);
     }
 
     fn readdirplus(&self, at: At, reply: Reply<answer::Entries>) {

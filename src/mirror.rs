@@ -6,6 +6,7 @@
 //! Lock order, outermost first: `moves`, a mark lock, a hydration's state, everything else is a
 //! leaf. No lock is held across a copy, an fsync or a waiter (I8).
 
+mod ahead;
 mod anchor;
 mod attr;
 mod carry;
@@ -19,11 +20,13 @@ mod ledger;
 mod links;
 mod namespace;
 mod node;
+mod partial;
 mod perms;
 mod place;
 mod populate;
 mod prefetch;
 mod ranged;
+mod running;
 mod settle;
 mod source;
 mod tally;
@@ -37,6 +40,7 @@ use parking_lot::{Mutex, MutexGuard};
 use rustix::fs::{FileType, OFlags};
 use rustix::io::Errno;
 
+pub use ahead::Stream;
 pub use anchor::Anchor;
 pub use attr::{Attr, Change, Stamp};
 pub use carry::{Carrier, Placed};
@@ -68,8 +72,9 @@ use control::{Control, Request};
 use hydrate::Hydrations;
 use ledger::Ledger;
 use links::Anchors;
-use populate::Populates;
+use partial::Partials;
 use prefetch::Prefetch;
+use running::Populates;
 use source::Source;
 use tally::Tally;
 
@@ -123,6 +128,7 @@ pub struct Mirror {
     nodes: NodeTable,
     anchors: Anchors,
     ledger: Ledger,
+    partials: Partials,
     populates: Populates,
     hydrations: Hydrations,
     prefetch: Prefetch,
@@ -213,6 +219,7 @@ impl Mirror {
             btrfs,
             anchors,
             ledger,
+            partials: Partials::default(),
             populates: Populates::default(),
             hydrations: Hydrations::default(),
             prefetch: Prefetch::default(),

@@ -32,7 +32,7 @@ impl MirrorFs {
             }
             Op::Release { fh } => self.release(ino, fh, reply(header, channel)),
             Op::Opendir => self.opendir(ino, reply(header, channel)),
-            Op::Readdir(at) => self.shared.readdir(at, reply(header, channel)),
+            Op::Readdir(at) => self.readdir(at, reply(header, channel)),
             Op::Readdirplus(at) => self.readdirplus(at, reply(header, channel)),
             Op::Releasedir { fh } => self.releasedir(fh, reply(header, channel)),
             Op::Setattr { change, fh } => self.setattr(ino, change, fh, reply(header, channel)),

@@ -8,7 +8,7 @@ use dashmap::DashMap;
 use parking_lot::Mutex;
 
 use super::passthrough::IoMode;
-use crate::mirror::Node;
+use crate::mirror::{Node, Stream};
 use crate::sys::dir::Entry;
 
 /// A file that a user has open.
@@ -24,6 +24,8 @@ pub(super) struct OpenFile {
 pub(super) struct Listing {
     pub(super) node: Arc<Node>,
     pub(super) dir: OwnedFd,
+    /// src's order, while the directory is not populated; it goes with a rewind.
+    pub(super) stream: Mutex<Option<Arc<Stream>>>,
     /// What the last getdents64 gave and no reply had room for yet: the kernel asks on from there.
     pub(super) ahead: Mutex<Ahead>,
 }

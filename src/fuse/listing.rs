@@ -1,22 +1,25 @@
 //! Listing: readdir and readdirplus over dst's own directory, at dst's own offsets.
 //!
-//! Directories are populated before they are opened, so every name is here. Attributes of pending
-//! files come from src: after a restart they have to be asked for, on a pool thread.
+//! Directories are populated before they are opened, so every name is here; but a large one is listed
+//! while it is populated, on pool threads, in src's order and at offsets of that listing's own
+//! (`Stream`). Attributes of pending files come from src: after a restart they have to be asked for,
+//! on a pool thread.
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use rustix::io::Errno;
 
 use super::answer::{self, Dirent, Entries};
 use super::handles::{Ahead, Listing};
-use super::reply::Reply;
+use super::reply::{Reply, errno};
 use super::request::At;
 use super::shared::Shared;
 use crate::engine::job::Priority;
 use crate::error::Result;
-use crate::mirror::{Attr, CONTROL, Ino, Node, ROOT};
+use crate::mirror::{Attr, CONTROL, Ino, Node, ROOT, Stream};
 use crate::sys::dir::{self, Entry};
 
 /// The offsets after `.` and `..`. dst's own offsets of real entries are larger on every file system
@@ -28,12 +31,13 @@ const DOTDOT: u64 = 2;
 const AHEAD_MAX: usize = 512;
 
 impl Shared {
-    pub(super) fn open_listing(&self, ino: Ino) -> Result<u64, Errno> {
+    pub(super) fn open_listing(&self, ino: Ino, stream: Option<Stream>) -> Result<u64, Errno> {
         let node = self.node(ino)?;
         let dir = self.mirror.open_listing(&node)?;
         Ok(self.listings.insert(Listing {
             node,
             dir,
+            stream: Mutex::new(stream.map(Arc::new)),
             ahead: Default::default(),
         }))
     }
@@ -43,6 +47,13 @@ impl Shared {
         let mut ahead = listing.ahead.lock();
         if offset != 0 && ahead.from == offset && (!ahead.entries.is_empty() || ahead.at_end) {
             return Ok(std::mem::take(&mut *ahead).entries);
+        }
+        drop(ahead);
+        let stream = listing.stream.lock().clone();
+        if let Some(stream) = stream {
+            let dst = listing.dir.as_fd();
+            let entries = self.mirror.list_ahead(&stream, dst, offset);
+            return entries.map_err(|e| errno("readdir", &e));
         }
         let mut entries = Vec::new();
         let mut buf = Vec::new();
@@ -69,31 +80,53 @@ impl Shared {
         listing.node.place().map_or(ROOT, |p| p.parent)
     }
 
-    pub(super) fn readdir(&self, at: At, reply: Reply<Entries>) {
-        let Some(listing) = self.listings.get(at.fh) else {
+    /// True when this listing waits for src. One that begins anew has no need to, once the directory
+    /// is populated.
+    fn is_streamed(listing: &Listing, offset: u64) -> bool {
+        if offset == 0 && !listing.node.is_pending_dir() {
+            // What was read ahead has the other's offsets.
+            if listing.stream.lock().take().is_some() {
+                *listing.ahead.lock() = Ahead::default();
+            }
+            return false;
+        }
+        listing.stream.lock().is_some()
+    }
+
+    pub(super) fn readdir(shared: &Arc<Shared>, at: At, reply: Reply<Entries>) {
+        let Some(listing) = shared.listings.get(at.fh) else {
             return reply.error(Errno::BADF);
         };
+        if !Self::is_streamed(&listing, at.offset) {
+            return shared.readdir_now(&listing, &at, reply);
+        }
+        let again = Arc::clone(shared);
+        let task = move || again.readdir_now(&listing, &at, reply);
+        shared.mirror.run_demand(Priority::Demand, Box::new(task));
+    }
+
+    fn readdir_now(&self, listing: &Listing, at: &At, reply: Reply<Entries>) {
         let mut out = Entries::with_room(at.size);
         let own = Dirent::dir(listing.node.ino, DOT, b".");
         if at.offset == 0 && !out.add(None, &own) {
             return reply.ok(out);
         }
-        let up = Dirent::dir(Self::parent_of(&listing), DOTDOT, b"..");
+        let up = Dirent::dir(Self::parent_of(listing), DOTDOT, b"..");
         if at.offset <= DOT && !out.add(None, &up) {
             return reply.ok(out);
         }
         let mut from = first_real(at.offset);
-        let entries = match self.entries(&listing, from) {
+        let entries = match self.entries(listing, from) {
             Ok(entries) => entries,
             Err(e) => return reply.error(e),
         };
         let mut rest = entries.into_iter();
         while let Some(entry) = rest.next() {
             let next = entry.next;
-            let hidden = Self::is_hidden(&listing, &entry);
+            let hidden = Self::is_hidden(listing, &entry);
             if !hidden && !out.add(None, &Dirent::of(&entry, entry.ino)) {
                 let left = std::iter::once(entry).chain(rest).collect();
-                Self::keep_ahead(&listing, from, left);
+                Self::keep_ahead(listing, from, left);
                 break;
             }
             from = next;
@@ -106,6 +139,21 @@ impl Shared {
         let Some(listing) = shared.listings.get(at.fh) else {
             return reply.error(Errno::BADF);
         };
+        if !Self::is_streamed(&listing, at.offset) {
+            return Self::readdirplus_now(shared, listing, &at, reply, Wait::No);
+        }
+        let again = Arc::clone(shared);
+        let task = move || Self::readdirplus_now(&again, listing, &at, reply, Wait::Yes);
+        shared.mirror.run_demand(Priority::Demand, Box::new(task));
+    }
+
+    fn readdirplus_now(
+        shared: &Arc<Shared>,
+        listing: Arc<Listing>,
+        at: &At,
+        reply: Reply<Entries>,
+        wait: Wait,
+    ) {
         let mut out = Entries::with_room(at.size);
         if at.offset <= DOT {
             match shared.add_dots(&listing, at.offset, &mut out) {
@@ -126,7 +174,7 @@ impl Shared {
             out,
             reply,
         };
-        if let Some(fill) = shared.fill(fill, Wait::No) {
+        if let Some(fill) = shared.fill(fill, wait) {
             let again = Arc::clone(shared);
             let task = move || {
                 // With Wait::Yes it always ends.

@@ -73,13 +73,13 @@ impl Mirror {
                 continue;
             }
             let before = node.phase();
-            let placing = self.populates.times(node.ino);
+            let placing = self.partials.times(node.ino);
             let mut stat = self.stat_of(node).on("statx", Side::Dst, shown())?;
             if node.kind == FileType::Directory {
                 if before != node.phase() {
                     continue;
                 }
-                if let Some(Some((atime, mtime))) = placing {
+                if let Some((atime, mtime)) = placing {
                     (stat.atime, stat.mtime) = (atime, mtime);
                 }
                 if node.is_pending_dir() {
@@ -438,7 +438,7 @@ impl Mirror {
                 match (value, wanted.as_c_str() == DEFAULT_ACL) {
                     // Set aside for the moment, perhaps.
                     (Err(Errno::NODATA), true) => {
-                        mirror.populates.default_acl(held.ino).ok_or(Errno::NODATA)
+                        mirror.partials.default_acl(held.ino).ok_or(Errno::NODATA)
                     }
                     (Ok(mut value), _) => {
                         if wanted.as_c_str() == ACCESS_ACL {
@@ -465,7 +465,7 @@ impl Mirror {
                 let mut names = xattr::list(Target::Fd(opened.as_fd()))?;
                 names.retain(|n| !mirror.is_hidden(n));
                 let acl = DEFAULT_ACL.to_owned();
-                if !names.contains(&acl) && mirror.populates.default_acl(held.ino).is_some() {
+                if !names.contains(&acl) && mirror.partials.default_acl(held.ino).is_some() {
                     names.push(acl);
                 }
                 let due = CAPABILITY.to_owned();

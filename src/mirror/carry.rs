@@ -25,7 +25,6 @@ use rustix::fs::AtFlags;
 use rustix::io::Errno;
 
 use super::Mirror;
-use super::commit::Carried;
 use super::hydrate::FileRef;
 use super::node::{Ino, Origin};
 use super::place::Placer;
@@ -52,7 +51,6 @@ pub struct Carrier<'a> {
     placed: Mutex<Vec<Placed>>,
     /// Something was placed that the list does not tell: the directory must be listed.
     incomplete: AtomicBool,
-    carried: Mutex<Carried>,
 }
 
 thread_local! {
@@ -76,13 +74,7 @@ impl<'a> Carrier<'a> {
             ino: AtomicU64::new(0),
             placed: Mutex::default(),
             incomplete: AtomicBool::new(false),
-            carried: Mutex::default(),
         }
-    }
-
-    /// What came with its data so far.
-    pub(super) fn carried(&self) -> Carried {
-        *self.carried.lock()
     }
 
     /// What is told when the directory is published.
@@ -143,20 +135,13 @@ impl Placer<'_> {
     }
 
     /// Copies a small file and gives it its name. `false`: nothing was done, it is placed as usual.
-    pub(super) fn carry(
-        &self,
-        carrier: &Carrier<'_>,
-        name: &Name,
-        path: &RelPath,
-        stat: &Stat,
-    ) -> Result<bool> {
-        BUFFER.with_borrow_mut(|buffer| self.carry_through(buffer, carrier, name, path, stat))
+    pub(super) fn carry(&self, name: &Name, path: &RelPath, stat: &Stat) -> Result<bool> {
+        BUFFER.with_borrow_mut(|buffer| self.carry_through(buffer, name, path, stat))
     }
 
     fn carry_through(
         &self,
         buffer: &mut Vec<u8>,
-        carrier: &Carrier<'_>,
         name: &Name,
         path: &RelPath,
         stat: &Stat,
@@ -171,7 +156,7 @@ impl Placer<'_> {
             Err(Errno::EXIST) => return Ok(false),
             other => other.on("openat", Side::Dst, path)?,
         };
-        let done = self.fill(carrier, path, (&meta, &src, &file), buffer);
+        let done = self.fill(path, (&meta, &src, &file), buffer);
         if !matches!(done, Ok(true)) {
             // What failed is what is told; in a P directory nothing that is left over counts (D5).
             let _ = rustix::fs::unlinkat(self.dst, name.as_cstr(), AtFlags::empty()); // As said.
@@ -182,7 +167,6 @@ impl Placer<'_> {
     /// Everything that makes a new file complete.
     fn fill(
         &self,
-        carrier: &Carrier<'_>,
         path: &RelPath,
         (meta, src, file): (&Meta, &OwnedFd, &OwnedFd),
         data: &[u8],
@@ -222,9 +206,7 @@ impl Placer<'_> {
         if !shared {
             self.mirror.throttle.spend(size);
         }
-        let mut carried = carrier.carried.lock();
-        carried.files += 1;
-        carried.bytes += size;
+        self.partial.add_carried(size);
         Ok(true)
     }
 

@@ -414,6 +414,7 @@ impl Mirror {
             if state.stage != Stage::Landed {
                 return;
             }
+            self.partials.note_unmark(&hydration.file);
             // In this order under one lock: whoever sees Unmarked may rely on it.
             let removed = match self.remove_mark(&hydration.file.anchor) {
                 // Deleted meanwhile.

@@ -1,8 +1,8 @@
 //! Names: lookup, create, link, unlink, rename.
 //!
 //! From the moment a directory is populated its names in dst are the truth, and these are plain
-//! operations on dst. What makes them more: a directory that is not populated is populated first,
-//! and something marked that moves takes its origin with it (DESIGN: the origin is otherwise its
+//! operations on dst. What makes them more: a directory that is not populated is populated before it
+//! is changed, a name that is looked up in it is placed ahead (ahead.rs), and something marked that moves takes its origin with it (DESIGN: the origin is otherwise its
 //! parent's origin and its name).
 
 use std::ffi::OsStr;
@@ -69,13 +69,20 @@ impl Mirror {
         name: Name,
         then: impl FnOnce(Result<Entry>) + Send + 'static,
     ) {
-        let mirror = Arc::clone(self);
-        self.when_populated(parent, Access::Look, move |ready| {
-            match ready.and_then(|()| mirror.child(parent, &name)) {
-                Ok(node) => mirror.with_entry(node, then),
-                Err(e) => then(Err(e)),
-            }
-        });
+        let dir = match self.nodes.get(parent) {
+            Ok(dir) => dir,
+            Err(errno) => return then(Err(errno).on("lookup", Side::Dst, name.as_os_str())),
+        };
+        let (mirror, wanted) = (Arc::clone(self), name.clone());
+        let look = move |ready: Result<()>| match ready.and_then(|()| mirror.child(parent, &wanted))
+        {
+            Ok(node) => mirror.with_entry(node, then),
+            Err(e) => then(Err(e)),
+        };
+        if self.is_control(parent, name.as_bytes()) || self.has_name(&dir, &name) {
+            return look(Ok(()));
+        }
+        self.look_ahead(&dir, name, Box::new(look));
     }
 
     /// The entry of a node that was just remembered; on failure the reference is returned.

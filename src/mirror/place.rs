@@ -1,10 +1,10 @@
 //! Placer: one entry of src becomes one entry of dst, in a directory that is still P.
 //!
 //! Files and directories are placeholders (mark, metadata, size, no data); symlinks, fifos, sockets
-//! and devices are complete at once. Upholds I1 (a name appears complete) and D5 (what a crash left
-//! in a P directory is made anew, except what is certainly the same).
+//! and devices are complete at once. Who calls has claimed the name (partial.rs). Upholds I1 (a name
+//! appears complete) and D5 (what a crash left in a P directory is made anew, except what is certainly
+//! the same).
 
-use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
@@ -15,9 +15,11 @@ use rustix::io::Errno;
 use super::Mirror;
 use super::anchor::Anchor;
 use super::carry::{Carrier, Placed};
-use super::control::{CONTROL, control_name};
+use super::control::CONTROL;
 use super::hydrate::FileRef;
 use super::links::LinkKey;
+use super::node::ROOT;
+use super::partial::Partial;
 use super::populate::DirRef;
 use super::source::{SrcDir, SrcInfo};
 use crate::engine::job::Priority;
@@ -28,16 +30,15 @@ use crate::sys::handle::Handle;
 use crate::sys::name::{Name, RelPath};
 use crate::sys::stat::{self, Stat};
 use crate::sys::xattr::Target;
-use crate::sys::{copy, dir, fd};
+use crate::sys::{copy, fd};
 
 /// Places the entries of one directory.
 pub struct Placer<'a> {
     pub(super) mirror: &'a Mirror,
     pub(super) src: &'a SrcDir,
     pub(super) dst: BorrowedFd<'a>,
-    is_root: bool,
-    /// What was in dst's directory before: nothing, except after a crash or when adopting.
-    found: HashMap<Name, FileType>,
+    /// The names that are here already, or in work.
+    pub(super) partial: &'a Partial,
     /// The walker's: what small files come with their data for.
     carrier: Option<&'a Carrier<'a>>,
     priority: Priority,
@@ -46,36 +47,32 @@ pub struct Placer<'a> {
 }
 
 impl<'a> Placer<'a> {
-    /// Looks at what is in the directory already.
+    /// With a carrier, which is the walker's, small files may come with their data.
     pub fn new(
         mirror: &'a Mirror,
         src: &'a SrcDir,
         dst: BorrowedFd<'a>,
-        is_root: bool,
+        partial: &'a Partial,
         carrier: Option<&'a Carrier<'a>>,
-    ) -> Result<Placer<'a>> {
-        let found = dir::list(dst).on("getdents64", Side::Dst, src.path.as_ref())?;
-        let found: HashMap<_, _> = found.into_iter().map(|e| (e.name, e.kind)).collect();
-        // The control directory is no trace of an earlier start.
-        let clean = mirror.carries && found.keys().all(|n| is_root && *n == control_name());
+    ) -> Placer<'a> {
+        let clean = mirror.carries && partial.is_clean();
         if let Some(carrier) = carrier
             && !clean
         {
             carrier.must_list();
         }
-        Ok(Placer {
+        Placer {
             mirror,
             src,
             dst,
-            is_root,
-            found,
+            partial,
             carrier: carrier.filter(|_| clean),
             priority: match carrier {
                 Some(_) => Priority::Background,
                 None => Priority::Demand,
             },
             born_flags: OnceLock::new(),
-        })
+        }
     }
 
     /// Whether anybody waits for the names.
@@ -83,19 +80,19 @@ impl<'a> Placer<'a> {
         self.priority
     }
 
-    /// Gives dst the entry. What dst cannot hold goes to the ledger and is `Ok`; errors that may
-    /// pass, or that concern everything (no space, src away), come back.
-    pub fn place(&self, name: &Name) -> Result<()> {
+    /// Gives dst the entry; false: src has none. What dst cannot hold goes to the ledger and is `Ok`;
+    /// errors that may pass, or that concern everything (no space, src away), come back.
+    pub fn place(&self, name: &Name) -> Result<bool> {
         let path = self.src.path.join(name);
-        if self.is_root && name.as_bytes() == CONTROL.as_bytes() {
+        if self.partial.ino == ROOT && name.as_bytes() == CONTROL.as_bytes() {
             return Err(Error::SrcPending {
                 path: path.to_path(),
             });
         }
         let stat = match stat::stat_at(self.src.fd.as_fd(), name.as_cstr()) {
             Ok(stat) => stat,
-            // Gone since the listing: the caller sees the directory's new mtime and starts over.
-            Err(Errno::NOENT) => return Ok(()),
+            // If listed, gone since: the caller sees the directory's new mtime and starts over.
+            Err(Errno::NOENT) => return Ok(false),
             Err(e) => return Err(e).on("statx", Side::Src, &path),
         };
         self.mirror.progress.entries_seen.add(1);
@@ -108,13 +105,30 @@ impl<'a> Placer<'a> {
             Ok(()) => {
                 self.mirror.progress.entries_placed.add(1);
                 self.mirror.settle_ledger(&path);
-                Ok(())
+                Ok(true)
             }
             Err(e) if cannot_hold(&e) => {
                 self.mirror.fail(&path, &e);
-                Ok(())
+                Ok(true)
             }
             Err(e) => Err(e),
+        }
+    }
+
+    /// Somebody else has placed a name: who has a list of what is to be done lacks it.
+    pub fn skip(&self) {
+        self.carrier.inspect(|c| c.must_list());
+    }
+
+    /// What an earlier start, a copy made earlier or a failure left under the name.
+    fn found(&self, name: &Name, path: &RelPath) -> Result<Option<FileType>> {
+        if self.partial.is_clean() {
+            return Ok(None);
+        }
+        match stat::stat_at(self.dst, name.as_cstr()) {
+            Ok(stat) => Ok(Some(stat.kind())),
+            Err(Errno::NOENT) => Ok(None),
+            Err(e) => Err(e).on("statx", Side::Dst, path),
         }
     }
 
@@ -140,7 +154,7 @@ impl<'a> Placer<'a> {
     fn place_file(&self, name: &Name, path: &RelPath, stat: Stat) -> Result<()> {
         if let Some(carrier) = self.carrier
             && self.wants_data(carrier, &stat)
-            && self.carry(carrier, name, path, &stat)?
+            && self.carry(name, path, &stat)?
         {
             return Ok(());
         }
@@ -151,7 +165,7 @@ impl<'a> Placer<'a> {
         {
             return self.tell(|| Ok(None));
         }
-        if self.found.contains_key(name) && self.keep_file(key, name, path, &meta)? {
+        if self.found(name, path)?.is_some() && self.keep_file(key, name, path, &meta)? {
             return Ok(());
         }
         // Read again after the open of capture: the size that the placeholder shows is src's.
@@ -276,6 +290,7 @@ impl<'a> Placer<'a> {
             other => other.on("open", Side::Dst, path)?,
         };
         self.drop_acl(meta, file.as_fd(), path)?;
+        self.partial.note_kept();
         self.mirror.stamp_whole(meta, file.as_fd(), path)?;
         self.note_late_flags(meta, file.as_fd())?;
         self.mirror.progress.files_seen.add(1);
@@ -299,7 +314,7 @@ impl<'a> Placer<'a> {
 
     fn place_dir(&self, name: &Name, path: &RelPath, stat: Stat) -> Result<()> {
         let meta = self.capture(name, path, stat)?;
-        match self.found.get(name) {
+        match self.found(name, path)? {
             Some(FileType::Directory) => {}
             Some(_) => {
                 self.clear(name, path)?;
@@ -453,9 +468,9 @@ impl<'a> Placer<'a> {
 
     /// Removes what a crash (or an earlier copy) left under the name.
     fn clear(&self, name: &Name, path: &RelPath) -> Result<()> {
-        match self.found.get(name) {
+        match self.found(name, path)? {
             None => Ok(()),
-            Some(kind) => self.clear_now(name, *kind == FileType::Directory, path),
+            Some(kind) => self.clear_now(name, kind == FileType::Directory, path),
         }
     }
 

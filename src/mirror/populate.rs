@@ -1,17 +1,16 @@
-//! Populate: giving a directory the placeholders of all its entries, on its first access.
+//! Populate: giving a directory the placeholders of all its entries.
 //!
 //!   Pending   -> placing    when_populated() or populate_now(): one per directory, losers wait
 //!   placing   -> published  publish(): every name of src has its placeholder; the mark goes P to L
-//!   any       -> Pending    an error: the mark was never touched, so a retry starts over
+//!   any       -> Pending    an error: the mark was never touched; what was placed is kept (partial.rs)
 //!
-//! While a directory is P everything in it is provisional (D5): no user can have made anything
-//! there, so what a crash left is stamped again or made anew. Upholds I1, I2, I7 and D5, D6, D8.
+//! Single names are looked up and listed meanwhile (ahead.rs); whatever changes something waits, in
+//! the directory and in everything below it. While a directory is P everything in it is provisional
+//! (D5): what a crash left is stamped again or made anew. Upholds I1, I2, I7 and D5, D6, D8.
 
-use std::collections::{HashMap, HashSet};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
-use parking_lot::Mutex;
 use rustix::fs::{FileType, OFlags};
 use rustix::io::Errno;
 
@@ -21,19 +20,25 @@ use super::carry::Carrier;
 use super::commit::Publish;
 use super::control::CONTROL;
 use super::node::{Ino, Node, Origin, Phase};
+use super::partial::Partial;
 use super::place::Placer;
+use super::running::Extent;
 use super::source::SrcDir;
 use crate::engine::job::Priority;
 use crate::error::{Context, Error, Result, Side};
 use crate::mark::Mark;
-use crate::meta::{DEFAULT_ACL, Meta};
+use crate::meta::Meta;
 use crate::sys::name::{Name, RelPath};
-use crate::sys::stat::{self, Time};
-use crate::sys::xattr::{self, Target};
-use crate::sys::{dir, fault};
+use crate::sys::stat;
+use crate::sys::xattr::Target;
+use crate::sys::{dir, fault, fd};
 
 /// How often a src directory that changes while it is listed is listed again.
 const LISTINGS_MAX: u32 = 3;
+/// A directory with more entries is large: who lists it does not wait for all of them.
+const LARGE_DIR: usize = 1024;
+/// Entries of a large directory that are read, sorted and placed at a time.
+const CHUNK: usize = 32 << 10;
 
 /// What waits for something to be ready: called once, without any lock held.
 pub type Waiter = Box<dyn FnOnce(Result<()>) + Send>;
@@ -58,6 +63,17 @@ pub struct DirRef {
     pub origin: Option<Arc<RelPath>>,
 }
 
+impl DirRef {
+    /// The directory that a node is.
+    pub(super) fn of(node: &Node) -> DirRef {
+        DirRef {
+            ino: node.ino,
+            anchor: node.anchor.clone(),
+            origin: node.origin().map(|o| Arc::new(o.path())),
+        }
+    }
+}
+
 /// Something below a directory that carries a mark.
 #[derive(Debug)]
 pub struct Marked {
@@ -69,77 +85,6 @@ pub struct Marked {
     pub kind: FileType,
     /// dst's size, bytes: a guess (D4).
     pub size: u64,
-}
-
-/// One directory that is being populated.
-pub struct Placing {
-    /// The times that it will have: placing children disturbs them meanwhile.
-    times: Option<(Time, Time)>,
-    /// Its default ACL, set aside while its children are made.
-    default_acl: Option<Vec<u8>>,
-    waiters: Vec<Waiter>,
-}
-
-/// All directories that are being populated now.
-#[derive(Default)]
-pub struct Populates {
-    running: Mutex<HashMap<Ino, Placing>>,
-}
-
-impl Populates {
-    /// The times that a directory in work will end with.
-    pub fn times(&self, ino: Ino) -> Option<Option<(Time, Time)>> {
-        self.running.lock().get(&ino).map(|p| p.times)
-    }
-
-    /// Somebody waits for a directory besides whoever populates it.
-    pub(super) fn is_wanted(&self, ino: Ino) -> bool {
-        let running = self.running.lock();
-        running.get(&ino).is_some_and(|p| p.waiters.len() > 1)
-    }
-
-    /// Joins a running populate, or becomes the one that runs it (then the waiter comes back).
-    fn join(&self, ino: Ino, waiter: Waiter) -> bool {
-        let mut running = self.running.lock();
-        if let Some(placing) = running.get_mut(&ino) {
-            placing.waiters.push(waiter);
-            return true;
-        }
-        running.insert(
-            ino,
-            Placing {
-                times: None,
-                default_acl: None,
-                waiters: vec![waiter],
-            },
-        );
-        false
-    }
-
-    /// The default ACL of a directory in work.
-    pub fn default_acl(&self, ino: Ino) -> Option<Vec<u8>> {
-        self.running.lock().get(&ino)?.default_acl.clone()
-    }
-
-    fn set_default_acl(&self, ino: Ino, acl: Vec<u8>) {
-        if let Some(placing) = self.running.lock().get_mut(&ino) {
-            placing.default_acl = Some(acl);
-        }
-    }
-
-    fn set_times(&self, ino: Ino, times: (Time, Time)) {
-        if let Some(placing) = self.running.lock().get_mut(&ino) {
-            placing.times = Some(times);
-        }
-    }
-
-    fn take(&self, ino: Ino) -> Vec<Waiter> {
-        self.running
-            .lock()
-            .remove(&ino)
-            .map(|p| p.waiters)
-            .unwrap_or_default()
-    }
 }
 
 impl Mirror {
@@ -169,28 +114,56 @@ impl Mirror {
                 Err(e) => then(Err(e)),
             }),
         };
-        if self.populates.join(ino, after) {
-            return;
+        if !self.populates.join(ino, self.waiting_for(&node, after)) {
+            self.populate_on_pool(&node);
         }
-        let origin = node.origin().map(|o| Arc::new(o.path()));
-        let dir = DirRef {
-            ino,
-            anchor: node.anchor.clone(),
-            origin,
-        };
-        let mirror = Arc::clone(self);
-        let path = dir.origin.as_ref().map(|o| o.to_path());
-        let wait = self.progress.waits.begin(path.unwrap_or_default());
-        let task = move || {
-            mirror.populate_claimed(&dir, None);
-            drop(wait);
-        };
+    }
+
+    /// Calls `then` when the directory can be listed: it has all its names, or it is large and they
+    /// are on their way.
+    pub(super) fn when_large_or_populated(self: &Arc<Self>, node: &Arc<Node>, then: Waiter) {
+        let then = self.waiting_for(node, then);
+        match self.populates.join_to_list(node.ino, then) {
+            Ok(true) => {}
+            Ok(false) => self.populate_on_pool(node),
+            Err(then) => then(Ok(())),
+        }
+    }
+
+    /// Runs the populate that this thread has begun on a pool thread.
+    fn populate_on_pool(self: &Arc<Self>, node: &Node) {
+        let (mirror, dir) = (Arc::clone(self), DirRef::of(node));
+        let task = move || mirror.populate_claimed(&dir, None, Extent::Whole);
         self.engine.pool().run(Priority::Demand, Box::new(task));
     }
 
-    /// Calls `then` when a change in the directory cannot be undone by a crash: its own publication
-    /// and those above it are durable (D6).
+    /// Populates a directory on this thread, unless somebody does it already.
+    pub(super) fn populate_for_nobody(self: &Arc<Self>, dir: &DirRef, extent: Extent) {
+        if self.populates.begin(dir.ino) {
+            self.populate_claimed(dir, None, extent);
+        }
+    }
+
+    /// Somebody waits for a directory: it is shown until he hears.
+    fn waiting_for(&self, node: &Node, then: Waiter) -> Waiter {
+        let origin = node.origin().map(|o| o.path().to_path());
+        let wait = self.progress.waits.begin(origin.unwrap_or_default());
+        Box::new(move |ready| {
+            drop(wait);
+            then(ready);
+        })
+    }
+
+    /// Calls `then` when a change in the directory cannot be undone by a crash: it and those above it
+    /// are populated, and their publications are durable (D5, D6).
     pub(super) fn when_published(self: &Arc<Self>, ino: Ino, then: Waiter) {
+        if let Some(pending) = self.pending_at_or_above(ino) {
+            let mirror = Arc::clone(self);
+            return self.when_populated(pending, Access::Look, move |ready| match ready {
+                Ok(()) => mirror.when_published(ino, then),
+                Err(e) => then(Err(e)),
+            });
+        }
         let Some(gated) = self.gated_at_or_above(ino) else {
             return then(Ok(()));
         };
@@ -205,6 +178,22 @@ impl Mirror {
             }
         };
         self.commit.when_published(gated, Box::new(again));
+    }
+
+    /// A directory that is P, though what is below it was seen: by names that were placed ahead.
+    fn pending_at_or_above(&self, ino: Ino) -> Option<Ino> {
+        if self.partials.is_empty() {
+            return None;
+        }
+        let mut at = Some(ino);
+        while let Some(ino) = at {
+            let node = self.nodes.find(ino)?;
+            if node.is_pending_dir() {
+                return Some(ino);
+            }
+            at = node.place().map(|p| p.parent);
+        }
+        None
     }
 
     fn gated_at_or_above(&self, ino: Ino) -> Option<Ino> {
@@ -249,7 +238,7 @@ impl Mirror {
             carrier.inspect(|c| c.must_list());
         } else {
             carrier.inspect(|c| c.enter(dir.ino));
-            self.populate_claimed(dir, carrier);
+            self.populate_claimed(dir, carrier, Extent::Whole);
         }
         told.recv().unwrap_or(Err(Error::Stopped))
     }
@@ -260,8 +249,17 @@ impl Mirror {
     }
 
     /// Runs the populate that `join` gave to this thread, and tells all who wait.
-    fn populate_claimed(self: &Arc<Self>, dir: &DirRef, carrier: Option<&Carrier<'_>>) {
-        let result = self.populate(dir, carrier);
+    fn populate_claimed(
+        self: &Arc<Self>,
+        dir: &DirRef,
+        carrier: Option<&Carrier<'_>>,
+        extent: Extent,
+    ) {
+        let result = match self.populate(dir, carrier, extent) {
+            Ok(true) => Ok(()),
+            Ok(false) => return,
+            Err(e) => Err(e),
+        };
         if let Err(e) = &result
             && let Some(origin) = &dir.origin
             && !matches!(e, Error::Stopped)
@@ -277,93 +275,57 @@ impl Mirror {
         }
     }
 
-    fn populate(self: &Arc<Self>, dir: &DirRef, carrier: Option<&Carrier<'_>>) -> Result<()> {
-        let found_here = |phase| {
-            carrier.inspect(|c| c.must_list());
-            self.note_phase(dir, phase)
-        };
-        if self.commit.is_publishing(dir.ino) {
-            // Every name is here; the mark is still P until its barrier (D6).
-            return found_here(Phase::Populated);
-        }
+    /// False: it is too large for this extent, and the populate is over.
+    fn populate(
+        self: &Arc<Self>,
+        dir: &DirRef,
+        carrier: Option<&Carrier<'_>>,
+        extent: Extent,
+    ) -> Result<bool> {
         let opened = self.open_dir(dir)?;
-        let shown = dir.origin.as_deref().cloned().unwrap_or_default();
-        let mark = self
-            .mark
-            .get(Target::Fd(opened.as_fd()))
-            .on("getxattr", Side::Dst, &shown)?;
-        match mark {
+        let Some(partial) = self.partial(dir, Some(opened.as_fd()))? else {
             // Somebody was faster between our look and our claim.
-            None => return found_here(Phase::Unmarked),
-            Some(mark) if mark.populated => return found_here(Phase::Populated),
-            Some(_) => {}
-        }
-        let origin = dir.origin.as_ref().ok_or_else(|| no_origin(&shown))?;
-        let src = self.source.dir(origin)?;
-        let marked_src =
-            self.mark
-                .get(Target::Fd(src.fd.as_fd()))
-                .on("getxattr", Side::Src, &shown)?;
-        if marked_src.is_some() {
-            return Err(Error::SrcPending {
-                path: origin.to_path(),
-            });
-        }
-        self.set_acl_aside(dir.ino, opened.as_fd())
-            .on("removexattr", Side::Dst, &shown)?;
-        let is_root = dir.ino == super::node::ROOT;
-        let placer = Placer::new(self, &src, opened.as_fd(), is_root, carrier)?;
-        self.settle_ledger(origin);
-        let meta = self.place_all(dir, &src, &placer)?;
-        let mark = Mark {
-            origin: placer.recorded_origin(&opened)?,
-            perm: self.stamp(&meta, opened.as_fd(), origin),
-            ..Mark::populated()
+            carrier.inspect(|c| c.must_list());
+            return Ok(true);
         };
-        placer.note_late_flags(&meta, opened.as_fd())?;
-        self.publish(dir, &opened, origin, mark, carrier)
-    }
-
-    /// The default ACL comes back when all children are made: they would inherit it (D8). Until then
-    /// whoever asks for it is answered from memory.
-    fn set_acl_aside(&self, ino: Ino, opened: BorrowedFd<'_>) -> Result<(), Errno> {
-        let target = Target::Fd(opened);
-        if let Some(acl) = xattr::get(target, DEFAULT_ACL)? {
-            self.populates.set_default_acl(ino, acl);
-            xattr::remove(target, DEFAULT_ACL)?;
+        let src = self.src_of(dir)?;
+        let placer = Placer::new(self, &src, opened.as_fd(), &partial, carrier);
+        self.settle_ledger(&src.path);
+        let Some(meta) = self.place_all(&src, &partial, &placer, extent)? else {
+            return Ok(false);
+        };
+        partial.close();
+        let published = self.stamp_and_publish(dir, &opened, &placer, &meta, carrier);
+        match &published {
+            Ok(()) => self.partials.remove(dir.ino),
+            Err(_) => partial.reopen(),
         }
-        Ok(())
+        published.map(|()| true)
     }
 
-    /// Places every name of a src directory. One that changes meanwhile is listed again; one that
-    /// keeps changing is published as it was last seen, and is in the ledger.
-    fn place_all(&self, dir: &DirRef, src: &SrcDir, placer: &Placer<'_>) -> Result<Meta> {
+    /// Places every name of a src directory; `None`: it is too large for this extent. One that changes
+    /// meanwhile is listed again; one that keeps changing is published as it was last seen, and is in
+    /// the ledger.
+    fn place_all(
+        &self,
+        src: &SrcDir,
+        partial: &Partial,
+        placer: &Placer<'_>,
+        extent: Extent,
+    ) -> Result<Option<Meta>> {
         let path = src.path.as_ref();
-        let mut placed = HashSet::new();
         let mut tries_left = LISTINGS_MAX;
         loop {
             let meta =
                 Meta::capture_fd(src.capture, src.fd.as_fd()).on("statx", Side::Src, path)?;
-            self.populates
-                .set_times(dir.ino, (meta.stat.atime, meta.stat.mtime));
-            let mut entries = dir::list(src.fd.as_fd()).on("getdents64", Side::Src, path)?;
-            // Inode order: statx of src reads its inode tables in order.
-            entries.sort_unstable_by_key(|e| e.ino);
-            entries.retain(|entry| !placed.contains(&entry.name));
-            self.crowd.each(placer.priority(), &entries, |entry| {
-                if self.stopping() {
-                    return Err(Error::Stopped);
-                }
-                fault::point("populate-before-child");
-                placer.place(&entry.name)?;
-                fault::point("populate-after-child");
-                Ok(())
-            })?;
-            placed.extend(entries.into_iter().map(|entry| entry.name));
+            partial.set_times((meta.stat.atime, meta.stat.mtime));
+            if !self.place_listed(src, partial, placer, extent)? {
+                return Ok(None);
+            }
             tries_left -= 1;
             let after = stat::stat_fd(src.fd.as_fd()).on("statx", Side::Src, path)?;
             if after.mtime == meta.stat.mtime {
-                return Ok(meta);
+                return Ok(Some(meta));
             }
             if tries_left == 0 {
                 self.fail(
@@ -372,24 +334,91 @@ impl Mirror {
                         path: path.to_path(),
                     },
                 );
-                return Ok(meta);
+                return Ok(Some(meta));
             }
         }
     }
 
-    /// Every name is here: the mark goes from P to L (D6); behind a barrier on btrfs, and where files
-    /// came with their data (D1). Readers go on meanwhile, changes wait.
+    /// Lists a src directory once and places what is not here; false: it is too large.
+    fn place_listed(
+        &self,
+        src: &SrcDir,
+        partial: &Partial,
+        placer: &Placer<'_>,
+        extent: Extent,
+    ) -> Result<bool> {
+        let (mut from, mut len_max, mut buf) = (0, LARGE_DIR, Vec::new());
+        loop {
+            let mut entries = Vec::new();
+            let at_end = dir::read_dir(src.fd.as_fd(), from, &mut buf, |entry| {
+                entries.push(entry);
+                entries.len() < len_max
+            })
+            .on("getdents64", Side::Src, src.path.as_ref())?;
+            if !at_end {
+                partial.note_large();
+                if !self.populates.is_large(partial.ino, extent) {
+                    return Ok(false);
+                }
+            }
+            from = entries.last().map_or(from, |e| e.next);
+            len_max = CHUNK;
+            // Inode order: statx of src reads its inode tables in order.
+            entries.sort_unstable_by_key(|e| e.ino);
+            self.crowd.each(placer.priority(), &entries, |entry| {
+                if self.stopping() {
+                    return Err(Error::Stopped);
+                }
+                let Some(claimed) = partial.claim(&entry.name) else {
+                    placer.skip();
+                    return Ok(());
+                };
+                fault::point("populate-before-child");
+                match placer.place(&entry.name)? {
+                    true => claimed.here(),
+                    false => claimed.not_in_src(),
+                }
+                fault::point("populate-after-child");
+                Ok(())
+            })?;
+            if at_end {
+                return Ok(true);
+            }
+        }
+    }
+
+    /// Every name is here: the directory gets its own metadata, and its mark goes from P to L.
+    fn stamp_and_publish(
+        self: &Arc<Self>,
+        dir: &DirRef,
+        opened: &OwnedFd,
+        placer: &Placer<'_>,
+        meta: &Meta,
+        carrier: Option<&Carrier<'_>>,
+    ) -> Result<()> {
+        let src = placer.src;
+        let mark = Mark {
+            origin: placer.recorded_origin(opened)?,
+            perm: self.stamp(meta, opened.as_fd(), &src.path),
+            ..Mark::populated()
+        };
+        placer.note_late_flags(meta, opened.as_fd())?;
+        self.publish(dir, opened, placer.partial, mark, carrier)
+    }
+
+    /// The mark goes from P to L (D6); behind a barrier on btrfs, and where files are here whose own
+    /// marks nobody can wait for (D1, D2). Readers go on meanwhile, changes wait.
     fn publish(
         self: &Arc<Self>,
         dir: &DirRef,
         opened: &OwnedFd,
-        origin: &Arc<RelPath>,
+        partial: &Partial,
         mark: Mark,
         carrier: Option<&Carrier<'_>>,
     ) -> Result<()> {
         fault::point("populate-before-mark");
-        let carried = carrier.map(Carrier::carried).unwrap_or_default();
-        if self.btrfs || carried.files > 0 {
+        let carried = partial.carried();
+        if self.btrfs || carried.files > 0 || partial.has_kept() {
             self.commit.publish_later(Publish {
                 dir: dir.clone(),
                 mark,
@@ -398,23 +427,25 @@ impl Mirror {
                 then: carrier.map(Carrier::published),
             });
         } else {
-            self.mark.set(Target::Fd(opened.as_fd()), &mark).on(
-                "setxattr",
-                Side::Dst,
-                origin.as_ref(),
-            )?;
+            let shown = || dir.origin.as_deref().cloned().unwrap_or_default();
+            let set = self.mark.set(Target::Fd(opened.as_fd()), &mark);
+            set.on("setxattr", Side::Dst, shown())?;
+            // Asked after that: a mark that goes later is behind this one in dst's journal.
+            if partial.had_unmarked() {
+                fd::fsync(opened.as_fd()).on("fsync", Side::Dst, shown())?;
+            }
         }
         fault::point("populate-after-mark");
         self.progress.dirs_populated.add(1);
-        self.note_phase(dir, Phase::Populated)
+        self.note_phase(dir, Phase::Populated);
+        Ok(())
     }
 
     /// Notes a new phase, if the kernel holds the inode.
-    fn note_phase(&self, dir: &DirRef, phase: Phase) -> Result<()> {
+    pub(super) fn note_phase(&self, dir: &DirRef, phase: Phase) {
         if let Some(node) = self.nodes.find_same(dir.ino, &dir.anchor) {
             node.set_phase(phase);
         }
-        Ok(())
     }
 
     /// Opens a directory of dst, for listing and for calls by name.

@@ -114,6 +114,7 @@ impl Mirror {
         let file = self.open_to_sync(hydration)?;
         fd::fdatasync(file.as_fd()).on("fdatasync", Side::Dst, path)?;
         fault::point("hydrate-durable");
+        self.partials.note_unmark(&hydration.file);
         {
             let _guard = self.lock_perms(hydration.file.ino);
             self.take_mark(file.as_fd())

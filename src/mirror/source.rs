@@ -115,6 +115,11 @@ impl Source {
         Ok(dir)
     }
 
+    /// Opens a directory of src for somebody who lists it at an offset of his own. May wait for src.
+    pub fn open_again(&self, path: &RelPath) -> Result<OwnedFd> {
+        fd::open_src_dir(self.root.as_fd(), path).on("open", Side::Src, path)
+    }
+
     /// Remembers what src said of the file that dst's inode stands for.
     pub fn learn(&self, dst_ino: u64, info: SrcInfo) {
         self.known.lock().put(dst_ino, info);

@@ -5,6 +5,8 @@
 
 /// Every point, in the order of a file's life. Tests walk this list.
 pub const POINTS: &[&str] = &[
+    "ahead-before",
+    "ahead-placed",
     "populate-before-child",
     "populate-after-child",
     "carry-written",

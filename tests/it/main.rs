@@ -15,6 +15,7 @@ mod differential;
 mod fidelity;
 mod fixture;
 mod hostile;
+mod huge;
 mod nasty;
 mod pagecache;
 mod prefetch;

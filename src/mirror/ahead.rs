@@ -1,0 +1,271 @@
+//! Ahead: names of a P directory for whoever cannot wait for all of them.
+//!
+//!   look_ahead()    one name is looked up: src is asked for that one, and dst gets it
+//!   list_ahead()    a large directory is listed: in src's order, and what a reply tells is placed first,
+//!                   because a listing shows dst's inode numbers
+//!
+//! Whoever has looked into a directory that is not large gets the rest of it placed right after his
+//! answer. A listing that began in src's order ends in it, although the directory may be populated
+//! meanwhile: a name that dst has no more was deleted by then, one that src never had came later, and
+//! POSIX leaves both open; no other is missed or told twice. All of it runs on pool threads. Upholds
+//! I1, I6 and I7 (partial.rs), I9.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use rustix::io::Errno;
+
+use super::Mirror;
+use super::node::{Ino, Node, ROOT};
+use super::partial::Partial;
+use super::place::Placer;
+use super::populate::{Access, DirRef, Waiter};
+use super::running::Extent;
+use crate::engine::job::Priority;
+use crate::error::{Context, Error, Result, Side};
+use crate::meta;
+use crate::sys::dir::{self, Entry};
+use crate::sys::name::{Name, RelPath};
+use crate::sys::{fault, stat};
+
+/// After so many names that were looked up one by one the whole directory is cheaper.
+const ASKED_MAX: u64 = 1024;
+/// Entries of the first reply of a listing, and of the largest.
+const BATCH: (usize, usize) = (32, 512);
+/// The first offset of a listing's own; below are its start, `.` and `..`.
+const FIRST: u64 = 3;
+/// Every so many entries a place in src is remembered, for who seeks back.
+const STRIDE: u64 = 256;
+
+/// A listing of a P directory in src's order. Offset `FIRST + n` is behind its n-th entry, counted from 0.
+#[derive(Debug)]
+pub struct Stream {
+    dir: DirRef,
+    cursor: Mutex<Cursor>,
+}
+
+/// Where a listing is in src.
+#[derive(Debug, Default)]
+struct Cursor {
+    /// src's directory, open for this listing alone.
+    src: Option<OwnedFd>,
+    /// Entries before `from`.
+    at: u64,
+    /// Where src goes on.
+    from: u64,
+    /// Where src has the entries 0, STRIDE, 2 * STRIDE and so on.
+    places: Vec<u64>,
+    /// Entries of the last batch.
+    batch: usize,
+}
+
+impl Cursor {
+    /// The entries from the `want`-th on, at the most `len` of them; none at the end.
+    fn read(&mut self, want: u64, len: usize) -> Result<Vec<Entry>, Errno> {
+        let Some(src) = &self.src else {
+            return Err(Errno::BADF);
+        };
+        if want < self.at {
+            let known = usize::try_from(want / STRIDE).unwrap_or(usize::MAX);
+            let known = known.min(self.places.len().saturating_sub(1));
+            self.at = known as u64 * STRIDE;
+            self.from = self.places.get(known).copied().unwrap_or(0);
+        }
+        let mut found = Vec::new();
+        let (at, places) = (&mut self.at, &mut self.places);
+        let mut from = self.from;
+        let mut buf = Vec::new();
+        dir::read_dir(src.as_fd(), self.from, &mut buf, |entry| {
+            if *at == places.len() as u64 * STRIDE {
+                places.push(from);
+            }
+            from = entry.next;
+            *at += 1;
+            if *at > want {
+                let next = FIRST - 1 + *at;
+                found.push(Entry { next, ..entry });
+            }
+            found.len() < len
+        })?;
+        self.from = from;
+        Ok(found)
+    }
+}
+
+impl Mirror {
+    /// True when the names of a directory can be looked up in dst: all of them, or this one.
+    pub(super) fn has_name(&self, parent: &Node, name: &Name) -> bool {
+        let partial = || self.partials.find(parent.ino, &parent.anchor);
+        !parent.is_pending_dir() || partial().is_some_and(|p| p.has(name))
+    }
+
+    /// Calls `then` on a pool thread when a name of a P directory can be looked up in dst.
+    pub(super) fn look_ahead(self: &Arc<Self>, parent: &Node, name: Name, then: Waiter) {
+        let dir = DirRef::of(parent);
+        let shown = dir.origin.as_ref().map(|o| o.join(&name).to_path());
+        let wait = self.progress.waits.begin(shown.unwrap_or_default());
+        let mirror = Arc::clone(self);
+        let task = move || {
+            let placed = mirror.look_for(&dir, &name);
+            drop(wait);
+            match placed {
+                Ok(partial) => {
+                    then(Ok(()));
+                    partial.inspect(|p| mirror.place_rest(&dir, p));
+                }
+                Err(e) => then(Err(e)),
+            }
+        };
+        self.engine.pool().run(Priority::Demand, Box::new(task));
+    }
+
+    /// Asks src for one name. What the directory is by then comes back.
+    fn look_for(&self, dir: &DirRef, name: &Name) -> Result<Option<Arc<Partial>>> {
+        let Some(partial) = self.partial(dir, None)? else {
+            return Ok(None);
+        };
+        if !partial.has(name) {
+            self.place_ahead(dir, &partial, std::slice::from_ref(name))?;
+        }
+        Ok(Some(partial))
+    }
+
+    /// One who has looked into a directory will look again.
+    fn place_rest(self: &Arc<Self>, dir: &DirRef, partial: &Partial) {
+        let asked = partial.count_asked();
+        if !partial.is_large() {
+            self.populate_for_nobody(dir, Extent::UnlessLarge);
+        } else if asked >= ASKED_MAX {
+            self.populate_for_nobody(dir, Extent::Whole);
+        }
+    }
+
+    /// Places some names of a P directory.
+    fn place_ahead(&self, dir: &DirRef, partial: &Partial, names: &[Name]) -> Result<()> {
+        let src = self.src_of(dir)?;
+        let opened = self.open_dir(dir)?;
+        let times = match partial.times() {
+            Some(times) => times,
+            None => {
+                let stat = stat::stat_fd(src.fd.as_fd());
+                let stat = stat.on("statx", Side::Src, src.path.as_ref())?;
+                partial.set_times((stat.atime, stat.mtime));
+                (stat.atime, stat.mtime)
+            }
+        };
+        let placer = Placer::new(self, &src, opened.as_fd(), partial, None);
+        self.crowd.each(placer.priority(), names, |name| {
+            let Some(claimed) = partial.claim(name) else {
+                return Ok(());
+            };
+            fault::point("ahead-before");
+            match placer.place(name) {
+                Ok(true) => {
+                    // After a crash nobody remembers them.
+                    let set = meta::set_times_fd(opened.as_fd(), times.0, times.1);
+                    set.on("utimensat", Side::Dst, src.path.as_ref())?;
+                    claimed.here();
+                }
+                Ok(false) => claimed.not_in_src(),
+                Err(e) => {
+                    if !matches!(e, Error::Stopped) {
+                        self.fail(&src.path.join(name), &e);
+                    }
+                    return Err(e);
+                }
+            }
+            fault::point("ahead-placed");
+            Ok(())
+        })
+    }
+
+    /// Calls `then` when a directory can be listed: in dst, or by the stream that comes with it.
+    pub fn when_listable(
+        self: &Arc<Self>,
+        ino: Ino,
+        then: impl FnOnce(Result<Option<Stream>>) + Send + 'static,
+    ) {
+        let node = match self.nodes.get(ino) {
+            Ok(node) => node,
+            Err(errno) => return then(Err(errno).on("opendir", Side::Dst, "")),
+        };
+        if !node.is_pending_dir() {
+            return then(Ok(None));
+        }
+        let (mirror, held) = (Arc::clone(self), Arc::clone(&node));
+        let ready = move |ready: Result<()>| match ready {
+            Err(e) => then(Err(e)),
+            Ok(()) if mirror.can_stream(&held) => then(Ok(Some(Stream {
+                dir: DirRef::of(&held),
+                cursor: Mutex::default(),
+            }))),
+            Ok(()) => {
+                mirror.when_populated(held.ino, Access::Look, |ready| then(ready.map(|()| None)))
+            }
+        };
+        self.when_large_or_populated(&node, Box::new(ready));
+    }
+
+    /// Whether src's names are all that there is to list. Where dst may hold others too, whoever lists
+    /// waits for all of them.
+    fn can_stream(&self, node: &Node) -> bool {
+        if !node.is_pending_dir() || self.control.identity.adopt {
+            return false;
+        }
+        let partial = self.partials.find(node.ino, &node.anchor);
+        partial.is_some_and(|p| node.ino != ROOT || p.is_clean())
+    }
+
+    /// The entries of a listing from `offset` on, placed: some of them, none at the end. May wait for
+    /// src: not for session threads. `dst` is the same directory there.
+    pub fn list_ahead(
+        &self,
+        stream: &Stream,
+        dst: BorrowedFd<'_>,
+        offset: u64,
+    ) -> Result<Vec<Entry>> {
+        let mut cursor = stream.cursor.lock();
+        let shown = stream.dir.origin.as_deref().cloned().unwrap_or_default();
+        if cursor.src.is_none() {
+            cursor.src = Some(self.source.open_again(&shown)?);
+        }
+        let mut offset = offset;
+        loop {
+            let len = (cursor.batch * 2).clamp(BATCH.0, BATCH.1);
+            cursor.batch = len;
+            let want = (offset + 1).saturating_sub(FIRST);
+            let listed = cursor.read(want, len);
+            let mut listed = listed.on("getdents64", Side::Src, &shown)?;
+            let Some(last) = listed.last() else {
+                return Ok(listed);
+            };
+            offset = last.next;
+            if let Some(partial) = self.partial(&stream.dir, Some(dst))? {
+                let names: Vec<_> = listed.iter().map(|e| e.name.clone()).collect();
+                self.place_ahead(&stream.dir, &partial, &names)?;
+            }
+            as_in_dst(&mut listed, dst, &shown)?;
+            if !listed.is_empty() {
+                return Ok(listed);
+            }
+        }
+    }
+}
+
+/// Gives src's entries the numbers and types that they have in dst; what is not there is left out.
+fn as_in_dst(listed: &mut Vec<Entry>, dst: BorrowedFd<'_>, shown: &RelPath) -> Result<()> {
+    let mut failed = Ok(());
+    listed.retain_mut(|entry| match stat::stat_at(dst, entry.name.as_cstr()) {
+        Ok(stat) => {
+            (entry.ino, entry.kind) = (stat.key.ino, stat.kind());
+            true
+        }
+        Err(Errno::NOENT) => false,
+        Err(e) => {
+            failed = Err(e).on("statx", Side::Dst, shown.join(&entry.name));
+            false
+        }
+    });
+    failed
+}
