@@ -13,6 +13,18 @@ pub const LARGE_FILE_BYTES: u64 = 8 << 20;
 /// Most FUSE session threads and copy workers that can be asked for.
 pub const THREADS_MAX: usize = 256;
 
+/// After this long a source that does not answer counts as away.
+pub const SOURCE_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// What becomes of an access that needs src while src is away.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OnError {
+    /// It waits until src is back.
+    Wait,
+    /// It is EIO after `source_timeout`.
+    Fail,
+}
+
 /// How much the log says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum LogLevel {
@@ -80,8 +92,10 @@ pub struct MountConfig {
     pub bwlimit: Option<u64>,
     /// How many walker threads and copy workers the background uses; `None`: all.
     pub jobs: Option<usize>,
-    /// How long an access waits for a source that does not answer; `None`: as long as it takes.
-    pub source_timeout: Option<Duration>,
+    /// After how long a source that does not answer counts as away.
+    pub source_timeout: Duration,
+    /// What becomes of an access while src is away.
+    pub on_error: OnError,
     /// When nothing is pending: finish, unmount and exit.
     pub finish: bool,
     /// Where the log goes; `None`: standard error in front, a file in the run directory else.
@@ -121,7 +135,8 @@ impl MountConfig {
             io_uring: true,
             bwlimit: None,
             jobs: None,
-            source_timeout: None,
+            source_timeout: SOURCE_TIMEOUT,
+            on_error: OnError::Wait,
             finish: false,
             log_file: None,
             log_level: LogLevel::Info,
@@ -139,6 +154,9 @@ impl MountConfig {
         in_range("threads", self.threads)?;
         in_range("workers", self.workers)?;
         in_range("--jobs", self.jobs.unwrap_or(1))?;
+        if self.source_timeout < Duration::from_millis(100) {
+            return Err("--source-timeout: not below 100ms".into());
+        }
         if self.finish && !self.background {
             return Err("--finish needs the background that --no-background switches off".into());
         }

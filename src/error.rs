@@ -108,6 +108,33 @@ impl Error {
         }
     }
 
+    /// True for failures of src that may pass: the connection or the device is gone, the server does not
+    /// answer or has forgotten a handle. EIO may be such a one too, or a bad block.
+    pub fn may_pass(&self) -> bool {
+        const PASSING: [Errno; 19] = [
+            Errno::IO,
+            Errno::STALE,
+            Errno::TIMEDOUT,
+            Errno::NOTCONN,
+            Errno::HOSTDOWN,
+            Errno::HOSTUNREACH,
+            Errno::NXIO,
+            Errno::NODEV,
+            Errno::CONNREFUSED,
+            Errno::CONNRESET,
+            Errno::CONNABORTED,
+            Errno::NETDOWN,
+            Errno::NETUNREACH,
+            Errno::NETRESET,
+            Errno::SHUTDOWN,
+            Errno::NOLINK,
+            Errno::COMM,
+            Errno::PROTO,
+            Errno::REMOTEIO,
+        ];
+        matches!(self, Error::Call { side: Side::Src, errno, .. } if PASSING.contains(errno))
+    }
+
     /// True when dst has no room: the only failure after which the walker waits and goes on.
     pub fn is_dst_full(&self) -> bool {
         matches!(self, Error::Call { side: Side::Dst, errno, .. }

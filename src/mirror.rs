@@ -20,7 +20,9 @@ mod ledger;
 mod links;
 mod namespace;
 mod node;
+mod outage;
 mod partial;
+mod patience;
 mod perms;
 mod place;
 mod populate;
@@ -35,6 +37,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use parking_lot::{Mutex, MutexGuard};
 use rustix::fs::{FileType, OFlags};
@@ -73,6 +76,7 @@ use hydrate::Hydrations;
 use ledger::Ledger;
 use links::Anchors;
 use partial::Partials;
+use patience::Patience;
 use prefetch::Prefetch;
 use running::Populates;
 use source::Source;
@@ -138,6 +142,9 @@ pub struct Mirror {
     engine: Engine,
     throttle: Arc<Throttle>,
     progress: Arc<Progress>,
+    outage: outage::Outage,
+    patience: Arc<Patience>,
+    source_timeout: Duration,
     large_file_bytes: u64,
     allowance: Allowance,
     /// Held while something marked is moved, and while a directory's mark is removed.
@@ -206,8 +213,10 @@ impl Mirror {
             ..Default::default()
         };
         let engine = Engine::start_throttled(&engine_config, Arc::clone(&throttle))?;
+        // A path that leads into our own mount leads nowhere else any more.
+        let src_again = Some(src_path).filter(|p| !p.starts_with(&config.mountpoint));
         let mirror = Arc::new(Mirror {
-            source: Source::new(Arc::new(src), mark),
+            source: Source::new(Arc::new(src), src_again, mark)?,
             crowd: crowd::Crowd::default(),
             shares: carry::Shares::default(),
             nodes: NodeTable::new(Arc::clone(&dst), root),
@@ -228,6 +237,9 @@ impl Mirror {
             engine,
             throttle,
             progress,
+            outage: outage::Outage::default(),
+            patience: Patience::new(config.on_error, config.source_timeout),
+            source_timeout: config.source_timeout,
             large_file_bytes: config.large_file_bytes,
             allowance: Allowance::new(config.cache),
             moves: Mutex::new(()),
@@ -242,6 +254,7 @@ impl Mirror {
         mirror.stamp_root()?;
         mirror.spawn("commit", Mirror::commit_loop)?;
         mirror.spawn("prefetch", Mirror::prefetch_loop)?;
+        mirror.spawn("src", Mirror::watch_loop)?;
         Ok(mirror)
     }
 
@@ -356,6 +369,7 @@ impl Mirror {
     /// Ends all work: what has landed is committed, what was queued stays pending.
     pub fn stop(&self) {
         self.stopping.store(true, Ordering::Relaxed);
+        self.stop_watching_src();
         self.engine.stop();
         self.commit.stop();
         self.prefetch.stop();
@@ -385,6 +399,12 @@ impl Mirror {
     fn fail(&self, path: &RelPath, error: &Error) {
         self.ledger.record(path, error);
         self.progress.errors.set(self.ledger.len() as u64);
+    }
+
+    fn fail_unless_stopped(&self, path: &RelPath, error: &Error) {
+        if !matches!(error, Error::Stopped) {
+            self.fail(path, error);
+        }
     }
 
     /// A later try succeeded.

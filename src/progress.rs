@@ -5,6 +5,9 @@
 pub mod waits;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::time::{Instant, SystemTime};
+
+use parking_lot::Mutex;
 
 use self::waits::Waits;
 
@@ -82,7 +85,34 @@ pub struct Progress {
     pub stuck: AtomicBool,
     /// The walker waits for room in dst.
     pub dst_full: AtomicBool,
+    /// src is away.
+    pub src_is_away: AtomicBool,
+    /// Since when, and what it says.
+    pub src_away: Mutex<Option<Away>>,
 }
+
+/// A src that does not answer.
+#[derive(Debug, Clone)]
+pub struct Away {
+    /// When that was found.
+    pub since: Instant,
+    /// Likewise, for people.
+    pub since_wall: SystemTime,
+    /// What its root answered, in one line.
+    pub why: String,
+}
+
+impl Away {
+    /// As of now.
+    pub fn now(why: String) -> Away {
+        Away {
+            since: Instant::now(),
+            since_wall: SystemTime::now(),
+            why,
+        }
+    }
+}
+
 impl Progress {
     /// Somebody waits, for src or for a barrier.
     pub fn is_waited_for(&self) -> bool {

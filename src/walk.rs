@@ -292,7 +292,7 @@ impl Shared {
         let throttle = self.mirror.throttle();
         let rests = n >= self.workers_fast && !self.mirror.src_is_slow();
         match throttle.background() {
-            Background::Running => n < throttle.jobs() && !rests,
+            Background::Running => n < throttle.jobs() && !rests && !self.mirror.src_is_away(),
             Background::Paused => false,
             Background::Off => n == 0,
         }
@@ -420,7 +420,8 @@ impl Shared {
     fn populate(self: &Arc<Self>, task: &Arc<Task>) -> Result<bool> {
         let published = || self.child_of(task);
         let carrier = Carrier::new(&published);
-        self.mirror.populate_now(&task.dir, &carrier)?;
+        let stopping = || self.stopping();
+        self.mirror.populate_now(&task.dir, &carrier, stopping)?;
         self.mirror.wait_for_room();
         let Some(placed) = carrier.placed() else {
             return Ok(false);

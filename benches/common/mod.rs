@@ -172,7 +172,9 @@ pub fn carry(mirror: &Arc<Mirror>) -> usize {
     };
     let carrier = Carrier::new(&settled);
     let root = mirror.root_dir().expect("the root").expect("a mark");
-    mirror.populate_now(&root, &carrier).expect("populated");
+    mirror
+        .populate_now(&root, &carrier, || false)
+        .expect("populated");
     drop(carrier);
     drop(tell);
     told.iter()

@@ -28,6 +28,10 @@ pub struct MountFile {
     pub log_file: Option<PathBuf>,
     /// `--log-level`.
     pub log_level: Option<String>,
+    /// `--source-timeout`.
+    pub source_timeout: Option<String>,
+    /// `--on-error`.
+    pub on_error: Option<String>,
     /// `--metrics`.
     pub metrics: Option<String>,
     /// `--metrics-file`.

@@ -2,11 +2,12 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{ArgAction, Args, ValueEnum};
 
 use super::{EXIT_CODES, MountFile};
-use crate::config::{Cache, LogLevel, MountConfig};
+use crate::config::{Cache, LogLevel, MountConfig, OnError};
 
 pub(super) const ABOUT: &str = "\
 Makes the whole tree of SRC usable at MOUNTPOINT, before anything was copied.
@@ -36,7 +37,8 @@ pub struct Mount {
     /// (what background copies of large files leave in the page cache), threads=N (FUSE
     /// session threads), workers=N (copy workers), noprefetch (files are not pulled because others
     /// of their directory were opened), adopt, nobackground, finish, log=FILE, loglevel=LEVEL,
-    /// bwlimit=RATE, jobs=N, metrics=ADDR, metrics-file=FILE, config=FILE. ro, nosuid, nodev and noexec apply to the mount. allow_other lets other
+    /// bwlimit=RATE, jobs=N, source-timeout=DUR, on-error=wait|fail, metrics=ADDR, metrics-file=FILE,
+    /// config=FILE. ro, nosuid, nodev and noexec apply to the mount. allow_other lets other
     /// users in where root is not asked (/etc/fuse.conf must allow it); root's mounts are open to
     /// all anyway. What mount(8) and
     /// fstab(5) use for themselves (defaults, rw, nofail, noauto, _netdev, x-*, ...) is accepted
@@ -103,6 +105,27 @@ pub struct Mount {
         hide_env_values = true
     )]
     pub jobs: Option<usize>,
+    /// After how long a SRC that does not answer counts as away: 30s, 5m
+    ///
+    /// Default: 30s.
+    #[arg(
+        long,
+        value_name = "DUR",
+        env = "MIRRORFS_SOURCE_TIMEOUT",
+        hide_env_values = true,
+        value_parser = humantime::parse_duration
+    )]
+    pub source_timeout: Option<Duration>,
+    /// What becomes of an access that needs SRC while SRC is away
+    ///
+    /// Default: wait. An entry that cannot be read while SRC answers is an I/O error with both.
+    #[arg(
+        long,
+        value_name = "WHAT",
+        env = "MIRRORFS_ON_ERROR",
+        hide_env_values = true
+    )]
+    pub on_error: Option<OnErrorArg>,
     /// Serve OpenMetrics and a status page over HTTP: a port of 127.0.0.1, or ADDRESS:PORT
     ///
     /// Whoever can reach the address can read names of files. /metrics is for Prometheus, / for a
@@ -139,6 +162,24 @@ pub struct Mount {
     /// mount(8)'s -s: an option that is not known is no error.
     #[arg(skip)]
     pub sloppy: bool,
+}
+
+/// `--on-error`.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum OnErrorArg {
+    /// It waits until SRC is back
+    Wait,
+    /// It is an I/O error after --source-timeout
+    Fail,
+}
+
+impl From<OnErrorArg> for OnError {
+    fn from(arg: OnErrorArg) -> OnError {
+        match arg {
+            OnErrorArg::Wait => OnError::Wait,
+            OnErrorArg::Fail => OnError::Fail,
+        }
+    }
 }
 
 /// `--log-level`.
@@ -195,6 +236,8 @@ impl Mount {
         config.log_file = self.log_file.or(config.log_file);
         config.log_level = self.log_level.map_or(config.log_level, LogLevel::from);
         set_limits(&mut config, self.bwlimit, self.jobs);
+        config.source_timeout = self.source_timeout.unwrap_or(config.source_timeout);
+        config.on_error = self.on_error.map_or(config.on_error, OnError::from);
         config.metrics = self.metrics.or(config.metrics);
         config.metrics_file = self.metrics_file.or(config.metrics_file);
         for option in self.options.iter().flat_map(|list| list.split(',')) {
@@ -228,6 +271,12 @@ fn from_file(config: &mut MountConfig, file: &MountFile) -> Result<(), String> {
     if let Some(name) = &file.log_level {
         config.log_level = LogLevel::from_name(name)
             .ok_or_else(|| in_file(format!("log-level = {name:?}: not a level")))?;
+    }
+    if let Some(text) = &file.source_timeout {
+        config.source_timeout = duration(text).map_err(in_file)?;
+    }
+    if let Some(text) = &file.on_error {
+        config.on_error = on_error(text).map_err(in_file)?;
     }
     let metrics = file.metrics.as_deref().map(address).transpose();
     config.metrics = metrics.map_err(in_file)?;
@@ -312,6 +361,13 @@ fn mount_option(config: &mut MountConfig, option: &str) -> Result<(), String> {
             set_limits(config, Some(rate), None);
         }
         ("jobs", Some(text)) => set_limits(config, None, Some(number(key, text)?)),
+        ("source-timeout", Some(text)) => {
+            let time = duration(text).map_err(|e| format!("-o source-timeout={e}"))?;
+            config.source_timeout = time;
+        }
+        ("on-error", Some(text)) => {
+            config.on_error = on_error(text).map_err(|e| format!("-o on-error={e}"))?;
+        }
         ("metrics", Some(text)) => {
             config.metrics = Some(address(text).map_err(|e| format!("-o metrics={e}"))?);
         }
@@ -319,7 +375,7 @@ fn mount_option(config: &mut MountConfig, option: &str) -> Result<(), String> {
         ("config", Some(_)) => {} // See `config_file`.
         (
             "large" | "cache" | "threads" | "workers" | "log" | "loglevel" | "bwlimit" | "jobs"
-            | "metrics" | "metrics-file" | "config",
+            | "metrics" | "metrics-file" | "source-timeout" | "on-error" | "config",
             None,
         ) => {
             return Err(format!("-o {key} needs a value: -o {key}=..."));
@@ -339,6 +395,15 @@ fn cache(word: &str) -> Result<Cache, String> {
         "drop" => Ok(Cache::Drop),
         _ => Err(format!("{word}: not auto, keep or drop")),
     }
+}
+
+fn duration(text: &str) -> Result<Duration, String> {
+    humantime::parse_duration(text).map_err(|e| format!("{text}: {e}"))
+}
+
+fn on_error(text: &str) -> Result<OnError, String> {
+    let arg = OnErrorArg::from_str(text, true).map(OnError::from);
+    arg.map_err(|_| format!("{text}: not wait or fail"))
 }
 
 fn number(key: &str, text: &str) -> Result<usize, String> {

@@ -140,10 +140,10 @@ impl Shared {
             return reply.error(Errno::BADF);
         };
         if !Self::is_streamed(&listing, at.offset) {
-            return Self::readdirplus_now(shared, listing, &at, reply, Wait::No);
+            return Self::readdirplus_now(shared, listing, &at, reply);
         }
         let again = Arc::clone(shared);
-        let task = move || Self::readdirplus_now(&again, listing, &at, reply, Wait::Yes);
+        let task = move || Self::readdirplus_now(&again, listing, &at, reply);
         shared.mirror.run_demand(Priority::Demand, Box::new(task));
     }
 
@@ -152,7 +152,6 @@ impl Shared {
         listing: Arc<Listing>,
         at: &At,
         reply: Reply<Entries>,
-        wait: Wait,
     ) {
         let mut out = Entries::with_room(at.size);
         if at.offset <= DOT {
@@ -174,14 +173,19 @@ impl Shared {
             out,
             reply,
         };
-        if let Some(fill) = shared.fill(fill, wait) {
-            let again = Arc::clone(shared);
-            let task = move || {
-                // With Wait::Yes it always ends.
-                let _ = again.fill(fill, Wait::Yes); // Replied inside.
-            };
-            shared.mirror.run_demand(Priority::Demand, Box::new(task));
-        }
+        Shared::fill_asking(shared, fill, Ask::Src);
+    }
+
+    /// Fills the reply; where src has to be asked, it goes on when src has answered.
+    fn fill_asking(shared: &Arc<Shared>, fill: Fill, first: Ask) {
+        let Some((fill, node)) = shared.fill(fill, first) else {
+            return;
+        };
+        let again = Arc::clone(shared);
+        shared.mirror.with_attr(&node, move |attr| match attr {
+            Ok(_) => Shared::fill_asking(&again, fill, Ask::Src),
+            Err(_) => Shared::fill_asking(&again, fill, Ask::Nobody),
+        });
     }
 
     /// `.` and `..`: the kernel takes no node from them. False: no room.
@@ -202,9 +206,9 @@ impl Shared {
             && add(Self::parent_of(listing), DOTDOT, b".."))
     }
 
-    /// Adds entries until the reply is full or the directory ends, and sends it. With `Wait::No`
-    /// comes back unfinished, before the first entry that src has to be asked about.
-    fn fill(&self, mut fill: Fill, wait: Wait) -> Option<Fill> {
+    /// Adds entries until the reply is full or the directory ends, and sends it. Comes back unfinished
+    /// before the first entry that src has to be asked about. `first`: what is to be done about that.
+    fn fill(&self, mut fill: Fill, mut first: Ask) -> Option<(Fill, Arc<Node>)> {
         while let Some(entry) = fill.entries.next() {
             let next = entry.next;
             if Self::is_hidden(&fill.listing, &entry) {
@@ -220,28 +224,34 @@ impl Shared {
                 fill.at = next;
                 continue;
             };
-            let attr = match (self.mirror.attr_now(&node), wait) {
-                (Ok(Some(attr)), _) => Some(attr),
-                (Ok(None), Wait::No) => {
+            let attr = match self.mirror.attr_now(&node) {
+                Ok(Some(attr)) => Some(attr),
+                // It must not look missing: whoever wants more than its name asks again.
+                Ok(None) if std::mem::replace(&mut first, Ask::Src) == Ask::Nobody => None,
+                Ok(None) => {
                     self.mirror.nodes().forget(node.ino, 1);
                     let left: Vec<_> = std::iter::once(entry).chain(fill.entries).collect();
-                    return Some(Fill {
-                        entries: left.into_iter(),
-                        ..fill
-                    });
+                    let entries = left.into_iter();
+                    return Some((Fill { entries, ..fill }, node));
                 }
-                (Ok(None), Wait::Yes) => self.mirror.attr_asking(&node).ok(),
-                (Err(_), _) => None,
+                Err(_) => {
+                    self.mirror.nodes().forget(node.ino, 1);
+                    fill.reply.error(Errno::IO);
+                    return None;
+                }
             };
-            let Some(attr) = attr else {
-                // src does not answer for this one: it must not look missing.
+            let Some(shown) = self.plus(&node, attr, &fill.listing) else {
                 self.mirror.nodes().forget(node.ino, 1);
                 fill.reply.error(Errno::IO);
                 return None;
             };
-            let shown = self.plus(&node, attr);
-            if !fill.out.add(Some(&shown), &Dirent::of(&entry, node.ino)) {
+            if shown.ino == 0 {
                 self.mirror.nodes().forget(node.ino, 1);
+            }
+            if !fill.out.add(Some(&shown), &Dirent::of(&entry, node.ino)) {
+                if shown.ino != 0 {
+                    self.mirror.nodes().forget(node.ino, 1);
+                }
                 let left = std::iter::once(entry).chain(fill.entries).collect();
                 Self::keep_ahead(&fill.listing, fill.at, left);
                 fill.reply.ok(fill.out);
@@ -253,13 +263,25 @@ impl Shared {
         None
     }
 
-    /// One time for the name and the attributes: the shorter.
-    fn plus(&self, node: &Node, attr: Attr) -> answer::Entry {
+    /// One time for the name and the attributes: the shorter. Without attributes the entry is number
+    /// 0, which tells the kernel that there is the name only.
+    fn plus(&self, node: &Node, attr: Option<Attr>, listing: &Listing) -> Option<answer::Entry> {
+        let Some(attr) = attr else {
+            // It does not look at these.
+            let attr = self.mirror.attr_now(&listing.node).ok()??;
+            return Some(answer::Entry {
+                ino: 0,
+                generation: 0,
+                attr,
+                entry_ttl: Duration::ZERO,
+                attr_ttl: Duration::ZERO,
+            });
+        };
         let shown = self.entry(node, attr);
-        answer::Entry {
+        Some(answer::Entry {
             entry_ttl: shown.attr_ttl,
             ..shown
-        }
+        })
     }
 }
 
@@ -272,10 +294,13 @@ fn first_real(offset: u64) -> u64 {
     }
 }
 
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Wait {
-    No,
-    Yes,
+/// What is done about an entry whose attributes only src knows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Ask {
+    /// It is asked.
+    Src,
+    /// It was, and said nothing.
+    Nobody,
 }
 
 /// A reply in work.

@@ -12,12 +12,14 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::time::Instant;
 
 use parking_lot::Mutex;
 use rustix::io::Errno;
 
 use super::Mirror;
 use super::node::{Ino, Node, ROOT};
+use super::outage::{Again, pause_before};
 use super::partial::Partial;
 use super::place::Placer;
 use super::populate::{Access, DirRef, Waiter};
@@ -104,18 +106,33 @@ impl Mirror {
     pub(super) fn look_ahead(self: &Arc<Self>, parent: &Node, name: Name, then: Waiter) {
         let dir = DirRef::of(parent);
         let shown = dir.origin.as_ref().map(|o| o.join(&name).to_path());
-        let wait = self.progress.waits.begin(shown.unwrap_or_default());
+        let then = self.waiting(shown.unwrap_or_default(), then);
+        self.look_later(dir, name, 0, then);
+    }
+
+    fn look_later(self: &Arc<Self>, dir: DirRef, name: Name, attempt: u32, then: Waiter) {
         let mirror = Arc::clone(self);
         let task = move || {
-            let placed = mirror.look_for(&dir, &name);
-            drop(wait);
-            match placed {
+            let error = match mirror.look_for(&dir, &name) {
                 Ok(partial) => {
                     then(Ok(()));
                     partial.inspect(|p| mirror.place_rest(&dir, p));
+                    return;
                 }
-                Err(e) => then(Err(e)),
-            }
+                Err(e) => e,
+            };
+            let Some(pause) = pause_before(attempt, &error) else {
+                if let Some(origin) = &dir.origin {
+                    mirror.fail_unless_stopped(&origin.join(&name), &error);
+                }
+                return then(Err(error));
+            };
+            dir.origin.iter().for_each(|o| mirror.source.forget_dir(o));
+            Arc::clone(&mirror).later(pause, move |again| match again {
+                Again::Stopping => then(Err(Error::Stopped)),
+                Again::Back => mirror.look_later(dir, name, 0, then),
+                Again::Here => mirror.look_later(dir, name, attempt + 1, then),
+            });
         };
         self.engine.pool().run(Priority::Demand, Box::new(task));
     }
@@ -168,12 +185,7 @@ impl Mirror {
                     claimed.here();
                 }
                 Ok(false) => claimed.not_in_src(),
-                Err(e) => {
-                    if !matches!(e, Error::Stopped) {
-                        self.fail(&src.path.join(name), &e);
-                    }
-                    return Err(e);
-                }
+                Err(e) => return Err(e),
             }
             fault::point("ahead-placed");
             Ok(())
@@ -225,7 +237,39 @@ impl Mirror {
         dst: BorrowedFd<'_>,
         offset: u64,
     ) -> Result<Vec<Entry>> {
+        let (mut attempt, began) = (0, Instant::now());
         let mut cursor = stream.cursor.lock();
+        loop {
+            let error = match self.list_once(stream, &mut cursor, dst, offset) {
+                Ok(entries) => return Ok(entries),
+                Err(e) => e,
+            };
+            // Where src goes on may have another offset in what is mounted anew: from the start.
+            *cursor = Cursor::default();
+            let origin = stream.dir.origin.as_ref();
+            origin.iter().for_each(|o| self.source.forget_dir(o));
+            if !self.wait_here(&mut attempt, &error, began) {
+                if let (
+                    Some(path),
+                    Error::Call {
+                        side: Side::Src, ..
+                    },
+                ) = (origin, &error)
+                {
+                    self.fail(path, &error);
+                }
+                return Err(error);
+            }
+        }
+    }
+
+    fn list_once(
+        &self,
+        stream: &Stream,
+        cursor: &mut Cursor,
+        dst: BorrowedFd<'_>,
+        offset: u64,
+    ) -> Result<Vec<Entry>> {
         let shown = stream.dir.origin.as_deref().cloned().unwrap_or_default();
         if cursor.src.is_none() {
             cursor.src = Some(self.source.open_again(&shown)?);

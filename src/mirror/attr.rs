@@ -154,20 +154,12 @@ impl Mirror {
         if let Some(info) = self.source.recall(node.ino) {
             return then(Ok(info));
         }
-        let (mirror, node) = (Arc::clone(self), Arc::clone(node));
-        let task = move || then(mirror.ask_src(&node));
-        self.engine.pool().run(Priority::Demand, Box::new(task));
-    }
-
-    /// The attributes, asking src where needed: may wait, not for session threads.
-    pub fn attr_asking(&self, node: &Arc<Node>) -> Result<Attr> {
-        for _ in 0..3 {
-            if let Some(attr) = self.attr_now(node)? {
-                return Ok(attr);
-            }
-            self.ask_src(node)?;
-        }
-        Err(Error::Stopped)
+        let path = node
+            .origin()
+            .map(|o| o.path().to_path())
+            .unwrap_or_default();
+        let then = self.waiting(path, then);
+        self.ask_later(Arc::clone(node), Mirror::ask_src, 0, then);
     }
 
     /// Runs something that may wait for src on a pool thread.
@@ -176,7 +168,7 @@ impl Mirror {
     }
 
     /// statx in src; may wait for it.
-    fn ask_src(&self, node: &Node) -> Result<SrcInfo> {
+    pub(super) fn ask_src(&self, node: &Node) -> Result<SrcInfo> {
         let shown = || node.display_name();
         let origin = node
             .origin()

@@ -10,7 +10,6 @@ use super::Mirror;
 use super::hydrate::Need;
 use super::node::Node;
 use super::ranged::ReadDone;
-use crate::engine::job::Priority;
 use crate::error::{Context, Error, Result, Side};
 use crate::sys::host::FsStat;
 use crate::sys::{caps, copy, fd, host};
@@ -129,20 +128,27 @@ impl Mirror {
         if !node.is_pending_file() {
             return then(copy::seek_data_or_hole(file, offset, data));
         }
-        let (mirror, node) = (Arc::clone(self), Arc::clone(node));
-        let task = move || {
-            let Some((dir, name)) = node.origin().and_then(|o| Some((o.dir, o.name?))) else {
-                return then(Err(Errno::STALE));
-            };
-            let opened = mirror.source.dir(&dir).and_then(|d| {
-                fd::open_src(d.fd.as_fd(), &name).on("open", Side::Src, dir.join(&name))
-            });
-            match opened {
-                Ok(file) => then(copy::seek_data_or_hole(file.as_fd(), offset, data)),
-                Err(_) => then(Err(Errno::IO)),
-            }
-        };
-        self.engine.pool().run(Priority::Demand, Box::new(task));
+        let path = node.origin().map(|o| o.path().to_path());
+        let told = move |at: Result<u64>| then(at.map_err(|e| user_errno(&e)));
+        let told = self.limit(path.unwrap_or_default(), told);
+        let ask = move |mirror: &Mirror, node: &Node| mirror.seek_src(node, (offset, data));
+        self.ask_later(Arc::clone(node), ask, 0, told);
+    }
+
+    /// SEEK_DATA or SEEK_HOLE in src.
+    pub(super) fn seek_src(&self, node: &Node, (offset, data): (u64, bool)) -> Result<u64> {
+        let shown = || node.display_name();
+        let origin = node.origin().and_then(|o| Some((o.dir, o.name?)));
+        let (dir, name) = origin
+            .ok_or(Errno::STALE)
+            .on("origin", Side::Dst, shown())?;
+        let opened = self.source.dir(&dir)?;
+        let file = fd::open_src(opened.fd.as_fd(), &name).on("open", Side::Src, dir.join(&name))?;
+        match copy::seek_data_or_hole(file.as_fd(), offset, data) {
+            // The answer, not a failure: nothing follows.
+            Err(Errno::NXIO) => Err(Errno::NXIO).on("lseek", Side::Dst, dir.join(&name)),
+            other => other.on("lseek", Side::Src, dir.join(&name)),
+        }
     }
 
     /// fallocate(2) on a file that is open for writing.

@@ -95,6 +95,8 @@ pub(super) struct State {
     pub(super) writers: Vec<Waiter>,
     pub(super) settled: Vec<Waiter>,
     pub(super) started: Instant,
+    /// Tries of the whole-file job that failed as if src were away.
+    pub(super) attempts: u32,
     pub(super) bytes: u64,
     /// Nothing of it is to stay in the page cache.
     pub(super) passes: bool,
@@ -180,6 +182,7 @@ impl Hydrations {
             writers: Vec::new(),
             settled: Vec::new(),
             started: Instant::now(),
+            attempts: 0,
             bytes: 0,
             passes: false,
             next_range: 0,
@@ -247,11 +250,7 @@ impl Mirror {
 
     fn hydrate_waiting(self: &Arc<Self>, file: &FileRef, need: Need, then: Waiter) {
         let path = file.origin.as_ref().map(|o| o.path().to_path());
-        let wait = self.progress.waits.begin(path.unwrap_or_default());
-        let then: Waiter = Box::new(move |result| {
-            drop(wait);
-            then(result);
-        });
+        let then: Waiter = self.waiting(path.unwrap_or_default(), then);
         self.hydrate(file, need, Priority::Demand, then);
     }
 
@@ -299,7 +298,7 @@ impl Mirror {
         let (mirror, hydration) = (Arc::clone(self), Arc::clone(hydration));
         let go = move || {
             if let Err(e) = mirror.submit_whole(&hydration, priority) {
-                mirror.fail_hydration(&hydration, e);
+                mirror.whole_failed(&hydration, e);
             }
         };
         if at_hand || priority == Priority::Background {
@@ -394,7 +393,7 @@ impl Mirror {
     /// The last job has ended: restore what writing disturbed, then wake the readers.
     pub(super) fn land(self: &Arc<Self>, hydration: &Arc<Hydration>, copied: Copied) {
         if let Err(e) = self.restore(hydration, &copied) {
-            return self.fail_hydration(hydration, e);
+            return self.whole_failed(hydration, e);
         }
         fault::point("hydrate-landed");
         let ino = hydration.file.ino;
@@ -587,7 +586,7 @@ impl Completion for Whole {
                     self.mirror.land(&self.hydration, copied);
                 }
             }
-            Err(e) => self.mirror.fail_hydration(&self.hydration, e),
+            Err(e) => self.mirror.whole_failed(&self.hydration, e),
         }
     }
 }

@@ -10,7 +10,9 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::time::Duration;
 
+use crossbeam_channel::RecvTimeoutError;
 use rustix::fs::{FileType, OFlags};
 use rustix::io::Errno;
 
@@ -39,6 +41,9 @@ const LISTINGS_MAX: u32 = 3;
 const LARGE_DIR: usize = 1024;
 /// Entries of a large directory that are read, sorted and placed at a time.
 const CHUNK: usize = 32 << 10;
+
+/// How often a walker that waits for others looks whether it is to stop.
+const LOOK_UP: Duration = Duration::from_millis(200);
 
 /// What waits for something to be ready: called once, without any lock held.
 pub type Waiter = Box<dyn FnOnce(Result<()>) + Send>;
@@ -133,25 +138,21 @@ impl Mirror {
     /// Runs the populate that this thread has begun on a pool thread.
     fn populate_on_pool(self: &Arc<Self>, node: &Node) {
         let (mirror, dir) = (Arc::clone(self), DirRef::of(node));
-        let task = move || mirror.populate_claimed(&dir, None, Extent::Whole);
+        let task = move || mirror.populate_claimed(&dir, None, Extent::Whole, 0);
         self.engine.pool().run(Priority::Demand, Box::new(task));
     }
 
     /// Populates a directory on this thread, unless somebody does it already.
     pub(super) fn populate_for_nobody(self: &Arc<Self>, dir: &DirRef, extent: Extent) {
         if self.populates.begin(dir.ino) {
-            self.populate_claimed(dir, None, extent);
+            self.populate_claimed(dir, None, extent, 0);
         }
     }
 
     /// Somebody waits for a directory: it is shown until he hears.
     fn waiting_for(&self, node: &Node, then: Waiter) -> Waiter {
         let origin = node.origin().map(|o| o.path().to_path());
-        let wait = self.progress.waits.begin(origin.unwrap_or_default());
-        Box::new(move |ready| {
-            drop(wait);
-            then(ready);
-        })
+        self.waiting(origin.unwrap_or_default(), then)
     }
 
     /// Calls `then` when a change in the directory cannot be undone by a crash: it and those above it
@@ -220,27 +221,43 @@ impl Mirror {
 
     /// Populates a directory on the calling thread, with the data of its small files, or waits for
     /// whoever does it already. For the walker; a session thread must not call it.
-    pub fn populate_now(self: &Arc<Self>, dir: &DirRef, carrier: &Carrier<'_>) -> Result<()> {
-        self.populate_here(dir, Some(carrier))
+    pub fn populate_now(
+        self: &Arc<Self>,
+        dir: &DirRef,
+        carrier: &Carrier<'_>,
+        stopping: impl Fn() -> bool,
+    ) -> Result<()> {
+        self.populate_here(dir, Some(carrier), stopping)
     }
 
     /// Populates a directory on the calling thread: names only.
     pub fn populate_names(self: &Arc<Self>, dir: &DirRef) -> Result<()> {
-        self.populate_here(dir, None)
+        self.populate_here(dir, None, || self.stopping())
     }
 
-    fn populate_here(self: &Arc<Self>, dir: &DirRef, carrier: Option<&Carrier<'_>>) -> Result<()> {
+    fn populate_here(
+        self: &Arc<Self>,
+        dir: &DirRef,
+        carrier: Option<&Carrier<'_>>,
+        stopping: impl Fn() -> bool,
+    ) -> Result<()> {
         let (tell, told) = crossbeam_channel::bounded(1);
         let waiter: Waiter = Box::new(move |result| {
-            let _ = tell.send(result); // The receiver below outlives every sender but a panic.
+            let _ = tell.send(result); // Too late, while we stop.
         });
         if self.populates.join(dir.ino, waiter) {
             carrier.inspect(|c| c.must_list());
         } else {
             carrier.inspect(|c| c.enter(dir.ino));
-            self.populate_claimed(dir, carrier, Extent::Whole);
+            self.populate_claimed(dir, carrier, Extent::Whole, 0);
         }
-        told.recv().unwrap_or(Err(Error::Stopped))
+        loop {
+            match told.recv_timeout(LOOK_UP) {
+                Ok(result) => return result,
+                Err(RecvTimeoutError::Timeout) if !stopping() => {}
+                Err(_) => return Err(Error::Stopped),
+            }
+        }
     }
 
     /// Waits while more files have landed or were carried than memory is for. For walker threads.
@@ -249,11 +266,12 @@ impl Mirror {
     }
 
     /// Runs the populate that `join` gave to this thread, and tells all who wait.
-    fn populate_claimed(
+    pub(super) fn populate_claimed(
         self: &Arc<Self>,
         dir: &DirRef,
         carrier: Option<&Carrier<'_>>,
         extent: Extent,
+        attempt: u32,
     ) {
         let result = match self.populate(dir, carrier, extent) {
             Ok(true) => Ok(()),
@@ -261,6 +279,18 @@ impl Mirror {
             Err(e) => Err(e),
         };
         if let Err(e) = &result
+            && self.populate_later(dir, extent, attempt, e)
+        {
+            // Somebody else ends it.
+            carrier.inspect(|c| c.must_list());
+            return;
+        }
+        self.populate_ended(dir, &result);
+    }
+
+    /// Tells all who wait.
+    pub(super) fn populate_ended(&self, dir: &DirRef, result: &Result<()>) {
+        if let Err(e) = result
             && let Some(origin) = &dir.origin
             && !matches!(e, Error::Stopped)
         {

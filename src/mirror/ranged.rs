@@ -25,10 +25,12 @@ use crate::sys::name::RelPath;
 const RANGE_UNIT: u64 = 256 * 1024;
 
 pub(super) struct RangeJob {
-    id: u64,
-    range: Range<u64>,
+    pub(super) id: u64,
+    pub(super) range: Range<u64>,
     bytes: Vec<u8>,
     got: RangeSet,
+    /// Tries that failed as if src were away.
+    pub(super) attempts: u32,
     pub(super) readers: Vec<RangeReader>,
 }
 
@@ -76,7 +78,9 @@ impl Mirror {
                 drop(state);
                 return then(self.read_here(&file, &hydration.path, range));
             }
-            let wait = self.progress.waits.begin(hydration.path.to_path());
+            let path = hydration.path.to_path();
+            let wait = self.progress.waits.begin(path.clone());
+            let then = self.limit(path, then);
             let job = state.wait_for_range(range, info.size, then, wait);
             (job, room && state.ask(Priority::Background))
         };
@@ -113,7 +117,12 @@ impl Mirror {
         Ok(bytes)
     }
 
-    fn submit_range(self: &Arc<Self>, hydration: &Arc<Hydration>, id: u64, range: Range<u64>) {
+    pub(super) fn submit_range(
+        self: &Arc<Self>,
+        hydration: &Arc<Hydration>,
+        id: u64,
+        range: Range<u64>,
+    ) {
         let result = self.prepare(hydration).and_then(|prepared| {
             let Some((dst, src, name)) = prepared else {
                 self.already_done(hydration);
@@ -140,7 +149,17 @@ impl Mirror {
         }
     }
 
-    fn range_done(self: &Arc<Self>, hydration: &Arc<Hydration>, id: u64, result: Result<()>) {
+    pub(super) fn range_done(
+        self: &Arc<Self>,
+        hydration: &Arc<Hydration>,
+        id: u64,
+        result: Result<()>,
+    ) {
+        if let Err(e) = &result
+            && self.range_later(hydration, id, e)
+        {
+            return;
+        }
         if let Err(e) = &result {
             match e.is_dst_full() {
                 true => self.progress.dst_full.store(true, Ordering::Relaxed),
@@ -208,6 +227,7 @@ impl State {
             range: start..end,
             bytes: vec![0; (end - start) as usize],
             got: RangeSet::new(),
+            attempts: 0,
             readers: vec![reader],
         });
         Some((id, start..end))

@@ -4,11 +4,12 @@
 
 use std::collections::HashMap;
 use std::num::NonZeroUsize;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use lru::LruCache;
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 use rustix::fs::OFlags;
 
 use crate::error::{Context, Result, Side};
@@ -69,10 +70,34 @@ impl From<&Stat> for SrcInfo {
 
 type FsId = (u64, (u32, u32));
 
+/// What SRC's root is known by when its path leads to it again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Face {
+    ino: u64,
+    /// The empty directory below a mount that is gone has the same path, and is none.
+    mount_root: bool,
+    magic: u64,
+}
+
+impl Face {
+    fn of(root: BorrowedFd<'_>) -> Result<Face> {
+        let stat = stat::stat_fd_fresh(root).on("statx", Side::Src, ".")?;
+        let fs = host::fs_stat(root).on("statfs", Side::Src, ".")?;
+        Ok(Face {
+            ino: stat.key.ino,
+            mount_root: stat.mount_root,
+            magic: fs.magic,
+        })
+    }
+}
+
 /// The tree that is copied from.
 #[derive(Debug)]
 pub struct Source {
-    root: Arc<OwnedFd>,
+    root: RwLock<Arc<OwnedFd>>,
+    face: Face,
+    /// SRC's path, where it leads past our own mount.
+    path: Option<PathBuf>,
     mark: MarkName,
     dirs: Mutex<LruCache<Arc<RelPath>, Arc<SrcDir>>>,
     mounts: Mutex<HashMap<FsId, (Arc<RelPath>, Capture)>>,
@@ -80,15 +105,44 @@ pub struct Source {
 }
 
 impl Source {
-    /// A source with its root open.
-    pub fn new(root: Arc<OwnedFd>, mark: MarkName) -> Source {
-        Source {
-            root,
+    /// A source with its root open; `path`: where it can be found again after it was away.
+    pub fn new(root: Arc<OwnedFd>, path: Option<PathBuf>, mark: MarkName) -> Result<Source> {
+        Ok(Source {
+            face: Face::of(root.as_fd())?,
+            root: RwLock::new(root),
+            path,
             mark,
             dirs: Mutex::new(LruCache::new(OPEN_DIRS)),
             mounts: Mutex::new(HashMap::new()),
             known: Mutex::new(LruCache::new(KNOWN_FILES)),
+        })
+    }
+
+    fn root(&self) -> Arc<OwnedFd> {
+        Arc::clone(&self.root.read())
+    }
+
+    /// Asks the root whether it is there, past all caches; opens it anew where it is not and its path
+    /// leads to the same directory. May hang.
+    pub fn ask(&self) -> Result<()> {
+        let asked = self.root();
+        let old = Face::of(asked.as_fd());
+        let (Err(_), Some(path)) = (&old, &self.path) else {
+            return old.map(|_| ());
+        };
+        let new = host::open_dir(path).on("open", Side::Src, path)?;
+        if Face::of(new.as_fd())? != self.face {
+            return old.map(|_| ());
         }
+        *self.root.write() = Arc::new(new);
+        self.dirs.lock().clear();
+        self.mounts.lock().clear();
+        Ok(())
+    }
+
+    /// The directory is opened anew the next time.
+    pub fn forget_dir(&self, path: &RelPath) {
+        self.dirs.lock().pop(path);
     }
 
     /// The directory, if it is open already: never waits.
@@ -102,7 +156,7 @@ impl Source {
             return Ok(dir);
         }
         let opened =
-            fd::open_src_dir(self.root.as_fd(), path).on("open", Side::Src, path.as_ref())?;
+            fd::open_src_dir(self.root().as_fd(), path).on("open", Side::Src, path.as_ref())?;
         let stat = stat::stat_fd(opened.as_fd()).on("statx", Side::Src, path.as_ref())?;
         let (mount, capture) = self.mount_of(path, &stat, &opened)?;
         let dir = Arc::new(SrcDir {
@@ -117,7 +171,7 @@ impl Source {
 
     /// Opens a directory of src for somebody who lists it at an offset of his own. May wait for src.
     pub fn open_again(&self, path: &RelPath) -> Result<OwnedFd> {
-        fd::open_src_dir(self.root.as_fd(), path).on("open", Side::Src, path)
+        fd::open_src_dir(self.root().as_fd(), path).on("open", Side::Src, path)
     }
 
     /// Remembers what src said of the file that dst's inode stands for.
@@ -155,7 +209,7 @@ impl Source {
         // Climb while the parent is on the same file system.
         let mut top = (**path).clone();
         while let Some((parent, _)) = top.split_last() {
-            let up = fd::open_beneath(self.root.as_fd(), &parent, OFlags::PATH).on(
+            let up = fd::open_beneath(self.root().as_fd(), &parent, OFlags::PATH).on(
                 "open",
                 Side::Src,
                 &parent,

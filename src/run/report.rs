@@ -97,6 +97,12 @@ pub struct Report {
     pub counts: Counts,
     /// Whole passes changed nothing: what is left needs somebody.
     pub stuck: bool,
+    /// What src's root answered when it was found to be away; null while it is there.
+    #[serde(default)]
+    pub src_away: Option<String>,
+    /// When that was.
+    #[serde(default)]
+    pub src_away_since_unix: Option<u64>,
     /// Free in dst, bytes.
     pub dst_free: Option<u64>,
     /// What you should do.

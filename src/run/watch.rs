@@ -16,7 +16,7 @@ use super::preflight::Ground;
 use super::rate::{History, Point, Rate, unix_now};
 use super::report::{Report, State};
 use super::{Failure, exit};
-use crate::config::MountConfig;
+use crate::config::{MountConfig, OnError};
 use crate::error::Printable;
 use crate::mirror::{LedgerEntry, Mirror};
 use crate::progress::Progress;
@@ -142,6 +142,7 @@ impl Watch {
         let throttle = self.throttle();
         let jobs = throttle.map(|t| t.jobs()).filter(|n| *n != usize::MAX);
         let text = |path: &Path| path.to_string_lossy().into_owned();
+        let away = self.progress.src_away.lock().clone();
         let free = host::fs_stat(self.dst.as_fd()).ok();
         Report {
             state,
@@ -167,6 +168,11 @@ impl Watch {
             action: self.action(state, &counts),
             counts,
             stuck: self.progress.stuck.load(Relaxed),
+            src_away: away.as_ref().map(|a| a.why.clone()),
+            src_away_since_unix: away.map(|a| {
+                let since = a.since_wall.duration_since(UNIX_EPOCH);
+                since.unwrap_or_default().as_secs()
+            }),
             dst_free: free.map(|s| s.bavail.saturating_mul(s.frsize)),
         }
     }
@@ -178,6 +184,7 @@ impl Watch {
             Phase::Finished => State::Finished,
             Phase::Stopping => State::Stopped,
             Phase::Serving if is(&self.progress.complete) && counts.errors == 0 => State::Complete,
+            Phase::Serving if is(&self.progress.src_is_away) => State::Degraded,
             Phase::Serving if is(&self.progress.complete) => State::Degraded,
             Phase::Serving if is(&self.progress.dst_full) => State::Degraded,
             Phase::Serving if is(&self.progress.stuck) => State::Degraded,
@@ -194,6 +201,8 @@ impl Watch {
             "off"
         } else if self.pulls() == Background::Paused {
             "paused"
+        } else if self.progress.src_is_away.load(Relaxed) {
+            "waits for src"
         } else if self.progress.dst_full.load(Relaxed) {
             "waits for room in dst"
         } else {
@@ -211,6 +220,16 @@ impl Watch {
         match state {
             State::Complete if self.config.finish => "none; it finishes by itself".into(),
             State::Complete => format!("mirrorfs finish {mountpoint}"),
+            State::Degraded
+                if self.progress.src_is_away.load(Relaxed)
+                    && !self.progress.complete.load(Relaxed) =>
+            {
+                let what = match self.config.on_error {
+                    OnError::Wait => "who needs it waits",
+                    OnError::Fail => "who needs it gets EIO",
+                };
+                format!("bring src back; {what}, and the background goes on by itself")
+            }
             State::Degraded if self.progress.dst_full.load(Relaxed) => {
                 "make room in dst; reading goes on, from src".into()
             }

@@ -111,6 +111,12 @@ pub fn stat_fd(fd: BorrowedFd<'_>) -> Result<Stat> {
     rustix::fs::statx(fd, c"", AtFlags::EMPTY_PATH, want()).map(|x| from_statx(&x))
 }
 
+/// As [`stat_fd`], and a server is asked, whatever is cached of it.
+pub fn stat_fd_fresh(fd: BorrowedFd<'_>) -> Result<Stat> {
+    let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_FORCE_SYNC;
+    rustix::fs::statx(fd, c"", flags, want()).map(|x| from_statx(&x))
+}
+
 /// [`Stat::changed_since`] of an open inode, by the shorter fstat(2).
 pub fn fd_changed_since(fd: BorrowedFd<'_>, earlier: &Stat) -> Result<bool> {
     let s = rustix::fs::fstat(fd)?;

@@ -6,6 +6,7 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod badsource;
 mod bench;
 mod cli;
 mod compare;

@@ -41,7 +41,9 @@ fn what_was_carried_before_a_syncfs_that_failed_is_pending_again() {
     };
     let root = mirror.root_dir().expect("root").expect("pending");
     let carrier = Carrier::new(&published);
-    mirror.populate_now(&root, &carrier).expect("populated");
+    mirror
+        .populate_now(&root, &carrier, || false)
+        .expect("populated");
     let (small, empty) = (dst.join("small"), dst.join("empty"));
     assert_eq!(std::fs::read(&small).expect("read"), b"a small file");
     assert_eq!(

@@ -1,0 +1,362 @@
+//! A bad source: one that dies, hangs, lies and comes back (docs/FAULTS.md). SRC is a FUSE view that
+//! misbehaves by rule; a rule that is off is the control.
+
+use std::fs;
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::mount::UnmountFlags;
+use serde_json::Value;
+
+use crate::compare;
+use crate::fixture::{
+    LIMIT, LoopFs, Mounted, World, bytes, can_mount_on, find_program, kit, mirrorfs, need, run,
+    wait_until,
+};
+use crate::raw;
+
+/// How long something that must not happen is waited for.
+const NOT_YET: Duration = Duration::from_millis(700);
+
+/// A view of `real` that misbehaves on demand, at `at`.
+struct BadSrc {
+    real: PathBuf,
+    at: PathBuf,
+    ctl: PathBuf,
+    child: Option<Child>,
+}
+
+impl BadSrc {
+    fn new(fs: &LoopFs) -> BadSrc {
+        let (real, at) = (fs.dir("real"), fs.dir("bad"));
+        let ctl = fs.path().join("ctl");
+        BadSrc {
+            real,
+            at,
+            ctl,
+            child: None,
+        }
+    }
+
+    /// Mounts the view. Rules come after `--rule`.
+    #[track_caller]
+    fn start(&mut self, rules: &[&str]) {
+        let script = kit("badsrc.py").unwrap();
+        let mut command = Command::new("python3");
+        command.arg(script).arg(&self.real).arg(&self.at);
+        command.arg("--ctl").arg(&self.ctl);
+        for rule in rules {
+            command.args(["--rule", rule]);
+        }
+        command.stdin(Stdio::null());
+        self.child = Some(raw::die_with_parent(&mut command).spawn().unwrap());
+        let probe = self.at.clone();
+        wait_until("the bad source", LIMIT, || {
+            crate::fixture::fuse_mount_at(&probe).is_some() && rustix::fs::statvfs(&probe).is_ok()
+        });
+    }
+
+    /// One of its commands: `add RULE`, `del N`, `release`, ...
+    #[track_caller]
+    fn tell(&self, command: &str) -> String {
+        let mut stream = UnixStream::connect(&self.ctl).unwrap();
+        stream.write_all(command.as_bytes()).unwrap();
+        stream.shutdown(std::net::Shutdown::Write).unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        assert!(!answer.starts_with("error"), "{command}: {answer}");
+        answer
+    }
+
+    /// kill -9: every call on the view is ENOTCONN from now on.
+    fn die(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            child.kill().unwrap();
+            child.wait().unwrap();
+        }
+    }
+
+    /// The dead view is unmounted and mounted anew.
+    #[track_caller]
+    fn come_back(&mut self) {
+        self.unmount();
+        self.start(&[]);
+    }
+
+    fn unmount(&self) {
+        rustix::mount::unmount(&self.at, UnmountFlags::DETACH).unwrap();
+    }
+
+    fn write(&self, name: &str, data: &[u8]) {
+        let path = self.real.join(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, data).unwrap();
+    }
+}
+
+impl Drop for BadSrc {
+    fn drop(&mut self) {
+        self.die();
+        // Dead, or gone already.
+        let _ = rustix::mount::unmount(&self.at, UnmountFlags::DETACH);
+    }
+}
+
+/// A bad source with a tree, and a world whose src it is.
+fn world(fill: impl FnOnce(&BadSrc)) -> Option<(BadSrc, World)> {
+    let able = can_mount_on("ext4")
+        && need(kit("badsrc.py").is_some(), "badsrc.py of the test kit")
+        && need(find_program("python3").is_some(), "python3");
+    if !able {
+        return None;
+    }
+    let fs = LoopFs::new("ext4");
+    let bad = BadSrc::new(&fs);
+    fill(&bad);
+    let w = World::from(bad.at.clone(), fs.dir("dst"), vec![fs]);
+    Some((bad, w))
+}
+
+/// Does something in a thread; the answer comes when it comes.
+fn apart<T: Send + 'static>(act: impl FnOnce() -> T + Send + 'static) -> mpsc::Receiver<T> {
+    let (tell, told) = mpsc::channel();
+    thread::spawn(move || {
+        // A test that has failed does not listen any more.
+        let _ = tell.send(act());
+    });
+    told
+}
+
+fn read_apart(path: PathBuf) -> mpsc::Receiver<io::Result<Vec<u8>>> {
+    apart(move || fs::read(path))
+}
+
+fn is_away(m: &Mounted) -> bool {
+    let status = m.status();
+    status["state"] == "DEGRADED" && status["src_away"].is_string()
+}
+
+/// The ledger.
+fn entries(m: &Mounted) -> Vec<Value> {
+    let text = m.errors();
+    text.lines()
+        .map(|l| serde_json::from_str(l).unwrap())
+        .collect()
+}
+
+/// docs/FAULTS.md promises what is tested, and nothing else.
+#[test]
+fn every_row_of_the_fault_matrix_names_tests_that_exist() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let text = fs::read_to_string(root.join("docs/FAULTS.md")).unwrap();
+    let mut rows = 0;
+    for line in text
+        .lines()
+        .filter(|l| l.starts_with("| ") && l.contains("::"))
+    {
+        let last = line.trim_end_matches('|').rsplit('|').next().unwrap();
+        for test in last.split(',').map(|t| t.trim().trim_matches('`')) {
+            let (module, name) = test.split_once("::").unwrap_or_else(|| panic!("{line}"));
+            let file = fs::read_to_string(root.join(format!("tests/it/{module}.rs")));
+            let has = file.unwrap_or_default().contains(&format!("\nfn {name}()"));
+            assert!(
+                has,
+                "docs/FAULTS.md names {test}, and there is no such test"
+            );
+            rows += 1;
+        }
+    }
+    assert!(rows > 4, "docs/FAULTS.md: {rows} tests");
+}
+
+#[track_caller]
+fn errno<T>(result: io::Result<T>) -> i32 {
+    match result {
+        Ok(_) => panic!("it worked"),
+        Err(e) => e.raw_os_error().unwrap(),
+    }
+}
+
+#[track_caller]
+fn expect_copy(bad: &BadSrc, w: &World) {
+    w.expect_no_trace();
+    compare::expect_equal(&compare::manifest(&bad.real), &compare::manifest(&w.dst));
+}
+
+fn tree(bad: &BadSrc) {
+    for n in 0..30_u64 {
+        bad.write(&format!("d{}/f{n}", n % 3), &bytes(n, 3000 + n as usize));
+    }
+    bad.write("large", &bytes(99, 9 << 20));
+    bad.write("top", &bytes(98, 70_000));
+}
+
+#[test]
+fn who_needs_a_source_that_died_waits_until_it_is_back() {
+    let Some((mut bad, w)) = world(tree) else {
+        return;
+    };
+    bad.start(&[]);
+    let m = w.mount_lazy();
+    // Names of the top and of d0 are known, d1 was never looked at, and large is read by range.
+    assert_eq!(fs::read(m.path("d0/f0")).unwrap(), bytes(0, 3000));
+    let mut large = fs::File::open(m.path("large")).unwrap();
+    bad.die();
+    let file = read_apart(m.path("d0/f3"));
+    let list = m.path("d1");
+    let list = apart(move || fs::read_dir(list).map(Iterator::count));
+    let range = apart(move || {
+        let mut all = Vec::new();
+        large.read_to_end(&mut all).map(|_| all)
+    });
+    wait_until("DEGRADED", LIMIT, || is_away(&m));
+    assert!(m.status()["src_away_since_unix"].as_u64().unwrap() > 0);
+    assert_eq!(m.status()["waiting"], 3, "{:#}", m.status());
+    thread::sleep(NOT_YET);
+    assert!(file.try_recv().is_err() && list.try_recv().is_err() && range.try_recv().is_err());
+    // What is in dst already needs no src.
+    assert_eq!(fs::read(m.path("d0/f0")).unwrap(), bytes(0, 3000));
+    bad.come_back();
+    assert_eq!(file.recv_timeout(LIMIT).unwrap().unwrap(), bytes(3, 3003));
+    assert_eq!(list.recv_timeout(LIMIT).unwrap().unwrap(), 10);
+    assert_eq!(
+        range.recv_timeout(LIMIT).unwrap().unwrap(),
+        bytes(99, 9 << 20)
+    );
+    wait_until("no longer DEGRADED", LIMIT, || !is_away(&m));
+    assert_eq!(
+        entries(&m),
+        Vec::<Value>::new(),
+        "an outage is no entry's failure"
+    );
+    run(mirrorfs().arg("resume").arg(&m.at)).expect_code(0);
+    m.finish();
+    expect_copy(&bad, &w);
+}
+
+#[test]
+fn with_on_error_fail_an_access_ends_and_the_next_one_works_when_src_is_back() {
+    let Some((mut bad, w)) = world(tree) else {
+        return;
+    };
+    bad.start(&[]);
+    let args = [
+        "--no-background",
+        "--on-error",
+        "fail",
+        "--source-timeout",
+        "1s",
+    ];
+    let m = w.mount_with(&args, &[]);
+    assert_eq!(fs::read_dir(m.path("d0")).unwrap().count(), 10);
+    bad.die();
+    let begun = Instant::now();
+    let file = read_apart(m.path("d0/f3"));
+    let list = m.path("d1");
+    let list = apart(move || fs::read_dir(list).map(Iterator::count));
+    assert_eq!(errno(file.recv_timeout(LIMIT).unwrap()), libc::EIO);
+    assert_eq!(errno(list.recv_timeout(LIMIT).unwrap()), libc::EIO);
+    let took = begun.elapsed();
+    assert!(took >= Duration::from_millis(900), "{took:?}");
+    assert!(took < Duration::from_secs(20), "{took:?}");
+    assert!(is_away(&m));
+    // It has been away for longer than anybody waits.
+    let begun = Instant::now();
+    assert_eq!(errno(fs::read(m.path("d0/f6"))), libc::EIO);
+    eprintln!(
+        "the first access ended after {took:?}, a later one after {:?}",
+        begun.elapsed()
+    );
+    bad.come_back();
+    wait_until("back", LIMIT, || !is_away(&m));
+    assert_eq!(fs::read(m.path("d0/f3")).unwrap(), bytes(3, 3003));
+    run(mirrorfs().arg("resume").arg(&m.at)).expect_code(0);
+    m.finish();
+    expect_copy(&bad, &w);
+}
+
+#[test]
+fn the_background_goes_on_when_its_source_is_back() {
+    let Some((mut bad, w)) = world(|bad| {
+        for n in 0..600_u64 {
+            bad.write(&format!("d{}/f{n}", n % 20), &bytes(n, 2000));
+        }
+        bad.write("large", &bytes(1, 20 << 20));
+    }) else {
+        return;
+    };
+    bad.start(&["path=large rate=1M"]);
+    let m = w.mount();
+    wait_until("some files", LIMIT, || {
+        m.status()["files_pulled"].as_u64().unwrap() > 40
+    });
+    bad.die();
+    wait_until("DEGRADED", LIMIT, || is_away(&m));
+    assert_eq!(m.status()["background"], "waits for src");
+    thread::sleep(NOT_YET);
+    bad.come_back();
+    m.finish();
+    expect_copy(&bad, &w);
+}
+
+/// The directory below a mount that is gone is not SRC come back: its emptiness would be taken over.
+#[test]
+fn the_empty_directory_below_a_source_that_is_gone_is_not_taken_for_it() {
+    let Some((mut bad, w)) = world(tree) else {
+        return;
+    };
+    bad.start(&[]);
+    let m = w.mount_lazy();
+    bad.die();
+    bad.unmount();
+    let list = m.path("d1");
+    let list = apart(move || fs::read_dir(list).map(Iterator::count));
+    wait_until("DEGRADED", LIMIT, || is_away(&m));
+    thread::sleep(NOT_YET);
+    assert!(is_away(&m) && list.try_recv().is_err());
+    bad.start(&[]);
+    assert_eq!(list.recv_timeout(LIMIT).unwrap().unwrap(), 10);
+    run(mirrorfs().arg("resume").arg(&m.at)).expect_code(0);
+    m.finish();
+    expect_copy(&bad, &w);
+}
+
+/// Whatever one entry answers for ever, while the root answers: a failure of that entry's own.
+#[test]
+fn a_file_that_fails_for_ever_is_in_the_ledger_and_leaves_it_when_it_works() {
+    let Some((mut bad, w)) = world(tree) else {
+        return;
+    };
+    for (name, rule, code) in [
+        ("d0/f3", "path=d0/f3 op=open err=ESTALE", libc::ESTALE),
+        ("d1/f4", "path=d1/f4 op=open err=EIO", libc::EIO),
+        ("d2/f5", "path=d2/f5 op=open err=EACCES", libc::EACCES),
+    ] {
+        bad.start(&[rule]);
+        let m = w.mount();
+        assert_eq!(errno(fs::read(m.path(name))), libc::EIO, "{rule}");
+        wait_until("all but one", LIMIT, || {
+            m.status()["files_pulled"] == 31 && entries(&m).len() == 1
+        });
+        let entry = entries(&m).remove(0);
+        assert_eq!(
+            (&entry["path"], &entry["side"]),
+            (&name.into(), &"src".into())
+        );
+        assert_eq!(entry["errno"], code, "{entry}");
+        assert!(!is_away(&m), "{:#}", m.status());
+        bad.tell("off");
+        wait_until("an empty ledger", LIMIT, || entries(&m).is_empty());
+        m.finish();
+        expect_copy(&bad, &w);
+        bad.die();
+        bad.unmount();
+        fs::remove_dir_all(&w.dst).unwrap();
+        fs::create_dir(&w.dst).unwrap();
+    }
+}
