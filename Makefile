@@ -10,7 +10,7 @@ SHELLS := bash zsh fish
 COMMANDS := mount sync status verify finish errors completions
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo check test test-all loom asan bench bench-regress bench-baseline doc install clean \
+.PHONY: help setup build demo check test test-all loom asan fuzz bench bench-regress bench-baseline doc install clean \
         pjdfstest fsx crash powercut nasty
 
 help: ## list the targets
@@ -49,6 +49,13 @@ loom: ## the engine's queue and bells in every order of threads (MIRRORFS_TEST_A
 asan: ## the ring's tests under AddressSanitizer (needs a nightly toolchain)
 	RUSTFLAGS=-Zsanitizer=address CARGO_TARGET_DIR=$(TARGET_DIR)/asan $(CARGO) +nightly test --locked \
 	  --target x86_64-unknown-linux-gnu --lib engine::ring
+
+FUZZ_SECONDS ?= 60
+fuzz: ## feed everything that is parsed with random bytes, FUZZ_SECONDS each (needs a nightly toolchain)
+	$(CARGO) fuzz --version >/dev/null 2>&1 || $(CARGO) install --locked cargo-fuzz
+	for target in $$($(CARGO) fuzz list --fuzz-dir tests/fuzz); do \
+	  $(CARGO) +nightly fuzz run --fuzz-dir tests/fuzz --target-dir $(abspath $(TARGET_DIR))/fuzz $$target -- \
+	    -max_total_time=$(FUZZ_SECONDS) -max_len=4096 -print_final_stats=1 || exit 1; done
 
 # Not instructions: it needs valgrind, and fails where that is not installed.
 bench: ## measure engine, populate, hydrate, metadata on MIRRORFS_BENCH_DIR; names the scripts that measure whole copies

@@ -308,3 +308,17 @@ impl MirrorFs {
         });
     }
 }
+
+/// A request as the kernel sends it, for `make fuzz`: names and data in it are users'.
+#[cfg(fuzzing)]
+pub fn fuzz_request(bytes: &[u8]) {
+    let Some(header) = request::Header::parse(bytes) else {
+        return;
+    };
+    let body = &bytes[abi::IN_HEADER..];
+    let fields = request::fields_len(header.opcode).min(body.len());
+    let (fields, rest) = body.split_at(fields);
+    if let Some(request::Op::BatchForget(all)) = request::parse(header.opcode, fields, rest) {
+        assert!(all.count() <= bytes.len());
+    }
+}

@@ -218,3 +218,13 @@ fn man(command: Option<&str>) -> Outcome {
     out::raw(&text);
     Ok(exit::DONE)
 }
+
+/// What anybody may send to a daemon, for `make fuzz`.
+#[cfg(fuzzing)]
+pub fn fuzz_message(bytes: &[u8]) {
+    if let (varlink::Asked::Request(request), _) = varlink::Call::parse(bytes) {
+        let call = serde_json::to_vec(&request.to_call()).unwrap_or_default();
+        let again = varlink::Call::parse(&call).0;
+        assert!(matches!(again, varlink::Asked::Request(r) if r == request));
+    }
+}

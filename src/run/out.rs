@@ -18,8 +18,14 @@ pub(crate) fn raw(bytes: &[u8]) {
     let _ = stdout.write_all(bytes).and_then(|()| stdout.flush()); // As said.
 }
 
-/// One line on standard error: what went wrong.
+/// One line on standard error: what went wrong. Whatever was given to us is in it: it may hold
+/// newlines, and escape sequences for somebody's terminal.
 pub(crate) fn complain(line: &str) {
+    let escaped = |c: char| match c.is_control() {
+        true => c.escape_default().to_string(),
+        false => c.to_string(),
+    };
+    let line: String = line.chars().map(escaped).collect();
     let _ = writeln!(std::io::stderr(), "mirrorfs: {line}"); // The exit code remains.
 }
 

@@ -103,6 +103,10 @@ fn what_cannot_be_meant_is_a_usage_error() {
         (&["mount", "--bogus", "a", "b"], &["--bogus"]),
         (&["mount", "a", "b", "-o", "bogus"], &["bogus"]),
         (&["mount", "a", "b", "-o", "rw,large=x"], &["large", "x"]),
+        (
+            &["mount", "a", "b", "-o", "large=x\nmirrorfs: y\u{1b}[2J"],
+            &["large", "x\\nmirrorfs: y\\u{1b}[2J"],
+        ),
         (&["mount", "a", "b", "--log-level", "loud"], &["loud"]),
         (
             &["mount", "a", "b", "--finish", "--no-background"],
