@@ -4,7 +4,9 @@
 //! directory holds is finished before its neighbour is opened. A worker that has much left asks
 //! [`Crew::hungry`] and gives half away; so one huge directory, one huge file, or a slow source
 //! keeps everybody busy. The calling thread copies nothing: it hands on what the workers
-//! [`Crew::tell`] and starts more workers when told that the source is slow.
+//! [`Crew::tell`], starts more workers when told that the source is slow, and lets some rest when
+//! told that there are too many: a worker rests between two items, and looks for that within long
+//! ones ([`Crew::crowded`]). One that rests has work in sight and is not idle.
 //!
 //! Locks: `stack` and `outbox`, never both at once, never across a step.
 
@@ -27,6 +29,9 @@ pub struct Crew<'s, T, M> {
     /// Workers with a message wait here.
     room: Condvar,
     idle: AtomicUsize,
+    /// Workers that do something (as in `stack`), and how many may.
+    busy: AtomicUsize,
+    allowed: AtomicUsize,
     finished: AtomicBool,
     stop: &'s AtomicBool,
 }
@@ -37,12 +42,21 @@ struct Stack<T> {
 }
 
 /// Counts a worker as busy until it is dropped: also when a step panics, or the rest would wait.
-struct Busy<'a, T>(&'a Mutex<Stack<T>>);
+struct Busy<'a, T>(&'a Mutex<Stack<T>>, &'a AtomicUsize);
 
 impl<T> Drop for Busy<'_, T> {
     fn drop(&mut self) {
-        lock(self.0).busy -= 1;
+        let mut stack = lock(self.0);
+        stack.busy -= 1;
+        self.1.store(stack.busy, Relaxed);
     }
+}
+
+/// What workers did instead of working, all of them together.
+#[derive(Default)]
+struct Pauses {
+    idle_us: AtomicUsize,
+    rested_us: AtomicUsize,
 }
 
 /// How a crew spent its time.
@@ -55,12 +69,24 @@ pub struct Shift {
 }
 
 impl<'s, T: Send, M: Send> Crew<'s, T, M> {
-    /// Works until the stack is empty or `stop` is set: `start` workers at first, then as many as
-    /// `wanted` says (never fewer). Each worker has a `W` of its own; `step` does one item.
+    /// Works until the stack is empty or `stop` is set, with as many workers as `wanted` says from time
+    /// to time. Each worker has a `W` of its own; `step` does one item.
     pub fn run<W>(
         first: Vec<T>,
         stop: &'s AtomicBool,
         wanted: impl Fn() -> usize,
+        worker: impl Fn() -> W + Sync,
+        step: impl Fn(&Crew<'s, T, M>, &mut W, T) + Sync,
+        on: impl FnMut(M),
+    ) -> Shift {
+        Crew::led(first, stop, |_| wanted(), worker, step, on)
+    }
+
+    /// As `run`; `wanted` is told how many workers have nothing to do.
+    pub fn led<W>(
+        first: Vec<T>,
+        stop: &'s AtomicBool,
+        mut wanted: impl FnMut(usize) -> usize,
         worker: impl Fn() -> W + Sync,
         step: impl Fn(&Crew<'s, T, M>, &mut W, T) + Sync,
         mut on: impl FnMut(M),
@@ -75,29 +101,36 @@ impl<'s, T: Send, M: Send> Crew<'s, T, M> {
             news: Condvar::new(),
             room: Condvar::new(),
             idle: AtomicUsize::new(0),
+            busy: AtomicUsize::new(0),
+            allowed: AtomicUsize::new(1),
             finished: AtomicBool::new(false),
             stop,
         };
-        let waited_us = AtomicUsize::new(0);
+        let pauses = Pauses::default();
         let mut threads = 0;
         let mut alive_us = 0;
         std::thread::scope(|scope| {
             let begin = Instant::now();
             while !crew.finished.load(Relaxed) {
-                while threads < wanted().max(1) {
+                let allowed = wanted(crew.idle.load(Relaxed)).max(1);
+                if crew.allowed.swap(allowed, Relaxed) < allowed {
+                    crew.work.notify_all();
+                }
+                while threads < allowed {
                     threads += 1;
                     alive_us -= begin.elapsed().as_micros() as i64;
-                    scope.spawn(|| crew.work(&worker, &step, &waited_us));
+                    scope.spawn(|| crew.work(&worker, &step, &pauses));
                 }
                 crew.hand_on(&mut on);
             }
             alive_us += begin.elapsed().as_micros() as i64 * threads as i64;
         });
         crew.hand_on(&mut on);
-        let waited = waited_us.load(Relaxed) as f64;
+        let idle = pauses.idle_us.load(Relaxed) as f64;
+        let there = alive_us - pauses.rested_us.load(Relaxed) as i64;
         Shift {
             threads,
-            utilisation: (1.0 - waited / alive_us.max(1) as f64).clamp(0.0, 1.0),
+            utilisation: (1.0 - idle / there.max(1) as f64).clamp(0.0, 1.0),
         }
     }
 
@@ -107,8 +140,10 @@ impl<'s, T: Send, M: Send> Crew<'s, T, M> {
         let before = stack.items.len();
         stack.items.extend(items);
         // As many as there is work for: a crowd that wakes for nothing costs more than the work.
-        let wake = (stack.items.len() - before).min(self.idle.load(Relaxed));
+        let may = self.allowed.load(Relaxed).saturating_sub(stack.busy);
+        let wake = (stack.items.len() - before).min(may);
         drop(stack);
+        let wake = wake.min(self.idle.load(Relaxed));
         (0..wake).for_each(|_| self.work.notify_one());
     }
 
@@ -120,6 +155,11 @@ impl<'s, T: Send, M: Send> Crew<'s, T, M> {
     /// True when somebody has nothing to do: whoever has much left may push half of it.
     pub fn hungry(&self) -> bool {
         self.idle.load(Relaxed) > 0
+    }
+
+    /// True when more are at work than should be: whoever has much left may push it and end his step.
+    pub fn crowded(&self) -> bool {
+        self.busy.load(Relaxed) > self.allowed.load(Relaxed)
     }
 
     /// True when the run was asked to stop: finish what has begun, begin nothing.
@@ -143,45 +183,49 @@ impl<'s, T: Send, M: Send> Crew<'s, T, M> {
         &self,
         worker: &impl Fn() -> W,
         step: &impl Fn(&Crew<'s, T, M>, &mut W, T),
-        waited_us: &AtomicUsize,
+        pauses: &Pauses,
     ) {
         let mut own = worker();
-        while let Some(item) = self.next(waited_us) {
-            let busy = Busy(&self.stack);
+        while let Some(item) = self.next(pauses) {
+            let busy = Busy(&self.stack, &self.busy);
             step(self, &mut own, item);
             drop(busy);
         }
     }
 
     /// The top of the stack; `None` when all is done. Counts the caller busy.
-    fn next(&self, waited_us: &AtomicUsize) -> Option<T> {
+    fn next(&self, pauses: &Pauses) -> Option<T> {
         let mut stack = lock(&self.stack);
-        let mut since: Option<Instant> = None;
-        let item = loop {
+        loop {
             if self.finished.load(Relaxed) {
-                break None;
+                return None;
             }
-            if let Some(item) = (!self.stopping()).then(|| stack.items.pop()).flatten() {
+            let may = stack.busy < self.allowed.load(Relaxed);
+            if let Some(item) = (may && !self.stopping())
+                .then(|| stack.items.pop())
+                .flatten()
+            {
                 stack.busy += 1;
-                break Some(item);
+                self.busy.store(stack.busy, Relaxed);
+                return Some(item);
             }
             if stack.busy == 0 {
                 self.finished.store(true, Relaxed);
                 self.work.notify_all();
                 self.news.notify_one();
-                break None;
+                return None;
             }
-            since.get_or_insert_with(Instant::now);
-            self.idle.fetch_add(1, Relaxed);
+            let since = Instant::now();
+            let pause = match may {
+                true => &pauses.idle_us,
+                false => &pauses.rested_us,
+            };
+            self.idle.fetch_add(usize::from(may), Relaxed);
             // The last one to finish its step comes here and wakes us: it counts down first.
             stack = wait_a_moment(&self.work, stack);
-            self.idle.fetch_sub(1, Relaxed);
-        };
-        drop(stack);
-        if let Some(since) = since {
-            waited_us.fetch_add(since.elapsed().as_micros() as usize, Relaxed);
+            self.idle.fetch_sub(usize::from(may), Relaxed);
+            pause.fetch_add(since.elapsed().as_micros() as usize, Relaxed);
         }
-        item
     }
 
     /// Waits for a tick or a message, and passes on all messages.
@@ -240,6 +284,43 @@ mod tests {
         );
         assert_eq!(sum, (1..20_000).sum::<u64>());
         assert_eq!(shift.threads, 4);
+    }
+
+    #[test]
+    fn too_many_workers_rest_and_come_back() {
+        use std::sync::Mutex;
+        let stop = AtomicBool::new(false);
+        let (begin, at_once) = (Instant::now(), AtomicUsize::new(0));
+        let seen = Mutex::new(Vec::new());
+        // 8 workers, then 2, then 8 again, a hundred milliseconds each.
+        let allowed = |at: Instant| match at.duration_since(begin).as_millis() {
+            100..200 => 2,
+            _ => 8,
+        };
+        let shift = Crew::led(
+            (0..2400).collect(),
+            &stop,
+            |_| allowed(Instant::now()),
+            || (),
+            |_: &Crew<'_, u32, ()>, (), _| {
+                let n = at_once.fetch_add(1, Relaxed) + 1;
+                seen.lock().expect("no panic").push((begin.elapsed(), n));
+                std::thread::sleep(Duration::from_millis(1));
+                at_once.fetch_sub(1, Relaxed);
+            },
+            |()| {},
+        );
+        let most = |from: u64, to: u64| {
+            let time = Duration::from_millis(from)..Duration::from_millis(to);
+            let seen = seen.lock().expect("no panic");
+            let of = seen.iter().filter(|(at, _)| time.contains(at));
+            of.map(|(_, n)| *n).max()
+        };
+        // Some time for the change on a busy machine.
+        assert_eq!(most(0, 100), Some(8));
+        assert_eq!(most(150, 195), Some(2));
+        assert_eq!(most(250, 1000), Some(8));
+        assert!(shift.utilisation > 0.9, "{}", shift.utilisation);
     }
 
     #[test]

@@ -21,6 +21,7 @@
 mod ahead;
 mod data;
 mod delete;
+mod depth;
 mod dir;
 mod file;
 mod flow;
@@ -54,6 +55,7 @@ use crate::throttle::Throttle;
 
 use crate::engine::passing::Allowance;
 use data::{Buffers, Slice};
+use depth::{Depth, Limits};
 use dir::Dir;
 use record::Record;
 use report::{Changes, Totals};
@@ -102,14 +104,15 @@ pub fn run_throttled(
         fresh,
         shallow: false,
     };
-    let shift = Crew::run(
+    let mut depth = Depth::new(job.limits(cpus));
+    let shift = Crew::led(
         vec![first],
         &halt,
-        || {
+        |idle| {
             if stop.load(Relaxed) || job.totals.dst_full.load(Relaxed) {
                 halt.store(true, Relaxed);
             }
-            job.threads(cpus)
+            depth.after(job.totals.look(begin.elapsed(), idle))
         },
         Buffers::new,
         |crew: &Crew<'_, Item, Event>, buffers, item| {
@@ -150,20 +153,6 @@ fn note(report: &mut SyncReport, event: &Event) {
             report.errors.push(error.clone());
         }
     }
-}
-
-/// How many threads the source deserves: few while it answers from memory, more when they mostly wait
-/// for it (Little's law: latency times rate, 30 us of our own work per file); what was asked for is
-/// the most.
-fn threads(asked: Option<usize>, few: usize, cpus: usize, totals: &Totals) -> usize {
-    if !totals.is_slow() {
-        return asked.map_or(few, |n| n.min(few));
-    }
-    let us = totals.src_latency().as_micros();
-    let wanted = usize::try_from(us / 30).unwrap_or(usize::MAX);
-    wanted
-        .saturating_mul(cpus)
-        .clamp(1, asked.unwrap_or(THREADS_SLOW))
 }
 
 /// Opens both roots; makes dst's last component when it is missing (then it is fresh).
@@ -307,9 +296,12 @@ impl<'a> Job<'a> {
         })
     }
 
-    fn threads(&self, cpus: usize) -> usize {
+    /// How many threads there may be: what was asked for is the most.
+    fn limits(&self, cpus: usize) -> Limits {
         let few = if self.dst_queues { cpus } else { 2 * cpus };
-        threads(self.config.jobs, few, cpus, &self.totals)
+        let most = self.config.jobs.unwrap_or(THREADS_SLOW);
+        let few = few.min(most);
+        Limits { few, most, cpus }
     }
 
     /// A name that no user has, for an entry that is not complete yet.

@@ -118,7 +118,7 @@ impl Work<'_, '_> {
                 buffers.later.clear();
                 return;
             }
-            match self.crew.take() {
+            match (!self.crew.crowded()).then(|| self.crew.take()).flatten() {
                 Some(item) => self.one(buffers, item),
                 None => self.catch_up(buffers),
             }

@@ -230,6 +230,10 @@ impl Work<'_, '_> {
             if lock(&t.failed).is_some() {
                 break;
             }
+            if self.crew.crowded() {
+                self.crew.push([Item::Slice(Slice { transfer: t, range })]);
+                return;
+            }
             if self.crew.hungry() && !buffers.rest.1.is_empty() {
                 self.give_rest(buffers);
             }

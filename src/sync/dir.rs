@@ -352,6 +352,12 @@ impl Work<'_, '_> {
                 break;
             }
             let names = &mut buffers.rest.1;
+            if self.crew.crowded() {
+                names.push(entry);
+                let rest = std::mem::take(names);
+                self.crew.push([Item::Names(Arc::clone(dir), rest)]);
+                break;
+            }
             if more.is_some() && self.crew.hungry() {
                 self.crew.push(more.take());
             } else if names.len() > 1 && self.crew.hungry() {

@@ -54,7 +54,10 @@ impl Work<'_, '_> {
         stat: Stat,
     ) {
         let step = self.opened(buffers, dir, name, src, stat);
-        self.job.totals.src_took(buffers.waited);
+        match stat.size > 0 && stat.nlink == 1 {
+            true => self.job.totals.file_took(buffers.waited),
+            false => self.job.totals.src_took(buffers.waited),
+        }
         self.stepped(buffers, dir, name, step);
     }
 

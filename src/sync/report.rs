@@ -8,15 +8,13 @@ use std::time::Duration;
 use rustix::fs::FileType;
 use rustix::io::Errno;
 
+use super::depth::{Look, SLOW};
 use crate::error::{Error, Printable, Side};
 use crate::progress::Counter;
 use crate::sys::name::RelPath;
 
 /// Errors that the report keeps; all are counted and told.
 pub(super) const ERRORS_KEPT_MAX: usize = 10_000;
-
-/// From this on a small file's time is waiting.
-const SLOW: Duration = Duration::from_micros(150);
 
 /// What a run tells while it works.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -179,6 +177,11 @@ pub(super) struct Totals {
     pub(super) max_delete_reached: AtomicBool,
     /// Running median of how long src takes to open, stat and read a small file, nanoseconds.
     src_ns: AtomicU64,
+    /// How often it was asked so, how long that took together, and the quickest answer since
+    /// somebody looked.
+    answers: Counter,
+    waited_ns: Counter,
+    quickest_ns: AtomicU64,
     /// src may have to ask somebody: its first answers are believed at once.
     pub(super) src_asks: AtomicBool,
 }
@@ -198,6 +201,32 @@ impl Totals {
             false => was - was / 8,
         };
         self.src_ns.store(next.min(1 << 40), Relaxed);
+        self.answers.add(1);
+        self.waited_ns.add(now);
+    }
+
+    /// As `src_took`, for a file that was opened and read: only they are alike, so that the quickest
+    /// says something of the others.
+    pub(super) fn file_took(&self, time: Duration) {
+        self.src_took(time);
+        let now = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+        let quickest = self.quickest_ns.load(Relaxed);
+        if quickest == 0 || now < quickest {
+            self.quickest_ns.store(now, Relaxed);
+        }
+    }
+
+    /// What src has answered so far.
+    pub(super) fn look(&self, at: Duration, idle: usize) -> Look {
+        let quickest = self.quickest_ns.swap(0, Relaxed);
+        Look {
+            at,
+            answers: self.answers.get(),
+            waited: Duration::from_nanos(self.waited_ns.get()),
+            median: self.src_latency(),
+            quickest: (quickest > 0).then(|| Duration::from_nanos(quickest)),
+            idle,
+        }
     }
 
     /// True when threads mostly wait for src; else it answers from memory, and more threads than a

@@ -430,13 +430,63 @@ fn a_dropped_copy_is_not_in_the_page_cache_and_a_kept_one_is() {
 #[test]
 fn as_many_threads_as_asked_for_at_most_whatever_the_source_and_the_cpus() {
     let totals = Totals::default();
-    assert_eq!(threads(None, 4, 2, &totals), 4);
-    assert_eq!(threads(Some(2), 4, 2, &totals), 2);
+    let few = |most| Limits {
+        few: 4.min(most),
+        most,
+        cpus: 2,
+    };
+    let at = std::time::Duration::from_secs(1);
+    let after = |most| Depth::new(few(most)).after(totals.look(at, 0));
+    assert_eq!((after(128), after(2)), (4, 2));
     totals.src_asks.store(true, Relaxed);
     (0..50).for_each(|_| totals.src_took(std::time::Duration::from_millis(5)));
     assert!(totals.is_slow());
-    assert_eq!(threads(Some(2), 4, 2, &totals), 2);
-    assert_eq!(threads(None, 4, 2, &totals), THREADS_SLOW);
+    assert_eq!((after(128), after(2)), (128, 2));
+}
+
+#[test]
+fn a_source_that_many_threads_slow_down_is_copied_from_by_fewer() {
+    use std::time::Duration;
+    // 1 ms for each answer while 16 wait; beyond that all of them lose more than they gain.
+    let asked = AtomicU64::new(0);
+    let answer = || {
+        let n = asked.fetch_add(1, Relaxed) + 1;
+        let crowd = (n as f64 / 16.0).max(1.0);
+        std::thread::sleep(Duration::from_secs_f64(1e-3 * crowd * crowd));
+        asked.fetch_sub(1, Relaxed);
+    };
+    let time = |follow: bool| {
+        let (totals, stop, begin) = (Totals::default(), AtomicBool::new(false), Instant::now());
+        totals.src_asks.store(true, Relaxed);
+        let mut depth = Depth::new(Limits {
+            few: 4,
+            most: 128,
+            cpus: 4,
+        });
+        let shift = Crew::led(
+            (0..3000).collect::<Vec<u32>>(),
+            &stop,
+            |idle| {
+                let threads = depth.after(totals.look(begin.elapsed(), idle));
+                if follow { threads } else { 128 }
+            },
+            || (),
+            |_: &Crew<'_, u32, ()>, (), _| {
+                let begin = Instant::now();
+                answer();
+                totals.file_took(begin.elapsed());
+            },
+            |()| {},
+        );
+        assert!(shift.threads > 32, "{}", shift.threads);
+        begin.elapsed()
+    };
+    let (all, followed) = (time(false), time(true));
+    eprintln!("128 threads {all:?}, as many as it bears {followed:?}");
+    assert!(
+        followed < all.mul_f64(0.75),
+        "{followed:?}, 128 threads {all:?}"
+    );
 }
 
 /// Takes the data of files out of the page cache; false where the file system has it nowhere else.
