@@ -82,6 +82,8 @@ pub struct MountConfig {
     pub cache: Cache,
     /// Neighbours of what is opened are pulled before the rest.
     pub prefetch: bool,
+    /// How requests come from the kernel.
+    pub transport: Transport,
     /// FUSE session threads.
     pub threads: usize,
     /// Copy workers.
@@ -130,6 +132,7 @@ impl MountConfig {
             large_file_bytes: LARGE_FILE_BYTES,
             cache: Cache::Auto,
             prefetch: true,
+            transport: Transport::default(),
             threads: cpus().clamp(2, 8),
             workers: cpus(),
             io_uring: true,
@@ -178,6 +181,30 @@ pub enum Fsync {
     End,
     /// The kernel decides.
     Never,
+}
+
+/// How the kernel's requests come to the mount.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Transport {
+    /// Whichever is known to be the better one here.
+    #[default]
+    Auto,
+    /// Read from /dev/fuse.
+    Dev,
+    /// Through io_uring, a queue for each CPU; /dev/fuse where the kernel or its setting lacks that.
+    Uring,
+}
+
+impl Transport {
+    /// The transport of this name.
+    pub fn from_name(name: &str) -> Option<Transport> {
+        match name {
+            "auto" => Some(Transport::Auto),
+            "dev" => Some(Transport::Dev),
+            "uring" => Some(Transport::Uring),
+            _ => None,
+        }
+    }
 }
 
 /// What a copy of large files leaves in the page cache.

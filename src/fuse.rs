@@ -7,6 +7,7 @@
 
 mod abi;
 mod answer;
+mod aside;
 mod dev;
 mod dispatch;
 mod handles;
@@ -15,6 +16,7 @@ mod listing;
 mod passthrough;
 mod reply;
 mod request;
+mod ring;
 pub mod session;
 mod shared;
 

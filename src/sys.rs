@@ -11,6 +11,7 @@ pub mod dir;
 pub mod fault;
 pub mod fd;
 pub mod fusedev;
+pub mod fusering;
 pub mod handle;
 pub mod helper;
 pub mod host;

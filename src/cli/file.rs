@@ -40,6 +40,8 @@ pub struct MountFile {
     pub large: Option<String>,
     /// `-o cache`.
     pub cache: Option<String>,
+    /// `--transport`.
+    pub transport: Option<String>,
     /// `-o threads`.
     pub threads: Option<usize>,
     /// `-o workers`.

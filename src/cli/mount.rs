@@ -7,7 +7,7 @@ use std::time::Duration;
 use clap::{ArgAction, Args, ValueEnum};
 
 use super::{EXIT_CODES, MountFile};
-use crate::config::{Cache, LogLevel, MountConfig, OnError};
+use crate::config::{Cache, LogLevel, MountConfig, OnError, Transport};
 
 pub(super) const ABOUT: &str = "\
 Makes the whole tree of SRC usable at MOUNTPOINT, before anything was copied.
@@ -34,8 +34,8 @@ pub struct Mount {
     /// Mount options, separated by commas
     ///
     /// large=SIZE (files over it open at once and are pulled by range; 8M), cache=auto|keep|drop
-    /// (what background copies of large files leave in the page cache), threads=N (FUSE
-    /// session threads), workers=N (copy workers), noprefetch (files are not pulled because others
+    /// (what background copies of large files leave in the page cache), transport=auto|dev|uring,
+    /// threads=N (FUSE session threads), workers=N (copy workers), noprefetch (files are not pulled because others
     /// of their directory were opened), adopt, nobackground, finish, log=FILE, loglevel=LEVEL,
     /// bwlimit=RATE, jobs=N, source-timeout=DUR, on-error=wait|fail, metrics=ADDR, metrics-file=FILE,
     /// config=FILE. ro, nosuid, nodev and noexec apply to the mount. allow_other lets other
@@ -148,6 +148,18 @@ pub struct Mount {
         hide_env_values = true
     )]
     pub metrics_file: Option<PathBuf>,
+    /// How the kernel's requests come to the mount: auto, dev or uring
+    ///
+    /// dev: /dev/fuse. uring: io_uring, a queue for each CPU (Linux 6.14), switched on where it is
+    /// off; where the kernel does not have it, /dev/fuse. auto, the default: dev.
+    #[arg(
+        long,
+        value_name = "WHICH",
+        env = "MIRRORFS_TRANSPORT",
+        hide_env_values = true,
+        value_parser = transport
+    )]
+    pub transport: Option<Transport>,
     /// Read defaults from this file
     ///
     /// TOML; options and environment variables come first. Default: /etc/mirrorfs.toml, if it is
@@ -238,6 +250,7 @@ impl Mount {
         set_limits(&mut config, self.bwlimit, self.jobs);
         config.source_timeout = self.source_timeout.unwrap_or(config.source_timeout);
         config.on_error = self.on_error.map_or(config.on_error, OnError::from);
+        config.transport = self.transport.unwrap_or(config.transport);
         config.metrics = self.metrics.or(config.metrics);
         config.metrics_file = self.metrics_file.or(config.metrics_file);
         for option in self.options.iter().flat_map(|list| list.split(',')) {
@@ -286,6 +299,9 @@ fn from_file(config: &mut MountConfig, file: &MountFile) -> Result<(), String> {
     }
     if let Some(word) = &file.cache {
         config.cache = cache(word).map_err(in_file)?;
+    }
+    if let Some(word) = &file.transport {
+        config.transport = transport(word).map_err(in_file)?;
     }
     config.threads = file.threads.unwrap_or(config.threads);
     config.workers = file.workers.unwrap_or(config.workers);
@@ -349,6 +365,9 @@ fn mount_option(config: &mut MountConfig, option: &str) -> Result<(), String> {
         ("cache", Some(word)) => {
             config.cache = cache(word).map_err(|e| format!("-o cache={e}"))?;
         }
+        ("transport", Some(word)) => {
+            config.transport = transport(word).map_err(|e| format!("-o transport={e}"))?;
+        }
         ("threads", Some(text)) => config.threads = number(key, text)?,
         ("workers", Some(text)) => config.workers = number(key, text)?,
         ("log", Some(text)) => config.log_file = Some(PathBuf::from(text)),
@@ -375,7 +394,7 @@ fn mount_option(config: &mut MountConfig, option: &str) -> Result<(), String> {
         ("config", Some(_)) => {} // See `config_file`.
         (
             "large" | "cache" | "threads" | "workers" | "log" | "loglevel" | "bwlimit" | "jobs"
-            | "metrics" | "metrics-file" | "source-timeout" | "on-error" | "config",
+            | "metrics" | "metrics-file" | "source-timeout" | "on-error" | "config" | "transport",
             None,
         ) => {
             return Err(format!("-o {key} needs a value: -o {key}=..."));
@@ -404,6 +423,11 @@ fn duration(text: &str) -> Result<Duration, String> {
 fn on_error(text: &str) -> Result<OnError, String> {
     let arg = OnErrorArg::from_str(text, true).map(OnError::from);
     arg.map_err(|_| format!("{text}: not wait or fail"))
+}
+
+/// How requests come from the kernel.
+fn transport(word: &str) -> Result<Transport, String> {
+    Transport::from_name(word).ok_or_else(|| format!("{word}: not auto, dev or uring"))
 }
 
 fn number(key: &str, text: &str) -> Result<usize, String> {
@@ -498,6 +522,7 @@ mod tests {
             "a b -o large=x",
             "a b -o cache=direct",
             "a b -o threads=0",
+            "a b -o transport=pigeon",
         ] {
             assert!(mount(words).is_err(), "{words}");
         }

@@ -43,6 +43,7 @@ pub(super) mod opcode {
     pub(crate) const CREATE: u32 = 35;
     pub(crate) const INTERRUPT: u32 = 36;
     pub(crate) const DESTROY: u32 = 38;
+    pub(crate) const NOTIFY_REPLY: u32 = 41;
     pub(crate) const BATCH_FORGET: u32 = 42;
     pub(crate) const FALLOCATE: u32 = 43;
     pub(crate) const READDIRPLUS: u32 = 44;
@@ -67,6 +68,7 @@ pub(super) mod init {
     pub(crate) const HANDLE_KILLPRIV_V2: u64 = 1 << 28;
     pub(crate) const INIT_EXT: u64 = 1 << 30;
     pub(crate) const PASSTHROUGH: u64 = 1 << 37;
+    pub(crate) const OVER_IO_URING: u64 = 1 << 41;
 }
 
 /// Which fields of a setattr request count.
@@ -88,6 +90,8 @@ pub(super) const FOPEN_PASSTHROUGH: u32 = 1 << 7;
 pub(super) const FSYNC_FDATASYNC: u32 = 1;
 /// A notification: forget what is cached of an inode.
 pub(super) const NOTIFY_INVAL_INODE: i32 = 2;
+/// A notification: send back what is cached of an inode, as a request.
+pub(super) const NOTIFY_RETRIEVE: i32 = 5;
 
 /// Reads the fields of a request, from the front. `None`: the request ends too early.
 #[derive(Debug, Clone, Copy)]

@@ -3,18 +3,29 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::io::Errno;
 
 use super::MirrorFs;
-use super::abi::{IN_HEADER, NOTIFY_INVAL_INODE, OUT_HEADER};
+use super::abi::{IN_HEADER, NOTIFY_INVAL_INODE, NOTIFY_RETRIEVE, OUT_HEADER};
 use super::reply::Channel;
 use super::request::{Header, fields_len};
-use crate::mirror::Ino;
+use crate::mirror::{Ino, ROOT};
 use crate::sys::fusedev;
 
 /// Largest data of one request. More gains nothing and costs a buffer per thread.
 pub(super) const DATA_MAX: u32 = 1 << 20;
+
+/// struct fuse_out_header.
+pub(super) fn out_header(len: usize, errno: Option<Errno>, unique: u64) -> [u8; OUT_HEADER] {
+    let error = errno.map_or(0, |e| -e.raw_os_error());
+    let mut header = [0u8; OUT_HEADER];
+    header[..4].copy_from_slice(&(len as u32).to_ne_bytes());
+    header[4..8].copy_from_slice(&error.to_ne_bytes());
+    header[8..].copy_from_slice(&unique.to_ne_bytes());
+    header
+}
 
 /// One open /dev/fuse.
 pub(super) struct Dev(Arc<OwnedFd>);
@@ -35,11 +46,10 @@ impl Dev {
 
     /// Answers a request: the two parts of an answer, or an errno.
     pub(super) fn send(&self, unique: u64, result: Result<(&[u8], &[u8]), Errno>) {
-        let (error, (fixed, data)) = match result {
-            Ok(parts) => (0, parts),
-            Err(errno) => (-errno.raw_os_error(), (&[][..], &[][..])),
-        };
-        if let Err(errno) = self.write(error, unique, fixed, data) {
+        let (fixed, data) = result.unwrap_or_default();
+        let len = OUT_HEADER + fixed.len() + data.len();
+        let header = out_header(len, result.err(), unique);
+        if let Err(errno) = fusedev::write(self.0.as_fd(), [&header, fixed, data]) {
             // ENOENT: the request is gone (the connection was aborted). Nobody waits.
             tracing::debug!("reply to request {unique}: {errno}");
         }
@@ -52,18 +62,28 @@ impl Dev {
         body[..8].copy_from_slice(&ino.to_ne_bytes());
         // A negative offset: attributes only.
         body[8..16].copy_from_slice(&(-1i64).to_ne_bytes());
-        if let Err(errno) = self.write(NOTIFY_INVAL_INODE, 0, &body, &[]) {
+        if let Err(errno) = self.notify(NOTIFY_INVAL_INODE, &body) {
             tracing::debug!("invalidate inode {ino}: {errno}");
         }
     }
 
-    fn write(&self, error: i32, unique: u64, fixed: &[u8], data: &[u8]) -> Result<(), Errno> {
-        let len = (OUT_HEADER + fixed.len() + data.len()) as u32;
-        let mut header = [0u8; OUT_HEADER];
-        header[..4].copy_from_slice(&len.to_ne_bytes());
-        header[4..8].copy_from_slice(&error.to_ne_bytes());
-        header[8..].copy_from_slice(&unique.to_ne_bytes());
-        fusedev::write(self.0.as_fd(), [&header, fixed, data])
+    /// Has the kernel make a request (NOTIFY_REPLY) on the calling thread's CPU: nothing of the root's
+    /// is asked for, and nobody waits for the answer.
+    pub(super) fn ask_for_a_request(&self) -> Result<(), Errno> {
+        // The kernel's own numbers count up from 2, and will not come here.
+        static NEXT: AtomicU64 = AtomicU64::new(1 << 62);
+        let unique = NEXT.fetch_add(2, Ordering::Relaxed);
+        let mut body = [0u8; 32];
+        body[..8].copy_from_slice(&unique.to_ne_bytes());
+        body[8..16].copy_from_slice(&ROOT.to_ne_bytes());
+        self.notify(NOTIFY_RETRIEVE, &body)
+    }
+
+    fn notify(&self, code: i32, body: &[u8]) -> Result<(), Errno> {
+        // A header without a request: the errno's place says what it is about.
+        let mut header = out_header(OUT_HEADER + body.len(), None, 0);
+        header[4..8].copy_from_slice(&code.to_ne_bytes());
+        fusedev::write(self.0.as_fd(), [&header, body, &[]])
     }
 
     /// Takes the next request. `None`: the connection is over.

@@ -4,6 +4,7 @@ use rustix::io::Errno;
 
 use super::abi::{Fields, MAJOR, MINOR, init, opcode};
 use super::dev::{self, DATA_MAX, Dev};
+use super::ring;
 use crate::sys::caps;
 
 /// What both sides have.
@@ -11,6 +12,8 @@ use crate::sys::caps;
 pub(super) struct Agreed {
     /// Opens may go to dst's files past us.
     pub(super) passthrough: bool,
+    /// Requests come through io_uring.
+    pub(super) ring: bool,
 }
 
 /// What each kernel is asked for, as far as it has it.
@@ -70,7 +73,8 @@ impl Offer {
 }
 
 /// Answers INIT, the first request of a connection.
-pub(super) fn answer(dev: &Dev) -> Result<Agreed, Errno> {
+/// `ring`: our side of io_uring is ready.
+pub(super) fn answer(dev: &Dev, ring: bool) -> Result<Agreed, Errno> {
     let mut buf = dev::buffer();
     loop {
         let request = dev.receive(&mut buf)?.ok_or(Errno::NOTCONN)?;
@@ -81,7 +85,7 @@ pub(super) fn answer(dev: &Dev) -> Result<Agreed, Errno> {
             return Err(Errno::PROTO);
         };
         if offer.major > MAJOR {
-            let (reply, _) = agree(&offer, false);
+            let (reply, _) = agree(&offer, false, false);
             dev.send(unique, Ok((&reply[..8], &[])));
             continue;
         }
@@ -93,7 +97,7 @@ pub(super) fn answer(dev: &Dev) -> Result<Agreed, Errno> {
         for (_, name) in WANTED.iter().filter(|(flag, _)| offer.flags & flag == 0) {
             tracing::info!("this kernel's FUSE lacks {name}");
         }
-        let (reply, agreed) = agree(&offer, caps::have_sys_admin());
+        let (reply, agreed) = agree(&offer, caps::have_sys_admin(), ring);
         // Older kernels want a shorter answer.
         let len = if offer.minor < 23 { 24 } else { reply.len() };
         dev.send(unique, Ok((&reply[..len], &[])));
@@ -102,18 +106,22 @@ pub(super) fn answer(dev: &Dev) -> Result<Agreed, Errno> {
 }
 
 /// struct fuse_init_out, and what it means.
-fn agree(offer: &Offer, may_pass: bool) -> ([u8; 64], Agreed) {
+fn agree(offer: &Offer, may_pass: bool, ring: bool) -> ([u8; 64], Agreed) {
     let wanted = WANTED.iter().fold(0, |all, (flag, _)| all | flag);
     let mut flags = offer.flags & wanted;
     let passthrough = may_pass && offer.flags & init::PASSTHROUGH != 0;
     if passthrough {
         flags |= init::PASSTHROUGH;
     }
+    let ring = ring && offer.flags & init::OVER_IO_URING != 0;
+    if ring {
+        flags |= init::OVER_IO_URING;
+    }
     let page = rustix::param::page_size() as u32;
-    let data_max = if flags & init::MAX_PAGES != 0 {
-        DATA_MAX
-    } else {
-        32 * page
+    let data_max = match flags & init::MAX_PAGES != 0 {
+        true if ring => ring::DATA_MAX,
+        true => DATA_MAX,
+        false => 32 * page,
     };
     let mut out = [0u8; 64];
     let mut put = |at: usize, bytes: &[u8]| out[at..at + bytes.len()].copy_from_slice(bytes);
@@ -129,7 +137,7 @@ fn agree(offer: &Offer, may_pass: bool) -> ([u8; 64], Agreed) {
     put(32, &((flags >> 32) as u32).to_ne_bytes());
     // Files on a plain file system; 2 would be on overlayfs.
     put(36, &u32::from(passthrough).to_ne_bytes());
-    (out, Agreed { passthrough })
+    (out, Agreed { passthrough, ring })
 }
 
 #[cfg(test)]
@@ -144,7 +152,7 @@ mod tests {
             max_readahead: 1 << 17,
             flags: init::ASYNC_READ | init::INIT_EXT | init::PASSTHROUGH,
         };
-        let (reply, agreed) = agree(&offer, true);
+        let (reply, agreed) = agree(&offer, true, true);
         assert!(agreed.passthrough);
         let mut f = Fields(&reply);
         assert_eq!((f.u32(), f.u32()), (Some(MAJOR), Some(31)));
@@ -153,9 +161,12 @@ mod tests {
         assert_eq!(f.u32(), Some(low));
         assert_eq!(reply[32..36], 32u32.to_ne_bytes(), "PASSTHROUGH, bit 37");
         assert_eq!(reply[36..40], 1u32.to_ne_bytes(), "max_stack_depth");
-        assert!(!agree(&offer, false).1.passthrough, "without CAP_SYS_ADMIN");
+        assert!(
+            !agree(&offer, false, false).1.passthrough,
+            "without CAP_SYS_ADMIN"
+        );
         offer.flags = 0;
-        let (reply, agreed) = agree(&offer, true);
+        let (reply, agreed) = agree(&offer, true, true);
         assert!(!agreed.passthrough);
         assert_eq!(reply[12..16], [0; 4]);
         assert_eq!(reply[32..40], [0; 8]);

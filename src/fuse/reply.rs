@@ -9,6 +9,7 @@ use rustix::io::Errno;
 
 use super::answer::{Answer, Done, Fixed, Xattr};
 use super::dev::Dev;
+use super::ring::Taken;
 use crate::error::{Error, Result, Side};
 use crate::mirror::{Attr, Node, user_errno};
 
@@ -19,6 +20,8 @@ pub(super) const TTL: Duration = Duration::from_secs(24 * 3600);
 pub(super) enum Channel {
     /// Written where the request was read.
     Dev(Arc<Dev>),
+    /// Put where the request was.
+    Ring(Taken),
 }
 
 impl Channel {
@@ -26,6 +29,7 @@ impl Channel {
     fn send(self, unique: u64, result: Result<(&[u8], &[u8]), Errno>) {
         match self {
             Channel::Dev(dev) => dev.send(unique, result),
+            Channel::Ring(taken) => taken.send(unique, result),
         }
     }
 }

@@ -19,9 +19,9 @@ use rustix::io::Errno;
 
 use super::MirrorFs;
 use super::dev::{self, Dev};
-use super::handshake;
 use super::shared::Shared;
-use crate::config::MountConfig;
+use super::{handshake, ring};
+use crate::config::{MountConfig, Transport};
 use crate::error::{Context, Error, Printable, Result, Side};
 use crate::mirror::{Ino, Invalidate, Mirror};
 use crate::sys::helper::{Helper, Wanted};
@@ -78,6 +78,8 @@ impl Session {
             true => Some(Helper::find().ok_or_else(|| Error::Unusable(NO_HELPER.into()))?),
             false => None,
         };
+        // Before the kernel makes its offer, which is when it mounts.
+        let wants_ring = config.transport == Transport::Uring && ring::switch_on();
         let (dev, mount) = match &helper {
             Some(helper) => (mount_by(helper, &mountpoint, config, flags)?, None),
             None => {
@@ -101,7 +103,7 @@ impl Session {
             dev: Arc::new(Dev::new(dev)),
             threads: Mutex::default(),
         };
-        let served = session.serve(&mirror, config);
+        let served = session.serve(&mirror, config, wants_ring);
         if let (Err(_), Some(helper)) = (&served, &session.helper)
             && let Err(e) = helper.unmount(&session.mountpoint)
         {
@@ -111,9 +113,16 @@ impl Session {
     }
 
     /// Answers the kernel's handshake and starts the threads.
-    fn serve(&self, mirror: &Mirror, config: &MountConfig) -> Result<()> {
+    fn serve(&self, mirror: &Mirror, config: &MountConfig, wants_ring: bool) -> Result<()> {
         let unusable = |e: std::io::Error| Error::Unusable(format!("/dev/fuse: handshake: {e}"));
-        let agreed = handshake::answer(&self.dev).map_err(|e| unusable(e.into()))?;
+        let queues = wants_ring
+            .then(|| ring::prepare(self.dev.fd(), &self.shared))
+            .and_then(|made| {
+                made.inspect_err(|e| tracing::warn!("io_uring: {e}: requests come by /dev/fuse"))
+                    .ok()
+            });
+        let agreed = handshake::answer(&self.dev, queues.is_some());
+        let agreed = agreed.map_err(|e| unusable(e.into()))?;
         if agreed.passthrough {
             self.shared.backings.enable();
         }
@@ -131,6 +140,16 @@ impl Session {
                 })
                 .map_err(unusable)?;
             self.threads.lock().push(thread);
+        }
+        match queues.filter(|_| agreed.ring) {
+            Some(queues) => {
+                tracing::info!("requests come through io_uring");
+                self.threads.lock().extend(queues.go());
+            }
+            None if wants_ring => {
+                tracing::warn!("no FUSE over io_uring: requests come by /dev/fuse")
+            }
+            None => {}
         }
         if self.helper.is_some() {
             let id = mount_id(&self.mountpoint)?;

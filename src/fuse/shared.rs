@@ -135,6 +135,11 @@ impl Shared {
         }
     }
 
+    /// See [`Dev::ask_for_a_request`].
+    pub(super) fn ask_for_a_request(&self) -> Result<(), Errno> {
+        self.dev.get().ok_or(Errno::NOTCONN)?.ask_for_a_request()
+    }
+
     /// Asks the kernel for a number that stands for dst's file. It keeps this thread's credentials:
     /// without CAP_FSETID a user's write clears setuid, as it must.
     fn register(&self, file: &OwnedFd) -> Result<BackingId, Errno> {

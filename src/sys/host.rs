@@ -233,9 +233,9 @@ pub fn detach(path: &Path) -> Result<()> {
     rustix::mount::unmount(path, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW)
 }
 
-/// True for what a mount answers whose daemon is dead.
+/// True for what a mount answers whose daemon is dead. The last two for requests of the very moment.
 pub fn is_mount_gone(errno: Errno) -> bool {
-    errno == Errno::NOTCONN || errno == Errno::CONNABORTED
+    matches!(errno, Errno::NOTCONN | Errno::CONNABORTED | Errno::CANCELED)
 }
 
 /// One line of /proc/self/mountinfo.

@@ -124,6 +124,7 @@ fn is_dead(e: &io::Error) -> bool {
     let dead = [
         libc::ENOTCONN,
         libc::ECONNABORTED,
+        libc::ECANCELED,
         libc::EIO,
         libc::ESHUTDOWN,
     ];

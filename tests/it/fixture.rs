@@ -207,6 +207,17 @@ fn wait_child(child: &mut Child, limit: Duration) -> Option<ExitStatus> {
     }
 }
 
+/// After a daemon was killed: waits until the kernel has noticed. It ends what came in between with
+/// ECONNABORTED or ECANCELED: the io_uring of a dead process goes away a moment after the process.
+#[track_caller]
+pub(crate) fn wait_dead(at: &Path) {
+    wait_until("ENOTCONN", LIMIT, || {
+        let answer = rustix::fs::statvfs(at).err();
+        answer != Some(rustix::io::Errno::CONNABORTED)
+            && answer != Some(rustix::io::Errno::CANCELED)
+    });
+}
+
 /// Waits until `done` says so.
 #[track_caller]
 pub(crate) fn wait_until(what: &str, limit: Duration, mut done: impl FnMut() -> bool) {
@@ -637,6 +648,7 @@ impl Mounted {
         let mut child = self.child.take().unwrap();
         child.kill().unwrap();
         child.wait().unwrap();
+        wait_dead(&self.at);
     }
 
     /// Unmounts and waits for the daemon to end by itself; its exit code.

@@ -21,6 +21,7 @@ mod nasty;
 mod pagecache;
 mod prefetch;
 mod raw;
+mod ring;
 mod rootless;
 mod semantics;
 mod service;

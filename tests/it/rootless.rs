@@ -396,6 +396,7 @@ fn a_user_s_mount_beside_dst_survives_kills() {
         read_half(&mount, &home);
         mount.kill();
         as_him(|| {
+            crate::fixture::wait_dead(&home.at);
             let gone = rustix::fs::statvfs(&home.at).err();
             assert_eq!(gone, Some(rustix::io::Errno::NOTCONN));
         });
