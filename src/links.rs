@@ -7,9 +7,11 @@
 //!   Made     -> (absent)           all names of the src inode were seen
 //!
 //! So nobody waits for anybody, and memory is bounded by the groups that are open, not by the tree.
-//! One lock, held for a few moves only.
+//! One lock, held for a few moves only; whether there may be a group for an inode number is known
+//! without it.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::sys::name::RelPath;
@@ -38,7 +40,12 @@ pub enum Claim {
 /// All groups of a tree; `W` is the work that waits for a stand-in.
 pub struct LinkGroups<W> {
     maps: Mutex<Maps<W>>,
+    /// A bit for each of the last bits of an inode number that had a group.
+    met: Box<[AtomicU64]>,
 }
+
+/// Bits of `met`: 16 KiB.
+const MET: u64 = 1 << 17;
 
 struct Maps<W> {
     groups: HashMap<FileKey, Group<W>>,
@@ -63,6 +70,7 @@ impl<W> Default for LinkGroups<W> {
                 groups: HashMap::new(),
                 owners: HashMap::new(),
             }),
+            met: (0..MET / 64).map(|_| AtomicU64::new(0)).collect(),
         }
     }
 }
@@ -72,26 +80,26 @@ impl<W> LinkGroups<W> {
     /// its result only kept, when the answer is [`Claim::Parked`].
     pub fn claim(&self, key: FileKey, nlink: u32, work: impl FnOnce() -> W) -> Claim {
         let mut maps = self.lock();
-        let Some(group) = maps.groups.get_mut(&key) else {
-            let names_left = nlink.saturating_sub(1);
-            let state = State::Making(Vec::new());
-            maps.groups.insert(key, Group { names_left, state });
-            return Claim::First;
-        };
-        group.names_left = group.names_left.saturating_sub(1);
-        match &mut group.state {
-            State::Making(parked) => {
-                parked.push(work());
-                Claim::Parked
-            }
-            State::Made(stand_in) => {
-                let stand_in = stand_in.clone();
-                if group.names_left == 0 {
-                    maps.groups.remove(&key);
-                }
-                Claim::Made(stand_in)
-            }
+        if let Some(claim) = join(&mut maps, key, work) {
+            return claim;
         }
+        let names_left = nlink.saturating_sub(1);
+        let state = State::Making(Vec::new());
+        maps.groups.insert(key, Group { names_left, state });
+        let bit = key.ino % MET;
+        self.met[(bit / 64) as usize].fetch_or(1 << (bit % 64), Relaxed);
+        Claim::First
+    }
+
+    /// As `claim`, for who cannot make the inode now; `None`: that would be for him to do.
+    pub fn claim_known(&self, key: FileKey, work: impl FnOnce() -> W) -> Option<Claim> {
+        join(&mut self.lock(), key, work)
+    }
+
+    /// False: no name of an inode with this number, on whatever file system, was claimed yet.
+    pub fn may_have(&self, ino: u64) -> bool {
+        let bit = ino % MET;
+        self.met[(bit / 64) as usize].load(Relaxed) & 1 << (bit % 64) != 0
     }
 
     /// The inode is in dst, complete: returns the names that wait to be linked to it.
@@ -145,6 +153,25 @@ impl<W> LinkGroups<W> {
     }
 }
 
+/// One more name of a group that is there.
+fn join<W>(maps: &mut Maps<W>, key: FileKey, work: impl FnOnce() -> W) -> Option<Claim> {
+    let group = maps.groups.get_mut(&key)?;
+    group.names_left = group.names_left.saturating_sub(1);
+    match &mut group.state {
+        State::Making(parked) => {
+            parked.push(work());
+            Some(Claim::Parked)
+        }
+        State::Made(stand_in) => {
+            let stand_in = stand_in.clone();
+            if group.names_left == 0 {
+                maps.groups.remove(&key);
+            }
+            Some(Claim::Made(stand_in))
+        }
+    }
+}
+
 fn parked<W>(state: State<W>) -> Vec<W> {
     match state {
         State::Making(parked) => parked,
@@ -170,11 +197,15 @@ mod tests {
     #[test]
     fn the_first_name_makes_the_inode_and_all_others_become_links() {
         let groups = LinkGroups::default();
+        assert!(!groups.may_have(1));
+        assert_eq!(groups.claim_known(key(1), || 0), None);
         assert_eq!(groups.claim(key(1), 4, || 0), Claim::First);
+        assert!(groups.may_have(1) && !groups.may_have(2));
         assert_eq!(groups.claim(key(1), 4, || 7), Claim::Parked);
         assert_eq!(groups.claim(key(2), 2, || 0), Claim::First);
         assert_eq!(groups.made(key(1), stand_in(50)), [7]);
-        assert_eq!(groups.claim(key(1), 4, || 0), Claim::Made(stand_in(50)));
+        let made = Some(Claim::Made(stand_in(50)));
+        assert_eq!(groups.claim_known(key(1), || 0), made);
         assert_eq!(groups.claim(key(1), 4, || 0), Claim::Made(stand_in(50)));
         assert_eq!(groups.failed(key(2)), [] as [i32; 0]);
         // All four names were seen: nothing is kept.

@@ -16,6 +16,7 @@ pub mod handle;
 pub mod helper;
 pub mod host;
 pub mod local;
+pub mod memory;
 pub mod name;
 pub mod pair;
 pub mod stat;

@@ -234,8 +234,9 @@ class Slow:
         subprocess.run(['gcc', '-O2', '-o', self.program, KIT + '/slowfs.c', *flags, '-lpthread'], check=True)
 
     @contextlib.contextmanager
-    def serving(self, src):
-        server = subprocess.Popen([self.program, src, self.at, 'us=%d' % self.us], stderr=subprocess.DEVNULL)
+    def serving(self, src, said=None):
+        """`said`, a list, takes the numbers of requests by kind, as the source counts them."""
+        server = subprocess.Popen([self.program, src, self.at, 'us=%d' % self.us], stderr=subprocess.DEVNULL if said is None else subprocess.PIPE, text=True)
         try:
             while not os.path.ismount(self.at):
                 if server.poll() is not None:
@@ -243,6 +244,9 @@ class Slow:
                 time.sleep(0.02)
             yield self.at
         finally:
+            if said is not None:
+                server.send_signal(signal.SIGUSR1)
+                said.append(server.stderr.readline())
             subprocess.run(['umount', self.at])
             server.wait()
 

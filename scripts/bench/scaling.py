@@ -57,9 +57,25 @@ class Place:
             self.slow = compare.Slow(self.lab, int(kind[4:]) * 1000) if kind != 'memory' else None
             self.files = sum(len(f) for _, _, f in os.walk(self.src))
             os.sync()
+            if self.slow:
+                self.count()
         except BaseException:
             self.lab.close()
             raise
+
+    def bound(self, jobs):
+        """Seconds that the requests of one copy take, each as long as it must, so many at once; None: from memory."""
+        if self.slow is None:
+            return None
+        return self.requests * self.slow.us / 1e6 / jobs
+
+    def count(self):
+        """Requests of one copy, by slowfs itself."""
+        self.lab.renew(self.to)
+        said = []
+        with self.slow.serving(self.src, said) as src:
+            timed(src, 32, self.to + '/copy')
+        self.requests = sum(int(n) for n in re.findall(r'[a-z]+=(\d+)', ' '.join(said)))
 
     def run(self, how, jobs):
         self.lab.renew(self.to)
@@ -79,14 +95,18 @@ def measure(kind, fs):
             for jobs in JOBS:
                 runs[jobs].append(place.run(timed, jobs))
         print('\n### %s, %s, %d files\n' % (kind, fs, place.files))
-        print('| --jobs | threads | clock s | min-max | processor s | context switches a file | futex calls a file | instructions a file |')
-        print('| --- | --- | --- | --- | --- | --- | --- | --- |')
+        if place.slow:
+            print('%d requests, %.2f a file; bound: requests x %g ms / threads\n' % (place.requests, place.requests / place.files, place.slow.us / 1000))
+        print('| --jobs | threads | clock s | min-max | clock / bound | processor s | context switches a file | futex calls a file | instructions a file |')
+        print('| --- | --- | --- | --- | --- | --- | --- | --- | --- |')
         for jobs in JOBS:
             mid = lambda key: statistics.median(r[key] for r in runs[jobs])
             clocks = [r['clock'] for r in runs[jobs]]
             count = ['%.2f' % (place.run(futexes, jobs) / place.files), '%.0f' % (place.run(instructions, jobs) / place.files)] if COUNTS else ['', '']
-            print('| %d | %d | %.2f | %.2f-%.2f | %.2f | %.2f | %s | %s |' % (
-                jobs, mid('threads'), mid('clock'), min(clocks), max(clocks), mid('cpu'), mid('switches') / place.files, *count), flush=True)
+            bound = place.bound(jobs)
+            times = '%.2f' % (mid('clock') / bound) if bound else ''
+            print('| %d | %d | %.2f | %.2f-%.2f | %s | %.2f | %.2f | %s | %s |' % (
+                jobs, mid('threads'), mid('clock'), min(clocks), max(clocks), times, mid('cpu'), mid('switches') / place.files, *count), flush=True)
     finally:
         place.lab.close()
 

@@ -34,7 +34,7 @@ pub struct Allowance {
 impl Allowance {
     /// Nothing was taken yet; `auto` looks at the memory that is free now.
     pub fn new(cache: Cache) -> Allowance {
-        let free = cache::memory_available();
+        let free = crate::sys::memory::available();
         let left = free.map_or(u64::MAX, |free| free / KEPT_PART);
         Allowance::of(cache, left)
     }

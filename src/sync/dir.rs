@@ -364,16 +364,17 @@ impl Work<'_, '_> {
                 let half = names.split_off(names.len() / 2);
                 self.crew.push([Item::Names(Arc::clone(dir), half)]);
             }
-            self.entry(buffers, dir, entry.name, entry.kind);
+            self.entry(buffers, dir, entry);
         }
         buffers.rest = (None, Vec::new());
     }
 
     /// One entry that is no directory. It counts as done here or, when others finish it, there.
-    pub(super) fn entry(&self, buffers: &mut Buffers, dir: &Arc<Dir>, name: Name, kind: FileType) {
-        match kind {
-            FileType::RegularFile => self.file(buffers, dir, name),
-            _ => self.special(buffers, dir, name),
+    pub(super) fn entry(&self, buffers: &mut Buffers, dir: &Arc<Dir>, entry: Entry) {
+        match entry.kind {
+            FileType::RegularFile if self.linked(buffers, dir, &entry) => {}
+            FileType::RegularFile => self.file(buffers, dir, entry.name),
+            _ => self.special(buffers, dir, entry.name),
         }
     }
 

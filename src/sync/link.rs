@@ -3,6 +3,7 @@
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::time::Instant;
 
 use rustix::fs::{AtFlags, FileType, OFlags};
 use rustix::io::Errno;
@@ -62,6 +63,37 @@ impl Work<'_, '_> {
                 Err(e)
             }
         }
+    }
+
+    /// A name whose inode number belonged to an inode with several names: true when it is one of that
+    /// inode's, and linked or parked. Then src's file need not be opened.
+    pub(super) fn linked(&self, buffers: &mut Buffers, dir: &Arc<Dir>, entry: &Entry) -> bool {
+        if !self.job.groups.may_have(entry.ino) {
+            return false;
+        }
+        // The number alone says nothing: of another file system, or of what was replaced since.
+        let begin = Instant::now();
+        let stat = match stat_at(dir.pair.src.as_fd(), entry.name.as_cstr()) {
+            Ok(stat) if stat.is_file() && stat.nlink > 1 => stat,
+            _ => return false, // Opened, it says the same again.
+        };
+        let took = begin.elapsed();
+        let name = &entry.name;
+        let claim = self.job.groups.claim_known(stat.key, || Parked {
+            dir: Arc::clone(dir),
+            name: name.clone(),
+            kind: stat.kind(),
+        });
+        let step = match claim {
+            None | Some(Claim::First) => return false,
+            Some(Claim::Parked) => Ok(Step::Elsewhere),
+            Some(Claim::Made(stand_in)) => self.link(dir, name, stat.kind(), stat.key, &stand_in),
+        };
+        self.job.totals.src_took(took);
+        self.job.totals.files.add(1);
+        self.job.progress.files_seen.add(1);
+        self.stepped(buffers, dir, name, step);
+        true
     }
 
     /// The inode of a group is in dst: links the names that waited for it.
