@@ -19,7 +19,7 @@ T0 = 1_400_000_000 * 10**9
 MARKS = ('trusted.mirrorfs', 'user.mirrorfs')
 CONTROL = '.mirrorfs'
 # What a request gets when the daemon dies under it.
-DEAD = (errno.ENOTCONN, errno.ECONNABORTED, errno.EIO, errno.ESHUTDOWN, errno.EINTR)
+DEAD = (errno.ENOTCONN, errno.ECONNABORTED, errno.ECANCELED, errno.EIO, errno.ESHUTDOWN, errno.EINTR)
 libc = ctypes.CDLL(None, use_errno=True)
 
 

@@ -28,7 +28,7 @@ use super::reply::Channel;
 use super::request::{Header, fields_len};
 use super::shared::Shared;
 use crate::sys::fusering::{self, Bell, Event, Queue, Slot};
-use crate::sys::{caps, host};
+use crate::sys::{caps, fault, host};
 
 /// Largest data of one request: a slot has room for it, of which only what is used becomes memory.
 pub(super) const DATA_MAX: u32 = 256 << 10;
@@ -214,6 +214,7 @@ fn run(
         aside,
         scratch: Vec::new(),
         backlog: Backlog::None,
+        slots_max: fault::slots_max(SLOTS_MAX),
         over: false,
     };
     worker.serve().map_err(|e| {
@@ -231,6 +232,8 @@ struct Worker<'a> {
     /// A request's names and data: its slot belongs to the answer.
     scratch: Vec<u8>,
     backlog: Backlog,
+    /// No more slots than these.
+    slots_max: usize,
     /// The connection is over: the kernel gives the slots back, one by one.
     over: bool,
 }
@@ -300,10 +303,16 @@ impl Worker<'_> {
         if self.over {
             return self.queue.poll(events);
         }
-        if self.queue.with_kernel() < SLOTS_LOW && self.queue.registered() < SLOTS_MAX {
-            self.queue.register(SLOTS)?;
-            // The others may have run out meanwhile.
-            self.backlog = Backlog::Possible;
+        if self.queue.with_kernel() < SLOTS_LOW && self.queue.registered() < self.slots_max {
+            match self.queue.register(SLOTS) {
+                // The others may have run out meanwhile.
+                Ok(()) => self.backlog = Backlog::Possible,
+                // It works with what it has: nobody else would answer on this CPU.
+                Err(e) => {
+                    self.slots_max = self.queue.registered();
+                    tracing::warn!("no more than {} slots for requests: {e}", self.slots_max);
+                }
+            }
         }
         if self.backlog == Backlog::Possible && committed == 0 && self.queue.with_kernel() > 0 {
             // The new slots first.

@@ -51,6 +51,19 @@ pub fn point(name: &str) {
     }
 }
 
+/// A limit that a test lowers: `MIRRORFS_FAULT_SLOTS=64`. Without the `fault` feature it is as given.
+#[cfg(feature = "fault")]
+pub fn slots_max(limit: usize) -> usize {
+    let lower = std::env::var("MIRRORFS_FAULT_SLOTS").ok();
+    lower.and_then(|n| n.parse().ok()).unwrap_or(limit)
+}
+
+/// As given, without the `fault` feature.
+#[cfg(not(feature = "fault"))]
+pub fn slots_max(limit: usize) -> usize {
+    limit
+}
+
 /// A fault point: nothing without the `fault` feature.
 #[cfg(not(feature = "fault"))]
 #[inline(always)]

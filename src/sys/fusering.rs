@@ -301,9 +301,10 @@ impl Queue {
         // Even with 0 wanted: completions are made only when they are asked for.
         match self.ring.submit_and_wait(wanted) {
             Ok(_) => {}
-            Err(e) if e.raw_os_error() == Some(libc::EINTR) => {}
             // EBUSY: completions first.
-            Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {}
+            Err(e) if matches!(e.raw_os_error(), Some(libc::EINTR | libc::EBUSY)) => {}
+            // No memory for a request, for now. Nobody else would answer on this CPU.
+            Err(e) if e.raw_os_error() == Some(libc::EAGAIN) => pause(),
             Err(e) => return Err(e),
         }
         let done: Vec<(u64, i32)> = self
@@ -366,10 +367,15 @@ impl Queue {
             match self.ring.submit() {
                 Ok(_) => {}
                 Err(e) if e.raw_os_error() == Some(libc::EINTR) => {}
+                Err(e) if e.raw_os_error() == Some(libc::EAGAIN) => pause(),
                 Err(e) => return Err(e),
             }
         }
     }
+}
+
+fn pause() {
+    std::thread::sleep(std::time::Duration::from_millis(1));
 }
 
 impl Drop for Queue {

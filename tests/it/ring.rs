@@ -169,84 +169,130 @@ impl Filesystem for Hung {
     }
 }
 
-/// 300 users wait for files of a source that hangs, all at once; a thousand looks at files that are
-/// here, and opens of them, go on, also from the CPU that the others came from.
+/// A migration whose source hangs for half of its files.
+struct Dead {
+    world: World,
+    gate: Arc<(Mutex<Gate>, Condvar)>,
+    source: fuser::BackgroundSession,
+    _scratch: tempfile::TempDir,
+}
+
+const WAITING: u64 = 300;
+
+impl Dead {
+    fn new() -> Dead {
+        let fs = LoopFs::new("ext4");
+        let dst = fs.dir("dst");
+        let scratch = tempfile::tempdir().unwrap();
+        let src = scratch.path().join("src");
+        fs::create_dir(&src).unwrap();
+        let gate = Arc::new((Mutex::new(Gate::default()), Condvar::new()));
+        let hung = Hung {
+            files: 2 * WAITING,
+            gate: Arc::clone(&gate),
+        };
+        let source = fuser::spawn_mount(hung, &src, &fuser::Config::default()).unwrap();
+        Dead {
+            world: World::from(src, dst, vec![fs]),
+            gate,
+            source,
+            _scratch: scratch,
+        }
+    }
+
+    /// The files that come are here, and as many users as there are others wait for them, all on the
+    /// first CPU, while `act` works. Then the source answers, and everybody gets his bytes.
+    fn while_users_wait(self, env: &[(&str, &str)], act: impl FnOnce(&Mounted)) {
+        let mounted = self.world.mount_with(&URING, env);
+        expect_ring(&mounted);
+        for n in 0..WAITING {
+            let read = fs::read(mounted.path(format!("f{n}"))).unwrap();
+            assert_eq!(read, bytes(2 + WAITING + n, LEN), "f{n}");
+        }
+        let barrier = Barrier::new(WAITING as usize);
+        thread::scope(|scope| {
+            let readers: Vec<_> = (0..WAITING)
+                .map(|n| {
+                    let (barrier, path) = (&barrier, mounted.path(format!("h{n}")));
+                    scope.spawn(move || {
+                        // One queue has them all.
+                        pin_to_cpu(0);
+                        barrier.wait();
+                        fs::read(path).unwrap()
+                    })
+                })
+                .collect();
+            wait_until("reads that hang", Duration::from_secs(20), || {
+                self.gate.0.lock().unwrap().waiting > 0
+            });
+            // Whatever becomes of it, nobody waits for ever.
+            let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| act(&mounted)));
+            let waited = readers.iter().all(|r| !r.is_finished());
+            self.gate.0.lock().unwrap().open = true;
+            self.gate.1.notify_all();
+            for (n, reader) in readers.into_iter().enumerate() {
+                assert_eq!(reader.join().unwrap(), bytes(2 + n as u64, LEN), "h{n}");
+            }
+            done.unwrap();
+            assert!(waited, "they waited all the time");
+        });
+        assert!(matches!(mounted.unmount(), 0 | 20));
+        self.source.umount_and_join().unwrap();
+    }
+}
+
+/// A thousand looks at files that are here, and opens of them; how long the longest took.
+fn look(mounted: &Mounted, cpu: usize) -> Duration {
+    pin_to_cpu(cpu);
+    let mut longest = Duration::ZERO;
+    for n in 0..1000 {
+        let begin = Instant::now();
+        let path = mounted.path(format!("f{}", n % WAITING));
+        assert_eq!(size_asked_for(&path), LEN as u64);
+        let file = fs::File::open(&path).unwrap();
+        file.read_exact_at(&mut [0], 7).unwrap();
+        longest = longest.max(begin.elapsed());
+        thread::sleep(Duration::from_millis(1));
+    }
+    longest
+}
+
+/// Also on the CPU that those who wait came from.
 #[test]
 fn users_who_wait_for_a_dead_source_stop_nobody_else() {
-    const WAITING: u64 = 300;
     if !can_ring() {
         return;
     }
-    let fs = LoopFs::new("ext4");
-    let dst = fs.dir("dst");
-    let scratch = tempfile::tempdir().unwrap();
-    let src = scratch.path().join("src");
-    fs::create_dir(&src).unwrap();
-    let gate = Arc::new((Mutex::new(Gate::default()), Condvar::new()));
-    let hung = Hung {
-        files: 2 * WAITING,
-        gate: Arc::clone(&gate),
-    };
-    let source = fuser::spawn_mount(hung, &src, &fuser::Config::default()).unwrap();
-    let world = World::from(src, dst, vec![fs]);
-    let mounted = world.mount_with(&URING, &[]);
-    expect_ring(&mounted);
-    for n in 0..WAITING {
-        let read = fs::read(mounted.path(format!("f{n}"))).unwrap();
-        assert_eq!(read, bytes(2 + WAITING + n, LEN), "f{n}");
-    }
-    let barrier = Barrier::new(WAITING as usize);
-    thread::scope(|scope| {
-        let readers: Vec<_> = (0..WAITING)
-            .map(|n| {
-                let (barrier, path) = (&barrier, mounted.path(format!("h{n}")));
-                scope.spawn(move || {
-                    // All on one CPU: one queue has them all.
-                    pin_to_cpu(0);
-                    barrier.wait();
-                    fs::read(path).unwrap()
-                })
-            })
-            .collect();
-        let lookers: Vec<_> = (0..2)
-            .map(|cpu| {
-                let mounted = &mounted;
-                scope.spawn(move || {
-                    pin_to_cpu(cpu);
-                    let mut longest = Duration::ZERO;
-                    for n in 0..1000 {
-                        let begin = Instant::now();
-                        let path = mounted.path(format!("f{}", n % WAITING));
-                        assert_eq!(size_asked_for(&path), LEN as u64);
-                        let mut byte = [0];
-                        let file = fs::File::open(&path).unwrap();
-                        file.read_exact_at(&mut byte, 7).unwrap();
-                        longest = longest.max(begin.elapsed());
-                        thread::sleep(Duration::from_millis(1));
-                    }
-                    longest
-                })
-            })
-            .collect();
-        wait_until("reads that hang", Duration::from_secs(20), || {
-            gate.0.lock().unwrap().waiting > 0
+    Dead::new().while_users_wait(&[], |mounted| {
+        thread::scope(|scope| {
+            for looker in [0, 1].map(|cpu| scope.spawn(move || look(mounted, cpu))) {
+                let longest = looker.join().unwrap();
+                assert!(longest < Duration::from_secs(5), "{longest:?}");
+            }
         });
-        for looker in lookers {
-            let longest = looker.join().unwrap();
-            assert!(
-                longest < Duration::from_secs(5),
-                "one look took {longest:?}"
-            );
-        }
-        assert!(readers.iter().all(|r| !r.is_finished()), "they still wait");
-        gate.0.lock().unwrap().open = true;
-        gate.1.notify_all();
-        for (n, reader) in readers.into_iter().enumerate() {
-            assert_eq!(reader.join().unwrap(), bytes(2 + n as u64, LEN), "h{n}");
-        }
     });
-    assert!(matches!(mounted.unmount(), 0 | 20));
-    source.umount_and_join().unwrap();
+}
+
+/// The control: a queue that does not grow is full of those who wait, and one who looks waits too.
+#[test]
+fn with_too_few_slots_everybody_on_that_cpu_would_wait() {
+    if !can_ring() || !need(cfg!(feature = "fault"), "the feature fault") {
+        return;
+    }
+    let few = [("MIRRORFS_FAULT_SLOTS", "64")];
+    let (told, hears) = std::sync::mpsc::channel();
+    Dead::new().while_users_wait(&few, |mounted| {
+        let path = mounted.path("f0");
+        thread::spawn(move || {
+            pin_to_cpu(0);
+            // The barrier has let them all go; this one comes after the most of them.
+            thread::sleep(Duration::from_millis(500));
+            let _ = told.send(size_asked_for(&path)); // Only when the test has failed already.
+        });
+        let early = hears.recv_timeout(Duration::from_secs(3));
+        assert!(early.is_err(), "it was answered: {early:?}");
+    });
+    assert_eq!(hears.recv_timeout(Duration::from_secs(20)), Ok(LEN as u64));
 }
 
 #[test]
