@@ -48,6 +48,9 @@ use crate::error::{Context, Errno, Error, Result, Side};
 use crate::sys;
 use crate::throttle::Throttle;
 
+/// The longest that a stop waits for calls that have not come back.
+const STOP_MAX: std::time::Duration = std::time::Duration::from_secs(10);
+
 /// The engine's limits, fixed at start.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EngineConfig {
@@ -228,10 +231,9 @@ impl Engine {
         self.shared.pace.stop();
         self.shared.throttle.tell();
         let threads = std::mem::take(&mut *self.threads.lock());
-        for thread in threads {
-            if thread.join().is_err() {
-                tracing::error!("a copy thread panicked");
-            }
+        let hung = sys::host::join_all(threads, STOP_MAX);
+        if hung > 0 {
+            tracing::warn!("{hung} copy threads wait for src, and are left to it");
         }
         for job in self.shared.queue.drain() {
             worker::finish_unstarted(job); // Only if every worker panicked.

@@ -135,6 +135,12 @@ impl Error {
         matches!(self, Error::Call { side: Side::Src, errno, .. } if PASSING.contains(errno))
     }
 
+    /// True when src cannot give some bytes of a file that it has: a bad block, a wrong checksum.
+    pub fn is_bad_read(&self) -> bool {
+        const BAD: [Errno; 4] = [Errno::IO, Errno::BADMSG, Errno::UCLEAN, Errno::NODATA];
+        matches!(self, Error::Call { call: "read", side: Side::Src, errno, .. } if BAD.contains(errno))
+    }
+
     /// True when dst has no room: the only failure after which the walker waits and goes on.
     pub fn is_dst_full(&self) -> bool {
         matches!(self, Error::Call { side: Side::Dst, errno, .. }

@@ -8,6 +8,7 @@
 
 mod ahead;
 mod anchor;
+mod aside;
 mod attr;
 mod carry;
 mod commit;
@@ -29,9 +30,11 @@ mod populate;
 mod prefetch;
 mod ranged;
 mod running;
+mod salvage;
 mod settle;
 mod source;
 mod tally;
+mod whole;
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -143,6 +146,8 @@ pub struct Mirror {
     throttle: Arc<Throttle>,
     progress: Arc<Progress>,
     outage: outage::Outage,
+    aside: aside::Aside,
+    spoiled: salvage::Spoiled,
     patience: Arc<Patience>,
     source_timeout: Duration,
     large_file_bytes: u64,
@@ -238,6 +243,8 @@ impl Mirror {
             throttle,
             progress,
             outage: outage::Outage::default(),
+            aside: aside::Aside::default(),
+            spoiled: salvage::Spoiled::default(),
             patience: Patience::new(config.on_error, config.source_timeout),
             source_timeout: config.source_timeout,
             large_file_bytes: config.large_file_bytes,
@@ -398,6 +405,12 @@ impl Mirror {
     /// Records a failure: the ledger, the log, the count.
     fn fail(&self, path: &RelPath, error: &Error) {
         self.ledger.record(path, error);
+        self.progress.errors.set(self.ledger.len() as u64);
+    }
+
+    /// As `fail`, for the bytes of a file that src cannot read.
+    fn fail_ranges(&self, path: &RelPath, error: &Error, bad: &[std::ops::Range<u64>]) {
+        self.ledger.record_ranges(path, error, bad);
         self.progress.errors.set(self.ledger.len() as u64);
     }
 

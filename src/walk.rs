@@ -42,6 +42,10 @@ const PAUSE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs
 
 /// How long a step is put off at most while somebody waits.
 const YIELD: Duration = Duration::from_millis(4);
+/// The longest that a stop waits for threads that wait for src.
+const STOP_MAX: Duration = Duration::from_secs(3);
+/// An access that waits so long is not waited for.
+const HANGS: Duration = Duration::from_secs(2);
 /// The pause, at least, after a pass that met a full dst.
 const PAUSE_FULL: Duration = Duration::from_secs(5);
 
@@ -135,10 +139,9 @@ impl Walker {
         self.shared.stop.store(true, Ordering::Relaxed);
         self.shared.wake.notify_all();
         let threads = std::mem::take(&mut *self.shared.threads.lock());
-        for thread in threads {
-            if thread.join().is_err() {
-                tracing::error!("a walker thread panicked; what it left is still pending");
-            }
+        let hung = host::join_all(threads, STOP_MAX);
+        if hung > 0 {
+            tracing::warn!("{hung} walker threads wait for src, and are left to it");
         }
     }
 }
@@ -367,7 +370,11 @@ impl Shared {
     /// one who waits for a file that src never gives must not stop everything.
     fn yield_to_demand(&self) {
         let until = std::time::Instant::now() + YIELD;
-        while self.mirror.progress().is_waited_for() && std::time::Instant::now() < until {
+        let progress = self.mirror.progress();
+        // Who waits for what hangs waits for ever, and is helped by nobody's going slower.
+        let newest = progress.waits.newest();
+        let hangs = progress.barriers.get() == 0 && newest.is_some_and(|t| t > HANGS);
+        while !hangs && progress.is_waited_for() && std::time::Instant::now() < until {
             std::thread::sleep(YIELD / 8);
         }
     }

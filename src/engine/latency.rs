@@ -42,6 +42,8 @@ const TRY_EVERY_MAX: u32 = 4096;
 
 #[derive(Debug, Clone, Copy)]
 struct Meter {
+    /// A direct call may never come back.
+    never: bool,
     direct: bool,
     mean_ns: u64,
     calls: u32,
@@ -51,6 +53,7 @@ struct Meter {
 }
 
 const UNKNOWN: Meter = Meter {
+    never: false,
     direct: false,
     mean_ns: 0,
     calls: 0,
@@ -69,6 +72,15 @@ impl Latencies {
         Latencies([UNKNOWN; 4])
     }
 
+    /// A source whose calls may hang: a thread of ours is never given to one.
+    pub(super) fn of_a_server() -> Latencies {
+        let meter = Meter {
+            never: true,
+            ..UNKNOWN
+        };
+        Latencies([meter; 4])
+    }
+
     /// Which way the next call of this kind goes.
     pub(super) fn choose(&mut self, kind: Kind) -> Way {
         let m = &mut self.0[kind as usize];
@@ -83,7 +95,7 @@ impl Latencies {
         if m.ring_answers >= m.try_every {
             let fast = m.ring_best_ns < RING_FAST_NS;
             (m.ring_answers, m.ring_best_ns) = (0, u64::MAX);
-            if fast {
+            if fast && !m.never {
                 return Way::Direct;
             }
         }
@@ -171,6 +183,13 @@ mod tests {
             calls(&mut Latencies::unknown(), 10_000, 1000 * US, 1050 * US),
             0
         );
+    }
+
+    #[test]
+    fn a_source_that_may_hang_is_never_called_directly_however_fast_it_is() {
+        let mut l = Latencies::of_a_server();
+        assert_eq!(calls(&mut l, 10_000, 3 * US, 60 * US), 0);
+        assert!(!l.is_fast(Kind::Open));
     }
 
     #[test]

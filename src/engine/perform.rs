@@ -525,7 +525,10 @@ impl Worker {
         let source = self.files[slot].as_ref().map_or((0, 0), |f| f.source);
         self.latencies
             .entry(source)
-            .or_insert_with(Latencies::unknown)
+            .or_insert_with(|| match sys::host::may_hang(source) {
+                true => Latencies::of_a_server(),
+                false => Latencies::unknown(),
+            })
     }
 
     /// True when the file's source answers opens faster than a thread can be woken, or when there

@@ -2,18 +2,29 @@
 //!
 //! getdents64, listxattr, readlink, SEEK_DATA, copy_file_range, a whole populate. Two lanes:
 //! demand first, and the background never takes the last half of the threads, so that demand
-//! finds a thread even when every background task hangs on a dead server.
+//! finds a thread even when every background task hangs on a dead server. A thread whose task does not
+//! come back is replaced while demand waits (`relieve`), up to `SUBSTITUTES`; when it does come back
+//! there is one too many, which ends.
 
 use std::cell::Cell;
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 
 use super::job::Priority;
 use crate::error::{Context, Errno, Result, Side};
+use crate::sys::host;
+
+/// A task that takes longer is taken to hang.
+const STUCK: Duration = Duration::from_millis(200);
+/// Threads in the place of those that hang, at the most (I9).
+const SUBSTITUTES: usize = 224;
+/// The longest that a stop waits for tasks that have not come back.
+const STOP_MAX: Duration = Duration::from_secs(3);
 
 /// A piece of work.
 pub type Task = Box<dyn FnOnce() + Send>;
@@ -47,6 +58,8 @@ struct Shared {
     room: Condvar,
     len_max: usize,
     background_max: usize,
+    /// Threads while nothing hangs.
+    usual: usize,
 }
 
 struct Lanes {
@@ -54,6 +67,21 @@ struct Lanes {
     background: VecDeque<Task>,
     background_running: usize,
     stopped: bool,
+    /// Threads, and those that have no task.
+    threads: usize,
+    idle: usize,
+    /// When each running task began.
+    running: BTreeMap<u64, Instant>,
+    next: u64,
+}
+
+impl Lanes {
+    /// Tasks that are taken to hang.
+    fn stuck(&self) -> usize {
+        // In the order in which they began.
+        let stuck = self.running.values().take_while(|at| at.elapsed() > STUCK);
+        stuck.count()
+    }
 }
 
 impl Pool {
@@ -66,34 +94,72 @@ impl Pool {
                 background: VecDeque::new(),
                 background_running: 0,
                 stopped: false,
+                threads: 0,
+                idle: 0,
+                running: BTreeMap::new(),
+                next: 0,
             }),
             work: Condvar::new(),
             room: Condvar::new(),
             len_max: len_max.max(1),
             background_max: threads / 2,
+            usual: threads,
         });
         let pool = Pool {
             shared,
             threads: Mutex::new(Vec::with_capacity(threads)),
         };
         for i in 0..threads {
-            let shared = Arc::clone(&pool.shared);
-            let started = std::thread::Builder::new()
-                .name(format!("mirrorfs-p{i}"))
-                .spawn(move || {
-                    enter_own_thread();
-                    shared.work();
-                });
-            match started {
-                Ok(thread) => pool.threads.lock().push(thread),
-                Err(e) => {
-                    pool.stop();
-                    let errno = Errno::from_io_error(&e).unwrap_or(Errno::AGAIN);
-                    return Err(errno).on("clone", Side::Host, "thread");
-                }
+            if let Err(e) = pool.add_thread(i) {
+                pool.stop();
+                let errno = Errno::from_io_error(&e).unwrap_or(Errno::AGAIN);
+                return Err(errno).on("clone", Side::Host, "thread");
             }
         }
         Ok(pool)
+    }
+
+    fn add_thread(&self, i: usize) -> std::io::Result<()> {
+        let shared = Arc::clone(&self.shared);
+        let thread = std::thread::Builder::new().name(format!("mirrorfs-p{i}"));
+        shared.lanes.lock().threads += 1;
+        let started = thread.spawn(move || {
+            enter_own_thread();
+            shared.work();
+        });
+        match started {
+            Ok(thread) => {
+                let mut threads = self.threads.lock();
+                threads.retain(|t| !t.is_finished());
+                threads.push(thread);
+                Ok(())
+            }
+            Err(e) => {
+                self.shared.lanes.lock().threads -= 1;
+                Err(e)
+            }
+        }
+    }
+
+    /// Replaces threads that hang, where somebody waits for one. To be called every second or so.
+    pub fn relieve(&self) {
+        let (missing, all) = {
+            let lanes = self.shared.lanes.lock();
+            let free = lanes.threads - lanes.stuck().min(lanes.threads);
+            let missing = self.shared.usual.saturating_sub(free);
+            let room = (self.shared.usual + SUBSTITUTES).saturating_sub(lanes.threads);
+            let wanted = lanes.idle == 0 && !lanes.demand.is_empty() && !lanes.stopped;
+            (if wanted { missing.min(room) } else { 0 }, lanes.threads)
+        };
+        for i in 0..missing {
+            if let Err(e) = self.add_thread(all + i) {
+                tracing::warn!("cannot start a thread: {e}");
+                return;
+            }
+        }
+        if missing > 0 {
+            tracing::debug!(missing, "threads that hang in calls were replaced");
+        }
     }
 
     /// Runs a task on a thread of the pool. Demand returns at once, always; background waits
@@ -130,8 +196,9 @@ impl Pool {
         self.shared.room.notify_all();
         drop(dropped);
         let threads = std::mem::take(&mut *self.threads.lock());
-        for thread in threads {
-            let _ = thread.join(); // Tasks' panics were caught; there is no value.
+        let hung = host::join_all(threads, STOP_MAX);
+        if hung > 0 {
+            tracing::warn!("{hung} threads wait for src, and are left to it");
         }
     }
 }
@@ -153,12 +220,19 @@ impl Shared {
                 background = task.is_some();
             }
             let Some(task) = task else {
-                if lanes.stopped {
+                // What hung is back: there is a thread too many.
+                if lanes.stopped || lanes.threads - lanes.stuck().min(lanes.threads) > self.usual {
+                    lanes.threads -= 1;
                     return;
                 }
+                lanes.idle += 1;
                 self.work.wait(&mut lanes);
+                lanes.idle -= 1;
                 continue;
             };
+            let id = lanes.next;
+            lanes.next += 1;
+            lanes.running.insert(id, Instant::now());
             if background {
                 lanes.background_running += 1;
                 self.room.notify_one();
@@ -168,6 +242,7 @@ impl Shared {
                 tracing::error!(panic = panic_text(panic.as_ref()), "a task panicked");
             }
             lanes = self.lanes.lock();
+            lanes.running.remove(&id);
             if background {
                 lanes.background_running -= 1;
                 if !lanes.background.is_empty() {
@@ -220,6 +295,41 @@ mod tests {
             rx.recv_timeout(SOON).expect("demand ran");
         }
         drop(hang);
+        pool.stop();
+    }
+
+    #[test]
+    fn threads_that_hang_are_replaced_while_somebody_waits_and_no_longer() {
+        let pool = Pool::start(4, 100).expect("threads");
+        let (hang, hung) = mpsc::channel::<()>();
+        let hung = Arc::new(Mutex::new(hung));
+        for _ in 0..12 {
+            let hung = Arc::clone(&hung);
+            pool.run(
+                Priority::Demand,
+                Box::new(move || {
+                    let _ = hung.lock().recv(); // Until the sender goes.
+                }),
+            );
+        }
+        let (tx, rx) = mpsc::channel();
+        pool.run(
+            Priority::Demand,
+            Box::new(move || tx.send(()).expect("receiver is there")),
+        );
+        assert!(rx.recv_timeout(2 * STUCK).is_err(), "all four hang");
+        let end = Instant::now() + SOON;
+        while rx.try_recv().is_err() {
+            assert!(Instant::now() < end);
+            pool.relieve();
+            std::thread::sleep(STUCK / 4);
+        }
+        drop(hang);
+        while pool.shared.lanes.lock().threads > 4 {
+            assert!(Instant::now() < end);
+            pool.run(Priority::Demand, Box::new(|| ()));
+            std::thread::sleep(STUCK / 100);
+        }
         pool.stop();
     }
 

@@ -18,7 +18,7 @@ use std::cell::RefCell;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use rustix::fs::AtFlags;
@@ -29,9 +29,8 @@ use super::hydrate::FileRef;
 use super::node::{Ino, Origin};
 use super::place::Placer;
 use super::populate::{DirRef, Waiter};
-use super::source::SrcDir;
 use crate::error::{Context, Result, Side};
-use crate::meta::{Born, Meta};
+use crate::meta::{Born, Capture, Meta};
 use crate::sys::name::{Name, RelPath};
 use crate::sys::stat::{self, Stat};
 use crate::sys::{copy, fault, fd};
@@ -40,6 +39,8 @@ use crate::sys::{copy, fault, fd};
 const CARRY_MAX: u64 = 64 << 10;
 /// From this size on extents are shared where that works: it saves more than it costs.
 const CLONE_MIN: u64 = 16 << 10;
+/// A read that takes longer is left to the engine, where it keeps nobody.
+const HANG: Duration = Duration::from_secs(1);
 /// Entries that are handed to the walker in memory; a directory with more is listed.
 const PLACED_MAX: usize = 16 << 10;
 /// What a populate by the walker takes along, and what is left to do afterwards.
@@ -147,7 +148,7 @@ impl Placer<'_> {
         stat: &Stat,
     ) -> Result<bool> {
         let begun = Instant::now();
-        let Some((meta, src)) = read_small(self.src, name, stat, buffer) else {
+        let Some((meta, src)) = self.read(name, stat, buffer) else {
             return Ok(false);
         };
         self.mirror.crowd.pace.note(begun.elapsed());
@@ -162,6 +163,24 @@ impl Placer<'_> {
             let _ = rustix::fs::unlinkat(self.dst, name.as_cstr(), AtFlags::empty()); // As said.
         }
         done
+    }
+
+    /// Reads on this thread where src is a disk; one that may hang is given up after a while: others
+    /// wait for the directory, and nobody for this file.
+    fn read(&self, name: &Name, stat: &Stat, buffer: &mut Vec<u8>) -> Option<(Meta, OwnedFd)> {
+        if !self.src.may_hang {
+            return read_small(&self.src.fd, self.src.capture, name, stat, buffer);
+        }
+        let mut lent = std::mem::take(buffer);
+        let (dir, capture) = (Arc::clone(&self.src.fd), self.src.capture);
+        let (name, stat) = (name.clone(), *stat);
+        let read = self.mirror.aside.run(HANG, move || {
+            let found = read_small(&dir, capture, &name, &stat, &mut lent);
+            (found, lent)
+        });
+        let (found, lent) = read?;
+        *buffer = lent;
+        found
     }
 
     /// Everything that makes a new file complete.
@@ -227,13 +246,14 @@ fn is_dense(stat: &Stat) -> bool {
 /// Reads a whole small file of src and its metadata. `None`: it is not what `stat` says, it is in the
 /// middle of a migration itself, or src refused something.
 fn read_small(
-    src: &SrcDir,
+    dir: &OwnedFd,
+    capture: Capture,
     name: &Name,
     stat: &Stat,
     buffer: &mut Vec<u8>,
 ) -> Option<(Meta, OwnedFd)> {
-    let file = fd::open_src(src.fd.as_fd(), name).ok()?;
-    let meta = Meta::capture_open(src.capture, file.as_fd(), *stat).ok()??;
+    let file = fd::open_src(dir.as_fd(), name).ok()?;
+    let meta = Meta::capture_open(capture, file.as_fd(), *stat).ok()??;
     let size = usize::try_from(stat.size).ok()?;
     // One byte more than there should be: a file that grew is seen.
     buffer.resize(size + 1, 0);

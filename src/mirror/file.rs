@@ -73,11 +73,12 @@ impl Mirror {
         self.with_info(node, move |info| match info {
             Err(e) => open(Err(e)),
             Ok(info) if info.size > mirror.large_file_bytes => open(Ok(Locate::Ranged)),
+            Ok(_) if mirror.spoiled.is_fresh(held.ino) => open(Ok(Locate::Ranged)),
             Ok(_) => mirror.when_hydrated(&held, Need::Read, |done| {
                 open(match done {
                     Ok(()) => Ok(Locate::Here),
-                    // dst has no room: reads go on, from src.
-                    Err(e) if e.is_dst_full() => Ok(Locate::Ranged),
+                    // dst has no room, or src not all bytes: reads go on, from src.
+                    Err(e) if e.is_dst_full() || e.is_bad_read() => Ok(Locate::Ranged),
                     Err(e) => Err(e),
                 });
             }),
@@ -105,7 +106,12 @@ impl Mirror {
         }
         let (mirror, held) = (Arc::clone(self), Arc::clone(node));
         self.with_info(node, move |info| match info {
-            Ok(info) => mirror.read_range(&held, info, offset..offset + u64::from(len), then),
+            Ok(info) => {
+                let range = offset..offset + u64::from(len);
+                if let Some(then) = mirror.salvage(&held, range.clone(), then) {
+                    mirror.read_range(&held, info, range, then);
+                }
+            }
             Err(e) => then(Err(e)),
         });
     }

@@ -13,11 +13,10 @@
 //! across a copy, an fsync or a waiter.
 
 use std::collections::HashMap;
-use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use rustix::fs::OFlags;
@@ -29,7 +28,8 @@ use super::node::{Ino, Node, Origin, Phase};
 use super::populate::{Waiter, no_origin};
 use super::ranged::RangeJob;
 use super::source::SrcDir;
-use crate::engine::job::{Completion, Copied, CopyJob, Durability, Priority, Span};
+use super::whole::Whole;
+use crate::engine::job::{Copied, CopyJob, Durability, Priority, Span};
 use crate::error::{Context, Error, Result, Side};
 use crate::ranges::RangeSet;
 use crate::sys::fault;
@@ -95,6 +95,9 @@ pub(super) struct State {
     pub(super) writers: Vec<Waiter>,
     pub(super) settled: Vec<Waiter>,
     pub(super) started: Instant,
+    /// The last step of the whole-file job; and whether it was told that there are no more.
+    pub(super) moved: Instant,
+    pub(super) hung: bool,
     /// Tries of the whole-file job that failed as if src were away.
     pub(super) attempts: u32,
     pub(super) bytes: u64,
@@ -128,6 +131,21 @@ impl Hydrations {
         {
             table.remove(&hydration.file.ino);
         }
+    }
+
+    /// Those that have made no step for so long, and whether that is news.
+    pub(super) fn hung(&self, limit: Duration) -> Vec<(Arc<Hydration>, bool)> {
+        let all: Vec<_> = self.table.lock().values().cloned().collect();
+        let mut hung = Vec::new();
+        for hydration in all {
+            let mut state = hydration.state.lock();
+            if state.stage == Stage::Copying && state.moved.elapsed() > limit {
+                let new = !std::mem::replace(&mut state.hung, true);
+                drop(state);
+                hung.push((hydration, new));
+            }
+        }
+        hung
     }
 
     /// A background job has ended without its file. In one step, so that nobody joins in between.
@@ -182,6 +200,8 @@ impl Hydrations {
             writers: Vec::new(),
             settled: Vec::new(),
             started: Instant::now(),
+            moved: Instant::now(),
+            hung: false,
             attempts: 0,
             bytes: 0,
             passes: false,
@@ -363,12 +383,7 @@ impl Mirror {
             return Ok(());
         };
         fault::point("hydrate-begin");
-        let done = Whole {
-            mirror: Arc::clone(self),
-            hydration: Arc::clone(hydration),
-            priority,
-            begun: false,
-        };
+        let done = Whole::new(self, hydration, priority);
         self.engine.submit(CopyJob {
             src_dir: Arc::clone(&src.fd),
             src_name: name,
@@ -404,6 +419,7 @@ impl Mirror {
             self.invalidate(ino);
         }
         self.settle_ledger(&hydration.path);
+        self.mend(ino);
         let mut state = hydration.state.lock();
         state.stage = Stage::Landed;
         state.bytes = copied.src.size;
@@ -453,6 +469,9 @@ impl Mirror {
         if error.is_dst_full() {
             self.progress.dst_full.store(true, Ordering::Relaxed);
         } else if !matches!(error, Error::Stopped) {
+            if error.is_bad_read() {
+                self.spoil(hydration.file.ino);
+            }
             self.fail(&hydration.path, &error);
         }
         let mut state = hydration.state.lock();
@@ -474,7 +493,7 @@ impl Mirror {
 
     /// A background job was cancelled. Whoever waits for the file gets it all the same; the walker
     /// hears that it is still pending.
-    fn background_stopped(self: &Arc<Self>, hydration: &Arc<Hydration>, begun: bool) {
+    pub(super) fn background_stopped(self: &Arc<Self>, hydration: &Arc<Hydration>, begun: bool) {
         match self.hydrations.give_up(hydration, begun) {
             GivenUp::AskedAnew => self.start(hydration, Priority::Demand),
             GivenUp::Settled(settled) => settled.into_iter().for_each(|w| w(Err(Error::Stopped))),
@@ -530,63 +549,5 @@ impl State {
             return None;
         }
         self.whole.take()
-    }
-}
-
-/// The whole-file job's report.
-struct Whole {
-    mirror: Arc<Mirror>,
-    hydration: Arc<Hydration>,
-    /// The lane that this job is in.
-    priority: Priority,
-    /// This job, and no other, copies the file.
-    begun: bool,
-}
-
-impl Completion for Whole {
-    fn begin(&mut self) -> bool {
-        let mut state = self.hydration.state.lock();
-        let won = state.stage == Stage::Queued;
-        if won {
-            state.stage = Stage::Copying;
-        }
-        self.begun = won;
-        won
-    }
-
-    fn wanted(&self) -> bool {
-        let state = self.hydration.state.lock();
-        !state.readers.is_empty() || !state.writers.is_empty()
-    }
-
-    fn passes(&self, bytes: u64) -> bool {
-        let background = self.priority == Priority::Background && !self.wanted();
-        let passes = background && self.mirror.allowance.passes(bytes);
-        self.hydration.state.lock().passes = passes;
-        passes
-    }
-
-    fn landed(&mut self, range: Range<u64>) {
-        self.hydration.state.lock().present.insert(range);
-    }
-
-    fn done(self: Box<Self>, outcome: Result<Copied>) {
-        match outcome {
-            Err(Error::Stopped) if self.priority == Priority::Background => {
-                self.mirror.background_stopped(&self.hydration, self.begun);
-            }
-            Ok(copied) => {
-                let ready = {
-                    let mut state = self.hydration.state.lock();
-                    state.whole = Some(copied);
-                    state.present.insert(0..u64::MAX);
-                    state.whole_if_last()
-                };
-                if let Some(copied) = ready {
-                    self.mirror.land(&self.hydration, copied);
-                }
-            }
-            Err(e) => self.mirror.whole_failed(&self.hydration, e),
-        }
     }
 }

@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
+use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
@@ -40,6 +41,9 @@ pub struct LedgerEntry {
     pub time_unix: u64,
     /// How often it was tried.
     pub attempts: u32,
+    /// The bytes that could not be read, where somebody has looked: from, to (not included).
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ranges: Vec<(u64, u64)>,
     /// False for metadata that dst cannot hold while the data is here: a retry changes nothing.
     pub data: bool,
 }
@@ -90,6 +94,20 @@ impl Ledger {
             error.to_string(),
             true,
         ));
+    }
+
+    /// Records bytes of a file that src cannot give.
+    pub fn record_ranges(&self, path: &RelPath, error: &Error, bad: &[Range<u64>]) {
+        let mut new = entry(
+            path,
+            error.side(),
+            error.what(),
+            error.errno(),
+            error.to_string(),
+            true,
+        );
+        new.ranges = bad.iter().map(|r| (r.start, r.end)).collect();
+        self.add(new);
     }
 
     /// Records metadata that dst would not take.
@@ -170,6 +188,8 @@ impl Ledger {
         let mut inner = self.inner.lock();
         if let Some(old) = inner.entries.get(&key) {
             new.attempts = old.attempts + 1;
+            let ranges = old.ranges.iter().chain(&new.ranges).copied().collect();
+            new.ranges = merged(ranges);
         }
         inner.entries.insert(key, new.clone());
         inner.append(&Line::Entry(new));
@@ -250,8 +270,22 @@ fn entry(
             .duration_since(UNIX_EPOCH)
             .map_or(0, |d| d.as_secs()),
         attempts: 1,
+        ranges: Vec::new(),
         data,
     }
+}
+
+/// Sorted, and what touches is one.
+fn merged(mut ranges: Vec<(u64, u64)>) -> Vec<(u64, u64)> {
+    ranges.sort_unstable();
+    let mut all: Vec<(u64, u64)> = Vec::with_capacity(ranges.len());
+    for (from, to) in ranges {
+        match all.last_mut() {
+            Some(last) if from <= last.1 => last.1 = last.1.max(to),
+            _ => all.push((from, to)),
+        }
+    }
+    all
 }
 
 fn hex(bytes: &[u8]) -> String {

@@ -169,6 +169,8 @@ impl Mirror {
         let mut open: Vec<Receiver<Result<()>>> = Vec::new();
         while !self.outage.stopped.load(Ordering::Relaxed) {
             self.patience.expire();
+            self.engine.pool().relieve();
+            self.leave_hung();
             let away = self.src_is_away();
             if !away && !self.outage.has_due() && !self.somebody_is_late() {
                 self.outage.sleep(self.patience.tick());
@@ -192,6 +194,27 @@ impl Mirror {
                     ask_pause = (ask_pause * 2).min(ASK.1);
                 }
             }
+        }
+    }
+
+    /// A file whose copy does not come forward is in the ledger, and no pass of the walker waits for it.
+    fn leave_hung(&self) {
+        // What the throttle holds does not hang.
+        if self.throttle.limit().is_some() || !self.throttle.is_open() {
+            return;
+        }
+        for (hydration, new) in self.hydrations.hung(self.source_timeout) {
+            if new {
+                let error = Error::Call {
+                    call: "wait",
+                    side: crate::error::Side::Src,
+                    path: hydration.path.to_path(),
+                    errno: rustix::io::Errno::TIMEDOUT,
+                };
+                self.fail(&hydration.path, &error);
+            }
+            let settled = hydration.state.lock().take_settled();
+            settled.into_iter().for_each(|w| w(Err(Error::Stopped)));
         }
     }
 

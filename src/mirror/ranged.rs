@@ -163,6 +163,8 @@ impl Mirror {
         if let Err(e) = &result {
             match e.is_dst_full() {
                 true => self.progress.dst_full.store(true, Ordering::Relaxed),
+                // The readers look closer, and tell which bytes.
+                false if e.is_bad_read() => self.spoil(hydration.file.ino),
                 false => self.fail(&hydration.path, e),
             }
         }
@@ -179,11 +181,11 @@ impl Mirror {
             state.stage == Stage::Queued && state.asked.is_none() && state.ranges.is_empty()
         };
         for reader in left {
-            drop(reader.wait);
             match &result {
                 Ok(()) => {
                     (reader.then)(self.read_here(&hydration.file, &hydration.path, reader.range))
                 }
+                Err(e) if e.is_bad_read() => self.salvage_later(hydration, reader),
                 Err(e) => (reader.then)(Err(e.clone())),
             }
         }
@@ -192,6 +194,20 @@ impl Mirror {
         } else if idle {
             self.end(hydration, Err(Error::Stopped));
         }
+    }
+}
+
+impl Mirror {
+    fn salvage_later(self: &Arc<Self>, hydration: &Arc<Hydration>, reader: RangeReader) {
+        let (mirror, hydration) = (Arc::clone(self), Arc::clone(hydration));
+        let task = move || {
+            let file = &hydration.file;
+            let origin = file.origin.as_ref();
+            let origin = origin.ok_or_else(|| super::populate::no_origin(&hydration.path));
+            let bytes = origin.and_then(|o| mirror.salvaged(file.ino, o, reader.range));
+            (reader.then)(bytes);
+        };
+        self.engine.pool().run(Priority::Demand, Box::new(task));
     }
 }
 

@@ -42,6 +42,8 @@ pub struct SrcDir {
     pub mount: Arc<RelPath>,
     /// How metadata is captured here.
     pub capture: Capture,
+    /// A server or a daemon answers, or does not.
+    pub may_hang: bool,
 }
 
 /// What src says of a pending file: the mount answers from it (D4: never from dst).
@@ -69,6 +71,8 @@ impl From<&Stat> for SrcInfo {
 }
 
 type FsId = (u64, (u32, u32));
+/// Of a directory: where its file system begins, how metadata is captured, whether calls may hang.
+type Mount = (Arc<RelPath>, Capture, bool);
 
 /// What SRC's root is known by when its path leads to it again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -100,7 +104,7 @@ pub struct Source {
     path: Option<PathBuf>,
     mark: MarkName,
     dirs: Mutex<LruCache<Arc<RelPath>, Arc<SrcDir>>>,
-    mounts: Mutex<HashMap<FsId, (Arc<RelPath>, Capture)>>,
+    mounts: Mutex<HashMap<FsId, Mount>>,
     known: Mutex<LruCache<u64, SrcInfo>>,
 }
 
@@ -158,12 +162,13 @@ impl Source {
         let opened =
             fd::open_src_dir(self.root().as_fd(), path).on("open", Side::Src, path.as_ref())?;
         let stat = stat::stat_fd(opened.as_fd()).on("statx", Side::Src, path.as_ref())?;
-        let (mount, capture) = self.mount_of(path, &stat, &opened)?;
+        let (mount, capture, may_hang) = self.mount_of(path, &stat, &opened)?;
         let dir = Arc::new(SrcDir {
             fd: Arc::new(opened),
             path: Arc::clone(path),
             mount,
             capture,
+            may_hang,
         });
         self.dirs.lock().put(Arc::clone(path), Arc::clone(&dir));
         Ok(dir)
@@ -189,12 +194,7 @@ impl Source {
         self.known.lock().pop(&dst_ino);
     }
 
-    fn mount_of(
-        &self,
-        path: &Arc<RelPath>,
-        stat: &Stat,
-        dir: &OwnedFd,
-    ) -> Result<(Arc<RelPath>, Capture)> {
+    fn mount_of(&self, path: &Arc<RelPath>, stat: &Stat, dir: &OwnedFd) -> Result<Mount> {
         let id = (stat.mnt_id, stat.key.dev);
         if let Some(known) = self.mounts.lock().get(&id) {
             return Ok(known.clone());
@@ -220,7 +220,7 @@ impl Source {
             }
             top = parent;
         }
-        let known = (Arc::new(top), capture);
+        let known = (Arc::new(top), capture, host::may_hang(stat.key.dev));
         self.mounts.lock().insert(id, known.clone());
         Ok(known)
     }

@@ -80,6 +80,12 @@ impl Waits {
         self.len() == 0
     }
 
+    /// How long the one waits that came last.
+    pub fn newest(&self) -> Option<Duration> {
+        let open = self.0.open.lock();
+        open.waits.values().next_back().map(|(t, _)| t.elapsed())
+    }
+
     /// Those that wait longest, the longest first; at most `max`.
     pub fn longest(&self, max: usize) -> Vec<(Duration, PathBuf)> {
         let open = self.0.open.lock();

@@ -262,6 +262,48 @@ pub fn mounts() -> std::io::Result<Vec<MountLine>> {
         .collect())
 }
 
+/// Joins threads, those that end within `limit`; says how many do not. A panic was logged by its hook.
+pub fn join_all(
+    mut threads: Vec<std::thread::JoinHandle<()>>,
+    limit: std::time::Duration,
+) -> usize {
+    let until = std::time::Instant::now() + limit;
+    loop {
+        let (over, left): (Vec<_>, Vec<_>) = threads.into_iter().partition(|t| t.is_finished());
+        for thread in over {
+            if thread.join().is_err() {
+                tracing::error!("a thread panicked; what it left is still pending");
+            }
+        }
+        if left.is_empty() || std::time::Instant::now() >= until {
+            return left.len();
+        }
+        threads = left;
+        std::thread::sleep(std::time::Duration::from_millis(2));
+    }
+}
+
+/// True for the device of a file system that a server or another process answers for: its calls may
+/// never return. Asks nobody; what is not known is a disk.
+pub fn may_hang(dev: (u32, u32)) -> bool {
+    const SERVED: [&str; 9] = [
+        "nfs", "nfs4", "cifs", "smb3", "ceph", "9p", "afs", "lustre", "gpfs",
+    ];
+    let lines = match dev.0 {
+        0 => std::fs::read("/proc/thread-self/mountinfo").unwrap_or_default(),
+        _ => return false,
+    };
+    let device = format!("{}:{}", dev.0, dev.1);
+    lines.split(|b| *b == b'\n').any(|line| {
+        let here = line.split(|b| *b == b' ').nth(2) == Some(device.as_bytes());
+        let served = |m: MountLine| {
+            let kind = m.fs_type;
+            kind == "fuse" || kind.starts_with("fuse.") || SERVED.contains(&kind.as_str())
+        };
+        here && parse_mount_line(line).is_some_and(served)
+    })
+}
+
 /// See proc_pid_mountinfo(5). Space, tab, newline and backslash in a field are octal escapes.
 fn parse_mount_line(line: &[u8]) -> Option<MountLine> {
     use std::os::unix::ffi::OsStringExt;

@@ -360,3 +360,170 @@ fn a_file_that_fails_for_ever_is_in_the_ledger_and_leaves_it_when_it_works() {
         fs::create_dir(&w.dst).unwrap();
     }
 }
+
+/// Reads a file page by page, past the readahead: which pages cannot be read. The others are right.
+#[track_caller]
+fn bad_pages(path: &Path, want: &[u8]) -> Vec<usize> {
+    use std::os::unix::fs::FileExt;
+    let file = fs::File::open(path).unwrap();
+    let mut bad = Vec::new();
+    for (n, want) in want.chunks(4096).enumerate() {
+        let mut page = vec![0; want.len()];
+        match file.read_exact_at(&mut page, n as u64 * 4096) {
+            Ok(()) => assert!(page == want, "page {n} of {} is wrong", path.display()),
+            Err(e) => {
+                assert_eq!(e.raw_os_error(), Some(libc::EIO), "page {n}: {e}");
+                bad.push(n);
+            }
+        }
+    }
+    bad
+}
+
+#[test]
+fn what_can_be_read_of_a_file_with_bad_blocks_is_read_and_the_rest_is_in_the_ledger() {
+    let (small, large) = (bytes(1, 600_000), bytes(2, 12 << 20));
+    let filled = world(|bad| {
+        bad.write("small", &small);
+        bad.write("large", &large);
+        bad.write("good", b"good");
+    });
+    let Some((mut bad, w)) = filled else { return };
+    // Block 100 of the one, 2000 and 2001 of the other.
+    bad.start(&[
+        "path=small op=read off=409600-413696 err=EIO",
+        "path=large op=read off=8192000-8200192 err=EIO",
+    ]);
+    let m = w.mount();
+    assert_eq!(bad_pages(&m.path("small"), &small), [100]);
+    assert_eq!(bad_pages(&m.path("large"), &large), [2000, 2001]);
+    assert_eq!(fs::read(m.path("good")).unwrap(), b"good");
+    // A program that reads from the start meets the error, not the end.
+    assert_eq!(errno(fs::read(m.path("small"))), libc::EIO);
+    assert_eq!(fs::metadata(m.path("small")).unwrap().len(), 600_000);
+    let ranges = |name: &str| {
+        let all = entries(&m);
+        let of = |e: &&Value| e["path"] == name && e["ranges"].is_array();
+        all.iter().find(of).map(|e| e["ranges"].clone())
+    };
+    let want = serde_json::json!([[409_600, 413_696]]);
+    assert_eq!(ranges("small"), Some(want));
+    let want = serde_json::json!([[8_192_000, 8_200_192]]);
+    assert_eq!(ranges("large"), Some(want));
+    bad.tell("off");
+    wait_until("an empty ledger", LIMIT, || entries(&m).is_empty());
+    assert_eq!(bad_pages(&m.path("small"), &small), [0_usize; 0]);
+    m.finish();
+    expect_copy(&bad, &w);
+}
+
+fn p99(mut all: Vec<Duration>) -> Duration {
+    all.sort();
+    all[all.len() * 99 / 100]
+}
+
+/// 1,000 operations on hydrated files, each timed.
+fn operations(m: &Mounted) -> Vec<Duration> {
+    (0..1000_u64)
+        .map(|n| {
+            let path = m.path(format!("d{}/f{}", n % 3, n % 30));
+            let begun = Instant::now();
+            match n % 4 {
+                0 => drop(fs::metadata(&path).unwrap()),
+                1 => drop(fs::OpenOptions::new().append(true).open(&path).unwrap()),
+                _ => assert!(fs::read(&path).unwrap().len() >= 3000),
+            }
+            begun.elapsed()
+        })
+        .collect()
+}
+
+#[test]
+fn a_file_that_hangs_delays_nobody_who_does_not_wait_for_it() {
+    let filled = world(|bad| {
+        tree(bad);
+        for n in 0..100 {
+            bad.write(&format!("hung/f{n}"), &bytes(n, 5000));
+        }
+        bad.write("more/a", b"a");
+    });
+    let Some((mut bad, w)) = filled else { return };
+    bad.start(&[]);
+    let m = w.mount_with(&["--no-background", "--source-timeout", "2s"], &[]);
+    for n in 0..30_u64 {
+        let path = m.path(format!("d{}/f{n}", n % 3));
+        assert_eq!(fs::read(path).unwrap(), bytes(n, 3000 + n as usize));
+    }
+    let without = p99(operations(&m));
+    assert_eq!(fs::read_dir(m.path("hung")).unwrap().count(), 100);
+    // More accesses hang than the pool has threads.
+    bad.tell("add path=hung/* op=read,open hang");
+    let hung: Vec<_> = (0..100)
+        .map(|n| read_apart(m.path(format!("hung/f{n}"))))
+        .collect();
+    wait_until("100 wait", LIMIT, || m.status()["waiting"] == 100);
+    thread::sleep(Duration::from_millis(300));
+    let with = p99(operations(&m));
+    eprintln!("p99 of 1,000 operations: {without:?}, while 100 files hang {with:?}");
+    // What is not here yet comes too, and writers and new files do not wait.
+    assert_eq!(fs::read(m.path("more/a")).unwrap(), b"a");
+    assert_eq!(fs::read(m.path("top")).unwrap(), bytes(98, 70_000));
+    fs::write(m.path("d0/new"), b"new").unwrap();
+    fs::remove_file(m.path("d0/new")).unwrap();
+    assert!(!is_away(&m), "one directory is not src: {:#}", m.status());
+    assert!(hung.iter().all(|h| h.try_recv().is_err()));
+    bad.tell("off");
+    bad.tell("release");
+    for (n, told) in hung.into_iter().enumerate() {
+        let read = told.recv_timeout(LIMIT).unwrap();
+        assert_eq!(read.unwrap(), bytes(n as u64, 5000));
+    }
+    run(mirrorfs().arg("resume").arg(&m.at)).expect_code(0);
+    wait_until("an empty ledger", LIMIT, || entries(&m).is_empty());
+    m.finish();
+    w.expect_no_trace();
+}
+
+#[test]
+fn the_background_leaves_what_hangs_and_comes_back_for_it() {
+    let Some((mut bad, w)) = world(tree) else {
+        return;
+    };
+    bad.start(&["path=d1/f4 op=read hang", "path=d2/f5 op=read err=EIO"]);
+    let m = w.mount_with(&["--source-timeout", "2s"], &[]);
+    wait_until("all but two", LIMIT, || {
+        m.status()["files_pulled"] == 30 && entries(&m).len() == 2
+    });
+    let all = entries(&m);
+    let waits = all.iter().find(|e| e["path"] == "d1/f4").unwrap();
+    assert_eq!(waits["call"], "wait");
+    assert_eq!(waits["errno"], libc::ETIMEDOUT);
+    // What failed is tried again although the other hangs.
+    bad.tell("del 1");
+    wait_until("the one that failed", LIMIT, || {
+        m.status()["files_pulled"] == 31 && entries(&m).len() == 1
+    });
+    bad.tell("off");
+    bad.tell("release");
+    wait_until("an empty ledger", LIMIT, || entries(&m).is_empty());
+    m.finish();
+    expect_copy(&bad, &w);
+}
+
+#[test]
+fn a_source_that_hangs_keeps_no_daemon_from_ending() {
+    let Some((mut bad, w)) = world(tree) else {
+        return;
+    };
+    bad.start(&[]);
+    let mut m = w.mount_lazy();
+    assert_eq!(fs::read_dir(m.path("d0")).unwrap().count(), 10);
+    bad.tell("add path=* op=open,read,lookup,getattr hang");
+    run(mirrorfs().arg("resume").arg(&m.at)).expect_code(0);
+    thread::sleep(NOT_YET);
+    run(Command::new("umount").arg("-l").arg(&m.at)).expect_code(0);
+    let begun = Instant::now();
+    assert_eq!(m.wait_exit(Duration::from_secs(60)), Some(20));
+    eprintln!("the daemon ended after {:?}", begun.elapsed());
+    bad.tell("release");
+}

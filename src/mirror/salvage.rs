@@ -1,0 +1,169 @@
+//! Salvage: the bytes of a file that cannot be read whole.
+//!
+//!   spoil()     a copy met a block that src cannot read: the file can be opened, it stays pending
+//!   salvaged()  its reads go straight to src, block by block where need be, and are not stored: what
+//!               can be read is answered, the rest is EIO and in the ledger with its offsets
+//!   mend()      it was pulled whole after all
+//!
+//! An answer is whole or EIO: a short one would be the end of the file for the kernel.
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+
+use super::Mirror;
+use super::node::{Ino, Node, Origin};
+use super::populate::no_origin;
+use super::ranged::ReadDone;
+use crate::error::{Context, Errno, Error, Result, Side};
+use crate::sys::{fd, stat};
+
+/// The smallest piece that is read by itself, bytes.
+const BLOCK: u64 = 4096;
+/// For so long after a failure nobody waits for another try of the whole file.
+const AGAIN: Duration = Duration::from_secs(10);
+/// Files that are remembered; of more, reads fail without a closer look.
+const SPOILED_MAX: usize = 1 << 16;
+
+/// The files with bytes that src cannot read, and when that was found.
+#[derive(Debug, Default)]
+pub(super) struct Spoiled(Mutex<HashMap<Ino, Instant>>);
+
+impl Spoiled {
+    fn contains(&self, ino: Ino) -> bool {
+        self.0.lock().contains_key(&ino)
+    }
+
+    /// It was found a moment ago.
+    pub(super) fn is_fresh(&self, ino: Ino) -> bool {
+        self.0
+            .lock()
+            .get(&ino)
+            .is_some_and(|at| at.elapsed() < AGAIN)
+    }
+}
+
+impl Mirror {
+    /// A copy of the file has met bytes that cannot be read.
+    pub(super) fn spoil(&self, ino: Ino) {
+        let mut spoiled = self.spoiled.0.lock();
+        if spoiled.len() < SPOILED_MAX || spoiled.contains_key(&ino) {
+            spoiled.insert(ino, Instant::now());
+        }
+    }
+
+    /// The file is here, whole.
+    pub(super) fn mend(&self, ino: Ino) {
+        self.spoiled.0.lock().remove(&ino);
+    }
+
+    /// Answers a read of a spoiled file on a pool thread; gives `then` back for any other.
+    pub(super) fn salvage(
+        self: &Arc<Self>,
+        node: &Arc<Node>,
+        range: Range<u64>,
+        then: ReadDone,
+    ) -> Option<ReadDone> {
+        if !self.spoiled.contains(node.ino) {
+            return Some(then);
+        }
+        let path = node.origin().map(|o| o.path().to_path());
+        let then = self.waiting(path.unwrap_or_default(), then);
+        let ask = move |mirror: &Mirror, node: &Node| {
+            let origin = node.origin();
+            let origin = origin.ok_or_else(|| no_origin(&Default::default()))?;
+            mirror.salvaged(node.ino, &origin, range.clone())
+        };
+        self.ask_later(Arc::clone(node), ask, 0, then);
+        None
+    }
+
+    /// Reads a range from src, whole. May wait for src.
+    pub(super) fn salvaged(&self, ino: Ino, origin: &Origin, range: Range<u64>) -> Result<Vec<u8>> {
+        let path = origin.path();
+        let changed = || Error::SrcChanged {
+            path: path.to_path(),
+        };
+        let name = origin.name.as_ref().ok_or_else(|| no_origin(&path))?;
+        let dir = self.source.dir(&origin.dir)?;
+        let file = fd::open_src(dir.fd.as_fd(), name).on("open", Side::Src, &path)?;
+        let before = stat::stat_fd(file.as_fd()).on("statx", Side::Src, &path)?;
+        if let Some(known) = self.source.recall(ino)
+            && (known.size, known.mtime) != (before.size, before.mtime)
+        {
+            return Err(changed());
+        }
+        let range = range.start.min(before.size)..range.end.min(before.size);
+        let mut bytes = vec![0; (range.end - range.start) as usize];
+        match read_whole(file.as_fd(), &mut bytes, range.start) {
+            Ok(true) => {}
+            Ok(false) => return Err(changed()),
+            Err(errno) => {
+                let error = Err::<(), _>(errno).on("read", Side::Src, &path);
+                if let Err(error) = error
+                    && !error.is_bad_read()
+                {
+                    return Err(error);
+                }
+                let bad = read_blocks(file.as_fd(), &mut bytes, range.start);
+                let bad = bad.on("read", Side::Src, &path)?;
+                if !bad.is_empty() {
+                    let error = Error::Call {
+                        call: "read",
+                        side: Side::Src,
+                        path: path.to_path(),
+                        errno,
+                    };
+                    self.fail_ranges(&path, &error, &bad);
+                    return Err(error);
+                }
+            }
+        }
+        let after = stat::stat_fd(file.as_fd()).on("statx", Side::Src, &path)?;
+        match after.changed_since(&before) {
+            true => Err(changed()),
+            false => Ok(bytes),
+        }
+    }
+}
+
+/// False: the file ends before.
+fn read_whole(file: BorrowedFd<'_>, bytes: &mut [u8], offset: u64) -> Result<bool, Errno> {
+    let len = bytes.len();
+    fd::pread_all(file, bytes, offset).map(|n| n == len)
+}
+
+/// Reads block by block; the ranges that cannot be read come back.
+fn read_blocks(
+    file: BorrowedFd<'_>,
+    bytes: &mut [u8],
+    offset: u64,
+) -> Result<Vec<Range<u64>>, Errno> {
+    let mut bad: Vec<Range<u64>> = Vec::new();
+    let mut at = 0;
+    while at < bytes.len() {
+        let start = offset + at as u64;
+        let len = (BLOCK - start % BLOCK) as usize;
+        let end = bytes.len().min(at + len);
+        match read_whole(file, &mut bytes[at..end], start) {
+            Ok(true) => {}
+            Ok(false) => return Err(Errno::IO),
+            Err(errno) if is_bad_block(errno) => match bad.last_mut() {
+                Some(last) if last.end == start => last.end = offset + end as u64,
+                _ => bad.push(start..offset + end as u64),
+            },
+            Err(errno) => return Err(errno),
+        }
+        at = end;
+    }
+    Ok(bad)
+}
+
+fn is_bad_block(errno: Errno) -> bool {
+    let error = Err::<(), _>(errno).on("read", Side::Src, "");
+    error.is_err_and(|e| e.is_bad_read())
+}
