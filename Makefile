@@ -6,11 +6,9 @@ DESTDIR ?=
 # The binary that cargo was told to build (CARGO_TARGET_DIR moves it).
 TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
 BIN := $(TARGET_DIR)/release/mirrorfs
-SHELLS := bash zsh fish
-COMMANDS := mount sync status verify finish errors completions
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo check test test-all loom asan fuzz bench bench-regress bench-baseline doc install clean \
+.PHONY: help setup build demo check test test-all loom asan fuzz bench bench-regress bench-baseline doc install dist dist-test clean \
         pjdfstest fsx crash powercut nasty
 
 help: ## list the targets
@@ -73,17 +71,14 @@ bench-baseline: ## count instructions and write benches/baseline.json anew
 doc: ## build the API documentation
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --document-private-items
 
-install: build ## install the binary, man pages and completions below PREFIX
-	install -D -m 755 $(BIN) $(DESTDIR)$(PREFIX)/bin/mirrorfs
-	install -d $(DESTDIR)$(PREFIX)/share/man/man1
-	$(BIN) man >$(DESTDIR)$(PREFIX)/share/man/man1/mirrorfs.1
-	for c in $(COMMANDS); do \
-	  $(BIN) man $$c >$(DESTDIR)$(PREFIX)/share/man/man1/mirrorfs-$$c.1 || exit 1; done
-	install -d $(DESTDIR)$(PREFIX)/share/bash-completion/completions \
-	  $(DESTDIR)$(PREFIX)/share/zsh/site-functions $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d
-	$(BIN) completions bash >$(DESTDIR)$(PREFIX)/share/bash-completion/completions/mirrorfs
-	$(BIN) completions zsh >$(DESTDIR)$(PREFIX)/share/zsh/site-functions/_mirrorfs
-	$(BIN) completions fish >$(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/mirrorfs.fish
+install: build ## install binary, mount helper, unit, man pages, completions and documents below PREFIX
+	MIRRORFS=$(abspath $(BIN)) scripts/install.sh "$(DESTDIR)" "$(PREFIX)"
+
+dist: ## build .deb, .rpm and a static tarball in target/dist (needs cargo-deb, cargo-generate-rpm; installs them)
+	scripts/dist.sh
+
+dist-test: ## install the .deb on this machine, migrate a tree with it, take it off again (as root, Debian)
+	scripts/dist-test.sh
 
 clean: ## remove what was built
 	$(CARGO) clean
