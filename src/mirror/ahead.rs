@@ -1,7 +1,7 @@
 //! Ahead: names of a P directory for whoever cannot wait for all of them.
 //!
 //!   look_ahead()    one name is looked up: src is asked for that one, and dst gets it
-//!   list_ahead()    a large directory is listed: in src's order, and what a reply tells is placed first,
+//!   list_ahead()    a directory that takes long is listed: in src's order, and what a reply tells is placed first,
 //!                   because a listing shows dst's inode numbers
 //!
 //! Whoever has looked into a directory that is not large gets the rest of it placed right after his
@@ -34,7 +34,7 @@ use crate::sys::{fault, stat};
 /// After so many names that were looked up one by one the whole directory is cheaper.
 const ASKED_MAX: u64 = 1024;
 /// Entries of the first reply of a listing, and of the largest.
-const BATCH: (usize, usize) = (32, 512);
+const BATCH: (usize, usize) = (16, 512);
 /// The first offset of a listing's own; below are its start, `.` and `..`.
 const FIRST: u64 = 3;
 /// Every so many entries a place in src is remembered, for who seeks back.
@@ -225,8 +225,8 @@ impl Mirror {
         if !node.is_pending_dir() || self.control.identity.adopt {
             return false;
         }
-        let partial = self.partials.find(node.ino, &node.anchor);
-        partial.is_some_and(|p| node.ino != ROOT || p.is_clean())
+        let partial = || self.partials.find(node.ino, &node.anchor);
+        node.ino != ROOT || partial().is_some_and(|p| p.is_clean())
     }
 
     /// The entries of a listing from `offset` on, placed: some of them, none at the end. May wait for

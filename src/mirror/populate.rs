@@ -37,8 +37,12 @@ use crate::sys::{dir, fault, fd};
 
 /// How often a src directory that changes while it is listed is listed again.
 const LISTINGS_MAX: u32 = 3;
-/// A directory with more entries is large: who lists it does not wait for all of them.
+/// Who lists a directory with more entries does not wait for all of them.
+const LISTED_WHOLE: usize = 256;
+/// A directory with more entries is large: somebody who looks into it is no reason to populate it.
 const LARGE_DIR: usize = 1024;
+/// How long the rest is put off for who has just begun to list.
+const HEAD_START: Duration = Duration::from_millis(5);
 /// Entries of a large directory that are read, sorted and placed at a time.
 const CHUNK: usize = 32 << 10;
 
@@ -387,9 +391,15 @@ impl Mirror {
             .on("getdents64", Side::Src, src.path.as_ref())?;
             if !at_end {
                 partial.note_large();
-                if !self.populates.is_large(partial.ino, extent) {
+                if !self.populates.goes_on(partial.ino, extent) {
                     return Ok(false);
                 }
+            }
+            let many = !at_end || entries.len() > LISTED_WHOLE;
+            let slow = many || placer.priority() == Priority::Background;
+            if slow && self.populates.takes_long(partial.ino) {
+                // His first reply before the rest, in the same directory of dst.
+                std::thread::sleep(HEAD_START);
             }
             from = entries.last().map_or(from, |e| e.next);
             len_max = CHUNK;

@@ -239,6 +239,11 @@ impl Mirror {
     /// Sends the next files of a directory on their way: how many, and where it goes on; `None`: it
     /// has no more.
     fn step(self: &Arc<Self>, window: &Window) -> Result<(u32, Option<u64>)> {
+        let node = self.nodes.find(window.dir.ino);
+        if node.is_some_and(|n| n.is_pending_dir()) {
+            // Its names are still coming: the next access asks again.
+            return Ok((0, Some(window.from)));
+        }
         let opened = self.open_dir(&window.dir)?;
         let shown = || window.dir.origin.as_deref().map(|o| o.to_path());
         let mut entries = Vec::new();

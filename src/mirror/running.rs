@@ -1,7 +1,7 @@
 //! Populates: the directories that are being populated now, and who waits for them.
 //!
 //!   join()          somebody waits for all names; the first one runs it
-//!   join_to_list()  somebody lists: of a large directory he need not wait for all
+//!   join_to_list()  somebody lists: where that takes long he need not wait for all
 //!   begin()         nobody waits; it is done because it costs little
 //!   take()          it is over, and everybody hears how
 //!
@@ -26,9 +26,9 @@ pub(super) enum Extent {
 #[derive(Default)]
 struct Placing {
     waiters: Vec<Waiter>,
-    /// Those who need no more than to know that it is large.
+    /// Those who need no more than to know that it takes long.
     listers: Vec<Waiter>,
-    is_large: bool,
+    takes_long: bool,
 }
 
 /// All directories that are being populated now.
@@ -53,12 +53,12 @@ impl Populates {
         joined
     }
 
-    /// As `join`, for somebody who lists: `Err` gives the waiter back, the directory is large.
+    /// As `join`, for somebody who lists: `Err` gives the waiter back, it takes long.
     pub(super) fn join_to_list(&self, ino: Ino, lister: Waiter) -> Result<bool, Waiter> {
         let mut running = self.running.lock();
         let joined = running.contains_key(&ino);
         let placing = running.entry(ino).or_default();
-        if placing.is_large {
+        if placing.takes_long {
             return Err(lister);
         }
         placing.listers.push(lister);
@@ -73,25 +73,33 @@ impl Populates {
         free
     }
 
-    /// The directory turned out to be large: who only lists goes on. False: with this extent nobody
-    /// wants the rest of it, and the populate is over.
-    pub(super) fn is_large(&self, ino: Ino, extent: Extent) -> bool {
-        let (listers, goes_on) = {
+    /// There is much to place, or nobody hurries: who only lists goes on. True: such have been told,
+    /// and nobody waits for the rest.
+    pub(super) fn takes_long(&self, ino: Ino) -> bool {
+        let (listers, unwanted) = {
             let mut running = self.running.lock();
             let Some(placing) = running.get_mut(&ino) else {
-                return true;
+                return false;
             };
-            placing.is_large = true;
-            let listers = std::mem::take(&mut placing.listers);
-            let goes_on =
-                extent == Extent::Whole || !placing.waiters.is_empty() || !listers.is_empty();
-            if !goes_on {
-                running.remove(&ino);
-            }
-            (listers, goes_on)
+            placing.takes_long = true;
+            let unwanted = placing.waiters.is_empty();
+            (std::mem::take(&mut placing.listers), unwanted)
         };
+        let told = !listers.is_empty() && unwanted;
         listers.into_iter().for_each(|w| w(Ok(())));
-        goes_on
+        told
+    }
+
+    /// The directory turned out to be large. False: with this extent nobody wants it, and the populate
+    /// is over.
+    pub(super) fn goes_on(&self, ino: Ino, extent: Extent) -> bool {
+        let mut running = self.running.lock();
+        let unwanted = |p: &Placing| p.waiters.is_empty() && p.listers.is_empty() && !p.takes_long;
+        if extent == Extent::Whole || !running.get(&ino).is_some_and(unwanted) {
+            return true;
+        }
+        running.remove(&ino);
+        false
     }
 
     pub(super) fn take(&self, ino: Ino) -> Vec<Waiter> {
