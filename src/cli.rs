@@ -14,7 +14,7 @@ use clap::{Args, Parser, Subcommand};
 
 pub use file::{ConfigFile, MountFile, SyncFile};
 pub use mount::{Level, Mount, rate, size};
-pub use steer::{Pull, Set, Status, Steer, Wait};
+pub use steer::{Pull, Set, Status, Steer, Upgrade, Wait};
 pub use sync::{AlwaysOn, FsyncArg, ReflinkArg, Refused, Sync};
 
 /// What every command's help ends with.
@@ -102,6 +102,9 @@ pub enum Command {
     /// Change limits while a migration runs
     #[command(long_about = steer::SET_ABOUT)]
     Set(Set),
+    /// Replace the program of a mount in use
+    #[command(long_about = steer::UPGRADE_ABOUT)]
+    Upgrade(Upgrade),
     /// Pull files and directories now
     #[command(long_about = steer::PULL_ABOUT)]
     Pull(Pull),

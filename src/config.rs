@@ -7,6 +7,8 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 /// Files up to this many bytes are hydrated inside open(2); larger ones are pulled by range.
 pub const LARGE_FILE_BYTES: u64 = 8 << 20;
 
@@ -17,7 +19,7 @@ pub const THREADS_MAX: usize = 256;
 pub const SOURCE_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// What becomes of an access that needs src while src is away.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum OnError {
     /// It waits until src is back.
     Wait,
@@ -26,7 +28,7 @@ pub enum OnError {
 }
 
 /// How much the log says.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum LogLevel {
     /// Only what stops us.
     Error,
@@ -62,7 +64,7 @@ impl LogLevel {
 }
 
 /// What `mirrorfs mount` was asked to do.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MountConfig {
     /// The tree copied from.
     pub src: PathBuf,
@@ -184,7 +186,7 @@ pub enum Fsync {
 }
 
 /// How the kernel's requests come to the mount.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum Transport {
     /// Whichever is known to be the better one here.
     #[default]
@@ -208,7 +210,7 @@ impl Transport {
 }
 
 /// What a copy of large files leaves in the page cache.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Cache {
     /// Everything, until that is a quarter of the free memory; then nothing.
     Auto,

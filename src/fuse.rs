@@ -19,6 +19,7 @@ mod request;
 mod ring;
 pub mod session;
 mod shared;
+pub mod succession;
 
 use std::ffi::CStr;
 use std::ops::Range;
@@ -162,12 +163,13 @@ impl MirrorFs {
         };
         let write = flags & OFlags::ACCMODE != OFlags::RDONLY;
         let (shared, held) = (Arc::clone(&self.shared), Arc::clone(&node));
-        self.shared
-            .mirror
-            .open_file(&node, flags, move |opened| match opened {
+        self.shared.mirror.open_file(&node, flags, move |opened| {
+            let gate = Arc::clone(&shared.mirror);
+            gate.requests().pass(move || match opened {
                 Ok((file, locate)) => shared.reply_open(held, file, locate, write, reply),
                 Err(e) => reply.error(errno("open", &e)),
             });
+        });
     }
 
     fn read(&self, at: At, reply: Reply<Bytes>) {
@@ -211,13 +213,16 @@ impl MirrorFs {
     fn opendir(&self, ino: Ino, reply: Reply<Opened>) {
         let shared = Arc::clone(&self.shared);
         self.shared.mirror.when_listable(ino, move |ready| {
-            let opened = ready
-                .map_err(|e| errno("opendir", &e))
-                .and_then(|stream| shared.open_listing(ino, stream));
-            reply.send(opened.map(|handle| Opened {
-                handle,
-                mode: IoMode::Cached,
-            }));
+            let gate = Arc::clone(&shared.mirror);
+            gate.requests().pass(move || {
+                let opened = ready
+                    .map_err(|e| errno("opendir", &e))
+                    .and_then(|stream| shared.open_listing(ino, stream));
+                reply.send(opened.map(|handle| Opened {
+                    handle,
+                    mode: IoMode::Cached,
+                }));
+            });
         });
     }
 

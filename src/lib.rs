@@ -9,6 +9,7 @@ pub mod cli;
 pub mod config;
 pub mod crew;
 pub mod error;
+pub mod gate;
 pub mod progress;
 pub mod ranges;
 pub mod throttle;

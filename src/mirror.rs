@@ -34,6 +34,7 @@ mod salvage;
 mod settle;
 mod source;
 mod tally;
+mod upgrade;
 mod whole;
 
 use std::os::fd::{AsFd, OwnedFd};
@@ -61,11 +62,13 @@ pub use node::{Ino, Node, NodeTable, Origin, Phase, ROOT};
 pub use populate::{Access, DirRef, Marked, Waiter};
 pub use ranged::ReadDone;
 pub use source::SrcInfo;
+pub use upgrade::{DirState, State};
 
 use crate::config::MountConfig;
 use crate::engine::passing::Allowance;
 use crate::engine::{Engine, EngineConfig};
 use crate::error::{Context, Error, Result, Side};
+use crate::gate::{Gate, Place};
 use crate::mark::{Mark, MarkName};
 use crate::meta::{Meta, Refused};
 use crate::progress::Progress;
@@ -157,6 +160,10 @@ pub struct Mirror {
     /// How often something marked was moved: a walker's finding is void when it changed.
     epoch: AtomicU64,
     mark_locks: [Mutex<()>; 64],
+    /// What users ask for, from the first look at it to its answer.
+    requests: Gate,
+    /// What removes and changes marks for good, and the end of a populate.
+    marks: Gate,
     stopping: AtomicBool,
     /// Set under `moves`: the control directory is gone.
     finished: AtomicBool,
@@ -173,10 +180,7 @@ impl Mirror {
         progress: Arc<Progress>,
     ) -> Result<Arc<Mirror>> {
         host::raise_nofile();
-        let mark = match config.rootless || !caps::have_sys_admin() {
-            true => MarkName::User,
-            false => MarkName::Trusted,
-        };
+        let mark = mark_name(config);
         let Trees {
             src_path,
             dst_path,
@@ -191,8 +195,25 @@ impl Mirror {
             adopt: config.adopt,
             mark,
         })?;
+        let again = path_again(config, src_path);
+        let source = Source::new(src, again, mark)?;
+        let mirror = Mirror::assemble(config, (source, dst), control, progress)?;
+        mirror.perms().replay()?;
+        mirror.stamp_root()?;
+        mirror.start_threads()?;
+        Ok(mirror)
+    }
+
+    /// All the pieces; no thread of ours runs yet.
+    fn assemble(
+        config: &MountConfig,
+        (source, dst): (Source, OwnedFd),
+        control: Control,
+        progress: Arc<Progress>,
+    ) -> Result<Arc<Mirror>> {
+        let mark = mark_name(config);
         let btrfs = host::fs_stat(dst.as_fd())
-            .on("statfs", Side::Dst, &dst_path)?
+            .on("statfs", Side::Dst, ".")?
             .magic
             == host::BTRFS_MAGIC;
         let by_handle = caps::have_read_search() && anchor::can_open_handles(dst.as_fd());
@@ -218,10 +239,8 @@ impl Mirror {
             ..Default::default()
         };
         let engine = Engine::start_throttled(&engine_config, Arc::clone(&throttle))?;
-        // A path that leads into our own mount leads nowhere else any more.
-        let src_again = Some(src_path).filter(|p| !p.starts_with(&config.mountpoint));
-        let mirror = Arc::new(Mirror {
-            source: Source::new(Arc::new(src), src_again, mark)?,
+        Ok(Arc::new(Mirror {
+            source,
             crowd: crowd::Crowd::default(),
             shares: carry::Shares::default(),
             nodes: NodeTable::new(Arc::clone(&dst), root),
@@ -252,17 +271,19 @@ impl Mirror {
             moves: Mutex::new(()),
             epoch: AtomicU64::new(0),
             mark_locks: [const { Mutex::new(()) }; 64],
+            requests: Gate::new(Place::Requests),
+            marks: Gate::new(Place::Marks),
             stopping: AtomicBool::new(false),
             finished: AtomicBool::new(false),
             invalidate: OnceLock::new(),
             threads: Mutex::default(),
-        });
-        mirror.perms().replay()?;
-        mirror.stamp_root()?;
-        mirror.spawn("commit", Mirror::commit_loop)?;
-        mirror.spawn("prefetch", Mirror::prefetch_loop)?;
-        mirror.spawn("src", Mirror::watch_loop)?;
-        Ok(mirror)
+        }))
+    }
+
+    fn start_threads(self: &Arc<Self>) -> Result<()> {
+        self.spawn("commit", Mirror::commit_loop)?;
+        self.spawn("prefetch", Mirror::prefetch_loop)?;
+        self.spawn("src", Mirror::watch_loop)
     }
 
     fn spawn(self: &Arc<Self>, name: &str, run: fn(&Arc<Mirror>)) -> Result<()> {
@@ -456,6 +477,18 @@ impl Mirror {
     /// Serialises reading, changing and writing back a mark.
     fn lock_mark(&self, ino: Ino) -> MutexGuard<'_, ()> {
         self.mark_locks[(ino % 64) as usize].lock()
+    }
+}
+
+/// A path that leads into our own mount leads nowhere else any more.
+fn path_again(config: &MountConfig, src: PathBuf) -> Option<PathBuf> {
+    Some(src).filter(|p| !p.starts_with(&config.mountpoint))
+}
+
+fn mark_name(config: &MountConfig) -> MarkName {
+    match config.rootless || !caps::have_sys_admin() {
+        true => MarkName::User,
+        false => MarkName::Trusted,
     }
 }
 

@@ -22,6 +22,7 @@ mod report;
 mod status;
 mod steer;
 mod sync;
+mod upgrade;
 mod varlink;
 mod verify;
 mod wait;
@@ -117,6 +118,9 @@ pub(crate) type Outcome = Result<u8, Failure>;
 /// Runs the program with the given words, the program's name first.
 pub fn run(words: impl IntoIterator<Item = OsString>) -> ExitCode {
     let words: Vec<OsString> = words.into_iter().collect();
+    if let Some(code) = upgrade::called(&words) {
+        return code;
+    }
     if let Some(helper) = helper::Call::of(&words) {
         return ExitCode::from(helper.run());
     }
@@ -149,6 +153,7 @@ fn dispatch(command: Command) -> Outcome {
         Command::Resume(args) => steer::run(&args.path, &Request::Resume),
         Command::Cancel(args) => steer::run(&args.path, &Request::Cancel),
         Command::Set(args) => steer::set(&args),
+        Command::Upgrade(args) => upgrade::run(&args),
         Command::Pull(args) => pull::run(&args),
         Command::Verify(args) => verify::run(&args.src, &args.dst, false),
         Command::Finish(args) => finish::run(&args.path, args.accept_loss),

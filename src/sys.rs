@@ -20,6 +20,7 @@ pub mod memory;
 pub mod name;
 pub mod pair;
 pub mod stat;
+pub mod succeed;
 pub mod xattr;
 
 use rustix::io::Errno;

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{ArgAction, Args, ValueEnum};
+use serde::{Deserialize, Serialize};
 
 use super::{EXIT_CODES, MountFile};
 use crate::config::{Cache, LogLevel, MountConfig, OnError, Transport};
@@ -19,7 +20,7 @@ daemon stays behind. The same command resumes a migration that was stopped or ki
 SRC is only read. It must not change any more: whoever writes to it now writes to the old home.";
 
 /// `mirrorfs mount`.
-#[derive(Debug, Clone, Args)]
+#[derive(Debug, Clone, Args, Serialize, Deserialize)]
 #[command(
     after_help = EXIT_CODES,
     args_override_self = true
@@ -177,7 +178,7 @@ pub struct Mount {
 }
 
 /// `--on-error`.
-#[derive(Debug, Clone, Copy, ValueEnum)]
+#[derive(Debug, Clone, Copy, ValueEnum, Serialize, Deserialize)]
 pub enum OnErrorArg {
     /// It waits until SRC is back
     Wait,
@@ -195,7 +196,7 @@ impl From<OnErrorArg> for OnError {
 }
 
 /// `--log-level`.
-#[derive(Debug, Clone, Copy, ValueEnum)]
+#[derive(Debug, Clone, Copy, ValueEnum, Serialize, Deserialize)]
 pub enum Level {
     /// Only what stops mirrorfs
     Error,

@@ -29,6 +29,14 @@ pub(super) const CANCEL_ABOUT: &str = "\
 Ends the background, as if the mount had been made with --no-background: what is under way and not \
 nearly done is given up and stays pending. `mirrorfs resume` starts it again.";
 
+pub(super) const UPGRADE_ABOUT: &str = "\
+Puts another program in the place of the daemon, while its mount is in use. Open files, mappings, \
+listings and working directories live on, and what users ask for in this moment waits: no operation \
+fails. The process stays the same.
+
+The new program is asked first whether it can take over; if it cannot, or cannot be started, nothing \
+changes and the exit code is 1. Needs Linux 6.9 and a mount of root's.";
+
 pub(super) const SET_ABOUT: &str = "\
 Changes limits of a running migration. They last until the daemon ends or gets SIGHUP, which applies \
 its command line and configuration file again.";
@@ -115,4 +123,17 @@ pub struct Pull {
     /// Say nothing about how much was pulled
     #[arg(short = 'q', long)]
     pub quiet: bool,
+}
+
+/// `mirrorfs upgrade`.
+#[derive(Debug, Args)]
+#[command(after_help = EXIT_CODES)]
+pub struct Upgrade {
+    /// Mount point, DST or SRC
+    pub path: PathBuf,
+    /// The program that takes over
+    ///
+    /// Default: the file that the daemon was started from, as it is on disk now.
+    #[arg(long, value_name = "FILE")]
+    pub binary: Option<PathBuf>,
 }

@@ -68,6 +68,7 @@ pub(super) mod init {
     pub(crate) const HANDLE_KILLPRIV_V2: u64 = 1 << 28;
     pub(crate) const INIT_EXT: u64 = 1 << 30;
     pub(crate) const PASSTHROUGH: u64 = 1 << 37;
+    pub(crate) const HAS_RESEND: u64 = 1 << 39;
     pub(crate) const OVER_IO_URING: u64 = 1 << 41;
 }
 
@@ -92,6 +93,8 @@ pub(super) const FSYNC_FDATASYNC: u32 = 1;
 pub(super) const NOTIFY_INVAL_INODE: i32 = 2;
 /// A notification: send back what is cached of an inode, as a request.
 pub(super) const NOTIFY_RETRIEVE: i32 = 5;
+/// A notification: send again what was read and not answered (Linux 6.9).
+pub(super) const NOTIFY_RESEND: i32 = 7;
 
 /// Reads the fields of a request, from the front. `None`: the request ends too early.
 #[derive(Debug, Clone, Copy)]

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use rustix::io::Errno;
 
 use super::MirrorFs;
-use super::abi::{IN_HEADER, NOTIFY_INVAL_INODE, NOTIFY_RETRIEVE, OUT_HEADER};
+use super::abi::{IN_HEADER, NOTIFY_INVAL_INODE, NOTIFY_RESEND, NOTIFY_RETRIEVE, OUT_HEADER};
 use super::reply::Channel;
 use super::request::{Header, fields_len};
 use crate::mirror::{Ino, ROOT};
@@ -33,6 +33,11 @@ pub(super) struct Dev(Arc<OwnedFd>);
 impl Dev {
     pub(super) fn new(fd: OwnedFd) -> Dev {
         Dev(Arc::new(fd))
+    }
+
+    /// One whose fd others hold too.
+    pub(super) fn shared(fd: Arc<OwnedFd>) -> Dev {
+        Dev(fd)
     }
 
     /// Another one of the same connection: requests are answered where they were read.
@@ -77,6 +82,11 @@ impl Dev {
         body[..8].copy_from_slice(&unique.to_ne_bytes());
         body[8..16].copy_from_slice(&ROOT.to_ne_bytes());
         self.notify(NOTIFY_RETRIEVE, &body)
+    }
+
+    /// Has the kernel send again, to whoever reads next, what was read and not answered.
+    pub(super) fn resend(&self) -> Result<(), Errno> {
+        self.notify(NOTIFY_RESEND, &[])
     }
 
     fn notify(&self, code: i32, body: &[u8]) -> Result<(), Errno> {

@@ -14,6 +14,8 @@ use crate::mirror::{Creator, Make};
 impl MirrorFs {
     /// Answers one request, now or later from another thread.
     pub(super) fn dispatch(&self, header: &Header, fields: &[u8], rest: &[u8], channel: Channel) {
+        // Held while the daemon hands over: the kernel sends again what is left unanswered.
+        let _inside = self.shared.mirror.requests().enter();
         match request::parse(header.opcode, fields, rest) {
             Some(op) => self.act(header, op, channel),
             None => reply::<Done>(header, channel).error(Errno::INVAL),

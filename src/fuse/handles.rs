@@ -61,6 +61,23 @@ impl<T> Handles<T> {
         number
     }
 
+    /// Everything, by number.
+    pub(super) fn all(&self) -> Vec<(u64, Arc<T>)> {
+        let all = self.table.iter();
+        all.map(|e| (*e.key(), Arc::clone(e.value()))).collect()
+    }
+
+    /// A number that the kernel holds from the time of the program before us.
+    pub(super) fn restore(&self, number: u64, value: T) {
+        self.table.insert(number, Arc::new(value));
+        self.next.fetch_max(number + 1, Ordering::Relaxed);
+    }
+
+    /// The next number: every one below was given out.
+    pub(super) fn next(&self) -> &AtomicU64 {
+        &self.next
+    }
+
     pub(super) fn get(&self, handle: u64) -> Option<Arc<T>> {
         self.table.get(&handle).map(|v| Arc::clone(&v))
     }

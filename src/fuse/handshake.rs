@@ -14,6 +14,8 @@ pub(super) struct Agreed {
     pub(super) passthrough: bool,
     /// Requests come through io_uring.
     pub(super) ring: bool,
+    /// The kernel can send requests again.
+    pub(super) resend: bool,
 }
 
 /// What each kernel is asked for, as far as it has it.
@@ -137,7 +139,13 @@ fn agree(offer: &Offer, may_pass: bool, ring: bool) -> ([u8; 64], Agreed) {
     put(32, &((flags >> 32) as u32).to_ne_bytes());
     // Files on a plain file system; 2 would be on overlayfs.
     put(36, &u32::from(passthrough).to_ne_bytes());
-    (out, Agreed { passthrough, ring })
+    let resend = offer.flags & init::HAS_RESEND != 0;
+    let agreed = Agreed {
+        passthrough,
+        ring,
+        resend,
+    };
+    (out, agreed)
 }
 
 #[cfg(test)]

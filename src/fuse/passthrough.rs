@@ -79,6 +79,32 @@ impl Backings {
         IoMode::Cached
     }
 
+    /// Opens may go past the daemon.
+    pub(super) fn are_enabled(&self) -> bool {
+        self.enabled.load(Ordering::Relaxed)
+    }
+
+    /// Counts a handle that the program before us has opened. `known` makes an id of the number that
+    /// the kernel has.
+    pub(super) fn restore(
+        &self,
+        ino: Ino,
+        number: Option<i32>,
+        write: bool,
+        known: impl FnOnce(i32) -> BackingId,
+    ) -> IoMode {
+        let mut table = self.open.lock();
+        let open = table.entry(ino).or_default();
+        let Some(number) = number else {
+            open.cached += 1;
+            return IoMode::Cached;
+        };
+        open.through += 1;
+        open.through_writers += u32::from(write);
+        let id = open.id.get_or_insert_with(|| Arc::new(known(number)));
+        IoMode::Passthrough(Arc::clone(id))
+    }
+
     /// A handle was released (or its reply never reached the kernel).
     pub(super) fn release(&self, ino: Ino, mode: &IoMode, write: bool) {
         let mut table = self.open.lock();

@@ -29,21 +29,25 @@ use crate::sys::{caps, host, local, stat};
 
 /// A FUSE session that serves one mirror.
 pub struct Session {
-    shared: Arc<Shared>,
-    mountpoint: PathBuf,
+    pub(super) shared: Arc<Shared>,
+    pub(super) mountpoint: PathBuf,
     /// The directory that is mounted over, or the root of the topmost dead mount on it, opened before
     /// anything was mounted.
-    on: OwnedFd,
+    pub(super) on: OwnedFd,
     /// Dead mounts on the mount point.
-    dead: usize,
+    pub(super) dead: usize,
     /// Held until `attach`, then given to the kernel. `None`: the helper has attached it already.
-    mount: Mutex<Option<OwnedFd>>,
+    pub(super) mount: Mutex<Option<OwnedFd>>,
     /// Who mounts and unmounts for us, without CAP_SYS_ADMIN.
-    helper: Option<Helper>,
-    mount_id: AtomicU64,
+    pub(super) helper: Option<Helper>,
+    pub(super) mount_id: AtomicU64,
     /// For notifications; the session threads have their own.
-    dev: Arc<Dev>,
-    threads: Mutex<Vec<JoinHandle<Result<(), Errno>>>>,
+    pub(super) dev: Arc<Dev>,
+    /// What the session threads read from: a request is answered where it was read.
+    pub(super) lanes: Mutex<Vec<Arc<OwnedFd>>>,
+    /// Why another program could not go on with it.
+    pub(super) bound: Mutex<Option<&'static str>>,
+    pub(super) threads: Mutex<Vec<JoinHandle<Result<(), Errno>>>>,
 }
 
 /// Tells the kernel what it must not believe any more.
@@ -101,6 +105,8 @@ impl Session {
             helper,
             mount_id: AtomicU64::new(0),
             dev: Arc::new(Dev::new(dev)),
+            lanes: Mutex::default(),
+            bound: Mutex::default(),
             threads: Mutex::default(),
         };
         let served = session.serve(&mirror, config, wants_ring);
@@ -126,20 +132,15 @@ impl Session {
         if agreed.passthrough {
             self.shared.backings.enable();
         }
-        mirror.set_invalidate(Box::new(Notify(Arc::clone(&self.dev))));
-        self.shared.set_dev(Arc::clone(&self.dev));
-        for n in 0..config.threads.max(1) {
+        *self.bound.lock() = match (agreed.ring, agreed.resend) {
+            (true, _) => Some("requests come through io_uring"),
+            (_, false) => Some("this kernel does not send requests again (before Linux 6.9)"),
+            (false, true) => None,
+        };
+        self.introduce(mirror);
+        for _ in 0..config.threads.max(1) {
             let dev = self.dev.another().map_err(|e| unusable(e.into()))?;
-            let fs = MirrorFs::new(Arc::clone(&self.shared));
-            let thread = std::thread::Builder::new()
-                .name(format!("fuse-{n}"))
-                .spawn(move || {
-                    // For good: see sys::caps.
-                    caps::drop_fsetid();
-                    dev::serve(dev, &fs)
-                })
-                .map_err(unusable)?;
-            self.threads.lock().push(thread);
+            self.read_from(dev).map_err(unusable)?;
         }
         match queues.filter(|_| agreed.ring) {
             Some(queues) => {
@@ -155,6 +156,25 @@ impl Session {
             let id = mount_id(&self.mountpoint)?;
             self.mount_id.store(id, Ordering::Relaxed);
         }
+        Ok(())
+    }
+
+    pub(super) fn introduce(&self, mirror: &Mirror) {
+        mirror.set_invalidate(Box::new(Notify(Arc::clone(&self.dev))));
+        self.shared.set_dev(Arc::clone(&self.dev));
+    }
+
+    /// One more session thread.
+    pub(super) fn read_from(&self, dev: Dev) -> std::io::Result<()> {
+        let fs = MirrorFs::new(Arc::clone(&self.shared));
+        let (mut lanes, mut threads) = (self.lanes.lock(), self.threads.lock());
+        let thread = std::thread::Builder::new().name(format!("fuse-{}", threads.len()));
+        lanes.push(Arc::clone(dev.fd()));
+        threads.push(thread.spawn(move || {
+            // For good: see sys::caps.
+            caps::drop_fsetid();
+            dev::serve(dev, &fs)
+        })?);
         Ok(())
     }
 

@@ -24,6 +24,7 @@ use super::partial::Partial;
 use super::place::Placer;
 use super::populate::{Access, DirRef, Waiter};
 use super::running::Extent;
+use super::upgrade::DirState;
 use crate::engine::job::Priority;
 use crate::error::{Context, Error, Result, Side};
 use crate::meta;
@@ -45,6 +46,22 @@ const STRIDE: u64 = 256;
 pub struct Stream {
     dir: DirRef,
     cursor: Mutex<Cursor>,
+}
+
+impl Stream {
+    /// For the next program; offsets mean the same there as long as src lists in the same order.
+    pub fn save(&self) -> Option<DirState> {
+        let origin = self.dir.origin.as_ref()?;
+        DirState::of(self.dir.ino, &self.dir.anchor, origin)
+    }
+
+    /// A listing that began in the program before.
+    pub fn of(saved: &DirState) -> Option<Stream> {
+        Some(Stream {
+            dir: saved.to_ref()?,
+            cursor: Mutex::default(),
+        })
+    }
 }
 
 /// Where a listing is in src.

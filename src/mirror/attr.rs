@@ -488,8 +488,8 @@ impl Mirror {
         if self.is_hidden(name) {
             return then(Err(Errno::PERM));
         }
-        let (mirror, held, wanted) = (Arc::clone(self), Arc::clone(node), name.to_owned());
-        self.when_xattrs(node, Some(name), true, move |ready| {
+        let (held, wanted) = (Arc::clone(node), name.to_owned());
+        let set = move |mirror: &Arc<Mirror>, ready: Result<()>| {
             then(ready.map_err(|e| e.errno()).and_then(|()| {
                 let opened = mirror.nodes.open(&held, OFlags::PATH)?;
                 let flags = XattrFlags::from_bits_truncate(flags.cast_unsigned());
@@ -499,7 +499,8 @@ impl Mirror {
                     false => Ok(()),
                 }
             }));
-        });
+        };
+        self.when_xattrs(node, Some(name), true, self.acting(set));
     }
 
     /// removexattr; EPERM for the mark.
@@ -512,13 +513,14 @@ impl Mirror {
         if self.is_hidden(name) {
             return then(Err(Errno::PERM));
         }
-        let (mirror, held, wanted) = (Arc::clone(self), Arc::clone(node), name.to_owned());
-        self.when_xattrs(node, Some(name), true, move |ready| {
+        let (held, wanted) = (Arc::clone(node), name.to_owned());
+        let remove = move |mirror: &Arc<Mirror>, ready: Result<()>| {
             then(ready.map_err(|e| e.errno()).and_then(|()| {
                 let opened = mirror.nodes.open(&held, OFlags::PATH)?;
                 xattr::remove(Target::Fd(opened.as_fd()), &wanted)
             }));
-        });
+        };
+        self.when_xattrs(node, Some(name), true, self.acting(remove));
     }
 
     /// The number that stat shows: the root's own, not the protocol's 1.

@@ -95,6 +95,8 @@ struct Queue {
     /// Nobody is about to bring more.
     hungry: bool,
     stopped: bool,
+    /// A round has been taken and is not over.
+    in_round: bool,
 }
 
 /// What waits for the next syncfs.
@@ -208,6 +210,12 @@ impl Commit {
         }
     }
 
+    /// Every directory with all its names has its mark; nothing is between the queue and dst.
+    pub(super) fn is_settled(&self) -> bool {
+        let q = self.queue.lock();
+        !q.in_round && q.publishes.is_empty() && q.gates.values().all(|g| *g != NOT_YET)
+    }
+
     /// True while anything waits for a round.
     pub fn is_idle(&self) -> bool {
         let q = self.queue.lock();
@@ -270,6 +278,7 @@ impl Commit {
         queue.urgent = false;
         queue.round += 1;
         queue.carried = 0;
+        queue.in_round = true;
         self.room.notify_all();
         Some(Round {
             number: queue.round,
@@ -321,6 +330,7 @@ impl Mirror {
             self.commit.dir_later(dir);
             return None;
         }
+        let _inside = self.marks.enter();
         Some(self.unmark_dir(&dir))
     }
 
@@ -332,22 +342,19 @@ impl Mirror {
     /// The commit thread: rounds until the mirror stops.
     pub(super) fn commit_loop(self: &Arc<Self>) {
         while let Some(round) = self.commit.next() {
+            let inside = self.marks.enter();
             let begun = Instant::now();
             let synced = fd::syncfs(self.dst.as_fd()).on("syncfs", Side::Dst, ".");
             let took = begun.elapsed();
             self.commit.queue.lock().sync_time = took;
-            tracing::debug!(
-                round = round.number,
-                files = round.files.len(),
-                publishes = round.publishes.len(),
-                dirs = round.dirs.len(),
-                ?took,
-                "synced"
-            );
+            let (number, files) = (round.number, round.files.len());
+            tracing::debug!(number, files, ?took, "synced");
             match synced {
                 Ok(()) => self.commit_round(round),
                 Err(e) => self.commit_failed(round, &e),
             }
+            self.commit.queue.lock().in_round = false;
+            drop(inside);
             if let Err(e) = self.ledger.sync(self.control.dir.as_fd()) {
                 tracing::warn!("{e}");
             }

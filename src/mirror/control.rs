@@ -57,7 +57,7 @@ pub struct Control {
     /// True when this start found a migration to resume.
     pub resumed: bool,
     /// Held while the daemon lives.
-    _lock: OwnedFd,
+    pub lock: OwnedFd,
 }
 
 /// The control directory's name as a component.
@@ -161,6 +161,14 @@ impl Control {
         }
     }
 
+    /// The migration of the program before us in this process, whose lock we hold.
+    pub fn inherited(dst_root: BorrowedFd<'_>, lock: OwnedFd) -> Result<Control> {
+        let gone = || Error::Unusable(format!("DST holds no migration any more ({CONTROL})"));
+        let dir = open_dir(dst_root)?.ok_or_else(gone)?;
+        let identity = read_identity(dir.as_fd())?.ok_or_else(gone)?;
+        Control::assemble(dir, lock, identity, true)
+    }
+
     fn assemble(dir: OwnedFd, lock: OwnedFd, identity: Identity, resumed: bool) -> Result<Control> {
         let links = subdir(dir.as_fd(), c"links")?;
         let flags = subdir(dir.as_fd(), c"flags")?;
@@ -172,7 +180,7 @@ impl Control {
             perms,
             identity,
             resumed,
-            _lock: lock,
+            lock,
         })
     }
 }

@@ -179,6 +179,13 @@ impl Hydrations {
         GivenUp::Settled(state.take_settled())
     }
 
+    /// Where all of them are.
+    pub(super) fn stages(&self) -> HashMap<Ino, Stage> {
+        let table = self.table.lock();
+        let stage = |h: &Arc<Hydration>| h.state.lock().stage;
+        table.iter().map(|(ino, h)| (*ino, stage(h))).collect()
+    }
+
     pub(super) fn join(&self, file: &FileRef) -> (Arc<Hydration>, bool) {
         let mut table = self.table.lock();
         if let Some(found) = table.get(&file.ino)

@@ -1,9 +1,9 @@
 //! Names: lookup, create, link, unlink, rename.
 //!
 //! From the moment a directory is populated its names in dst are the truth, and these are plain
-//! operations on dst. What makes them more: a directory that is not populated is populated before it
-//! is changed, a name that is looked up in it is placed ahead (ahead.rs), and something marked that moves takes its origin with it (DESIGN: the origin is otherwise its
-//! parent's origin and its name).
+//! operations on dst. What makes them more: a directory that is not populated is populated before it is
+//! changed, a name that is looked up in it is placed ahead (ahead.rs), and something marked that moves
+//! takes its origin with it (which is otherwise its parent's origin and its name).
 
 use std::ffi::OsStr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -164,8 +164,7 @@ impl Mirror {
         if self.is_control(parent, name.as_bytes()) {
             return then(Err(Errno::PERM).on("create", Side::Dst, CONTROL));
         }
-        let mirror = Arc::clone(self);
-        self.when_populated(parent, Access::Change, move |ready| {
+        let make = move |mirror: &Arc<Mirror>, ready: Result<()>| {
             let made = ready.and_then(|()| mirror.make_now(parent, &name, &what, creator));
             match made {
                 Err(e) => then(Err(e)),
@@ -173,7 +172,8 @@ impl Mirror {
                     mirror.with_entry(node, move |entry| then(entry.map(|e| (e, opened))))
                 }
             }
-        });
+        };
+        self.when_populated(parent, Access::Change, self.acting(make));
     }
 
     fn make_now(
@@ -222,10 +222,10 @@ impl Mirror {
         if self.is_control(parent, name.as_bytes()) {
             return then(Err(Errno::NOENT).on("unlink", Side::Dst, CONTROL));
         }
-        let mirror = Arc::clone(self);
-        self.when_populated(parent, Access::Change, move |ready| {
+        let unlink = move |mirror: &Arc<Mirror>, ready: Result<()>| {
             then(ready.and_then(|()| mirror.unlink_now(parent, &name, AtFlags::empty())));
-        });
+        };
+        self.when_populated(parent, Access::Change, self.acting(unlink));
     }
 
     fn unlink_now(&self, parent: Ino, name: &Name, flags: AtFlags) -> Result<()> {
@@ -264,10 +264,11 @@ impl Mirror {
         if self.is_control(parent, name.as_bytes()) {
             return then(Err(Errno::NOENT).on("rmdir", Side::Dst, CONTROL));
         }
-        let mirror = Arc::clone(self);
-        self.when_target_ready(parent, name.clone(), move |ready| {
+        let wanted = name.clone();
+        let remove = move |mirror: &Arc<Mirror>, ready: Result<()>| {
             then(ready.and_then(|()| mirror.unlink_now(parent, &name, AtFlags::REMOVEDIR)));
-        });
+        };
+        self.when_target_ready(parent, wanted, self.acting(remove));
     }
 
     /// Calls `then` when the directory can be changed and, if `name` is a directory, that one is
@@ -312,19 +313,24 @@ impl Mirror {
         if self.is_control(parent, name.as_bytes()) {
             return then(Err(Errno::PERM).on("link", Side::Dst, CONTROL));
         }
-        let (mirror, held) = (Arc::clone(self), Arc::clone(node));
-        let link = move |ready: Result<()>| match ready
+        let held = Arc::clone(node);
+        let link = move |mirror: &Arc<Mirror>, ready: Result<()>| match ready
             .and_then(|()| mirror.link_now(&held, parent, &name))
         {
             Ok(node) => mirror.with_entry(node, then),
             Err(e) => then(Err(e)),
         };
-        let mirror = Arc::clone(self);
+        let (mirror, link) = (Arc::clone(self), self.acting(link));
         let gate = move |ready: Result<()>| match ready {
             Ok(()) => mirror.when_populated(parent, Access::Change, link),
             Err(e) => link(Err(e)),
         };
-        self.when_parent_published(node, Box::new(gate));
+        let (mirror, held) = (Arc::clone(self), Arc::clone(node));
+        // The answer tells the attributes: src is asked before there is one name more, not after.
+        self.with_attr(node, move |attr| match attr {
+            Ok(_) => mirror.when_parent_published(&held, Box::new(gate)),
+            Err(e) => gate(Err(e)),
+        });
     }
 
     fn link_now(&self, node: &Arc<Node>, parent: Ino, name: &Name) -> Result<Arc<Node>> {
@@ -358,22 +364,25 @@ impl Mirror {
         }
         let flags = RenameFlags::from_bits_retain(flags);
         let (mirror, source) = (Arc::clone(self), from.clone());
-        // The source is populated too if it is a directory: its mark then has one writer only.
+        // A directory is populated too: its mark then has one writer only.
         self.when_target_ready(source.0, source.1, move |ready| {
             if let Err(e) = ready {
                 return then(Err(e));
             }
-            let again = Arc::clone(&mirror);
-            mirror.when_target_ready(to.0, to.1.clone(), move |ready| {
+            let (parent, wanted) = to.clone();
+            let rename = move |mirror: &Arc<Mirror>, ready: Result<()>| {
                 if let Err(e) = ready {
                     return then(Err(e));
                 }
-                match again.rename_now(&from, &to, flags) {
-                    Err(Retry::Hydrate(node)) => again.rename_hydrated(node, from, to, flags, then),
+                match mirror.rename_now(&from, &to, flags) {
+                    Err(Retry::Hydrate(node)) => {
+                        mirror.rename_hydrated(node, from, to, flags, then);
+                    }
                     Err(Retry::Failed(e)) => then(Err(e)),
                     Ok(()) => then(Ok(())),
                 }
-            });
+            };
+            mirror.when_target_ready(parent, wanted, mirror.acting(rename));
         });
     }
 
@@ -386,8 +395,7 @@ impl Mirror {
         flags: RenameFlags,
         then: impl FnOnce(Result<()>) + Send + 'static,
     ) {
-        let mirror = Arc::clone(self);
-        self.when_hydrated(&node, Need::Write, move |ready| {
+        let rename = move |mirror: &Arc<Mirror>, ready: Result<()>| {
             then(
                 ready.and_then(|()| match mirror.rename_now(&from, &to, flags) {
                     Ok(()) => Ok(()),
@@ -397,7 +405,8 @@ impl Mirror {
                     }
                 }),
             );
-        });
+        };
+        self.when_hydrated(&node, Need::Write, self.acting(rename));
     }
 
     fn rename_now(
@@ -564,10 +573,9 @@ impl Mirror {
     }
 }
 
-/// Why a rename did not happen.
+/// Why a rename did not happen; `Hydrate`: the origin does not fit into the mark.
 enum Retry {
     Failed(Error),
-    /// The origin does not fit into the mark.
     Hydrate(Arc<Node>),
 }
 

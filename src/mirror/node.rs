@@ -293,6 +293,19 @@ impl NodeTable {
         stat::stat_fd(self.open(node, OFlags::PATH)?.as_fd())
     }
 
+    /// All nodes but the root, with the kernel's references to each.
+    pub(super) fn all(&self) -> Vec<(Arc<Node>, u64)> {
+        let all = self.nodes.iter().filter(|n| n.ino != ROOT);
+        all.map(|n| (Arc::clone(&n), n.lookups.load(Ordering::Relaxed)))
+            .collect()
+    }
+
+    /// A node that the kernel holds from the time of the program before us.
+    pub(super) fn restore(&self, node: Node, lookups: u64) {
+        node.lookups.store(lookups, Ordering::Relaxed);
+        self.nodes.insert(node.ino, Arc::new(node));
+    }
+
     /// How many nodes the kernel holds.
     pub fn len(&self) -> usize {
         self.nodes.len()

@@ -29,6 +29,7 @@ use super::control::CONTROL;
 use super::hydrate::FileRef;
 use super::node::{Ino, Phase, ROOT};
 use super::populate::{DirRef, no_origin};
+use super::upgrade::{DirState, PartialState, bytes_of, text_of};
 use crate::error::{Context, Error, Result, Side};
 use crate::meta::DEFAULT_ACL;
 use crate::sys::dir;
@@ -262,6 +263,77 @@ impl Partials {
     /// The directory is populated.
     pub(super) fn remove(&self, ino: Ino) {
         self.table.lock().remove(&ino);
+    }
+}
+
+impl Partials {
+    pub(super) fn all(&self) -> Vec<Arc<Partial>> {
+        self.table.lock().values().cloned().collect()
+    }
+
+    pub(super) fn restore(&self, partial: Partial) {
+        self.table.lock().insert(partial.ino, Arc::new(partial));
+    }
+}
+
+impl Partial {
+    /// For the next program: the names that are here. One in work counts as absent.
+    pub(super) fn save(&self) -> Option<PartialState> {
+        let names = self.names.lock();
+        let here = names.all.iter().filter(|(_, s)| **s == Standing::Here);
+        Some(PartialState {
+            dir: DirState::of(self.ino, &self.anchor, &self.origin)?,
+            unmarked: self.unmarked.load(Ordering::SeqCst),
+            kept: self.has_kept(),
+            large: self.is_large(),
+            asked: self.asked.load(Ordering::Relaxed),
+            here: here.map(|(name, _)| text_of(name.as_bytes())).collect(),
+            times: names.times.map(|(a, m)| (a.sec, a.nsec, m.sec, m.nsec)),
+            default_acl: names.default_acl.clone(),
+            carried: (names.carried.files, names.carried.bytes),
+        })
+    }
+
+    /// As the program before left it. What it has placed since it told us is made anew.
+    pub(super) fn of(saved: PartialState) -> Option<Partial> {
+        let DirRef {
+            ino,
+            anchor,
+            origin,
+        } = saved.dir.to_ref()?;
+        let here = saved.here.iter().map(|text| {
+            let name = Name::new(&bytes_of(text)?)?;
+            Some((name, Standing::Here))
+        });
+        let time = |sec, nsec| Time { sec, nsec };
+        let (files, bytes) = saved.carried;
+        Some(Partial {
+            ino,
+            anchor,
+            origin: origin?,
+            clean: AtomicBool::new(false),
+            unmarked: AtomicBool::new(saved.unmarked),
+            kept: AtomicBool::new(saved.kept),
+            large: AtomicBool::new(saved.large),
+            asked: AtomicU64::new(saved.asked),
+            names: Mutex::new(Names {
+                all: here.collect::<Option<_>>()?,
+                busy: 0,
+                closed: false,
+                times: saved.times.map(|(a, an, m, mn)| (time(a, an), time(m, mn))),
+                default_acl: saved.default_acl,
+                carried: Carried { files, bytes },
+            }),
+            free: Condvar::new(),
+        })
+    }
+
+    pub(super) fn dir(&self) -> DirRef {
+        DirRef {
+            ino: self.ino,
+            anchor: self.anchor.clone(),
+            origin: Some(Arc::clone(&self.origin)),
+        }
     }
 }
 

@@ -329,6 +329,8 @@ impl Mirror {
             return Ok(false);
         };
         partial.close();
+        // While another program is to take over the directory stays in the table of partials.
+        let _inside = self.marks.enter();
         let published = self.stamp_and_publish(dir, &opened, &placer, &meta, carrier);
         match &published {
             Ok(()) => self.partials.remove(dir.ino),

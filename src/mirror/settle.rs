@@ -79,6 +79,7 @@ impl Mirror {
     pub(super) fn settle_soon(self: &Arc<Self>, hydration: &Arc<Hydration>) {
         let (mirror, hydration) = (Arc::clone(self), Arc::clone(hydration));
         let task = move || {
+            let _inside = mirror.marks.enter();
             let unmarked = {
                 let mut state = hydration.state.lock();
                 match state.stage {
@@ -165,6 +166,7 @@ impl Mirror {
         drop(state);
         let (mirror, node) = (Arc::clone(self), Arc::clone(node));
         let task = move || {
+            let _inside = mirror.marks.enter();
             let result = mirror.truncate_and_unmark(&hydration.file, &hydration.path);
             match result {
                 Ok(bytes) => {

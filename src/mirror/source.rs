@@ -11,6 +11,7 @@ use std::sync::Arc;
 use lru::LruCache;
 use parking_lot::{Mutex, RwLock};
 use rustix::fs::OFlags;
+use serde::{Deserialize, Serialize};
 
 use crate::error::{Context, Result, Side};
 use crate::mark::MarkName;
@@ -75,8 +76,8 @@ type FsId = (u64, (u32, u32));
 type Mount = (Arc<RelPath>, Capture, bool);
 
 /// What SRC's root is known by when its path leads to it again.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Face {
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Face {
     ino: u64,
     /// The empty directory below a mount that is gone has the same path, and is none.
     mount_root: bool,
@@ -110,19 +111,31 @@ pub struct Source {
 
 impl Source {
     /// A source with its root open; `path`: where it can be found again after it was away.
-    pub fn new(root: Arc<OwnedFd>, path: Option<PathBuf>, mark: MarkName) -> Result<Source> {
-        Ok(Source {
-            face: Face::of(root.as_fd())?,
-            root: RwLock::new(root),
+    pub fn new(root: OwnedFd, path: Option<PathBuf>, mark: MarkName) -> Result<Source> {
+        let face = Face::of(root.as_fd())?;
+        Ok(Source::again(root, path, face, mark))
+    }
+
+    /// The one of the program before us, which is not asked for anything.
+    pub fn again(root: OwnedFd, path: Option<PathBuf>, face: Face, mark: MarkName) -> Source {
+        Source {
+            face,
+            root: RwLock::new(Arc::new(root)),
             path,
             mark,
             dirs: Mutex::new(LruCache::new(OPEN_DIRS)),
             mounts: Mutex::new(HashMap::new()),
             known: Mutex::new(LruCache::new(KNOWN_FILES)),
-        })
+        }
     }
 
-    fn root(&self) -> Arc<OwnedFd> {
+    /// What the next program has to know, besides the root.
+    pub fn face(&self) -> Face {
+        self.face
+    }
+
+    /// SRC's root.
+    pub fn root(&self) -> Arc<OwnedFd> {
         Arc::clone(&self.root.read())
     }
 

@@ -4,7 +4,7 @@
 //! of `varlink`. Only root and the daemon's own user are answered.
 
 use std::io::ErrorKind;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -27,7 +27,8 @@ const CLIENTS_MAX: usize = 16;
 pub(super) const PATIENCE: Duration = Duration::from_secs(5);
 
 /// What answers a request; called on a thread of its own for each client.
-pub(crate) type Handler = dyn Fn(Request) -> Result<Value, Failure> + Send + Sync;
+/// With the client's connection, for an answer that comes from elsewhere.
+pub(crate) type Handler = dyn Fn(Request, BorrowedFd<'_>) -> Result<Value, Failure> + Send + Sync;
 
 /// Where sockets and logs live: `$MIRRORFS_RUN_DIR`, /run/mirrorfs for root,
 /// `$XDG_RUNTIME_DIR/mirrorfs`, /tmp/mirrorfs-UID.
@@ -98,12 +99,24 @@ impl Listener {
         Ok(Listener { listener, path })
     }
 
+    /// The socket of the program before us in this process.
+    pub(crate) fn inherited(fd: OwnedFd) -> Listener {
+        Listener {
+            listener: UnixListener::from(fd),
+            path: run_dir().join(format!("{}.sock", std::process::id())),
+        }
+    }
+
     /// Serves clients until the process ends.
     pub(crate) fn serve(self, handler: Arc<Handler>) -> Result<Socket, Failure> {
-        let socket = Socket { path: self.path };
+        let listener = Arc::new(self.listener);
+        let socket = Socket {
+            path: self.path,
+            listener: Arc::clone(&listener),
+        };
         let clients = Arc::new(AtomicUsize::new(0));
         let accept = move || {
-            for stream in self.listener.incoming() {
+            for stream in listener.incoming() {
                 let Ok(stream) = stream else {
                     // Out of fds, most likely: others give some back.
                     std::thread::sleep(Duration::from_millis(100));
@@ -139,9 +152,15 @@ impl Listener {
 /// The name of a socket that is served.
 pub(crate) struct Socket {
     path: PathBuf,
+    listener: Arc<UnixListener>,
 }
 
 impl Socket {
+    /// For the next program.
+    pub(crate) fn listener(&self) -> BorrowedFd<'_> {
+        self.listener.as_fd()
+    }
+
     /// Takes the name away: no client finds us any more.
     pub(crate) fn close(self) {
         let _ = std::fs::remove_file(&self.path); // Left behind, the next daemon sweeps it.
@@ -165,7 +184,7 @@ fn serve_client(mut stream: UnixStream, handler: &Handler) -> std::io::Result<()
         let (asked, oneway) = Call::parse(&message);
         let reply = match asked {
             Asked::Reply(reply) => reply,
-            Asked::Request(request) => match handler(request) {
+            Asked::Request(request) => match handler(request, stream.as_fd()) {
                 Ok(parameters) => Reply::of(parameters),
                 Err(failure) => refusal(&failure),
             },
@@ -204,7 +223,7 @@ mod tests {
         let dir = tempfile::tempdir().expect("a directory");
         let path = dir.path().join("1.sock");
         let listener = UnixListener::bind(&path).expect("bind");
-        let handler: Arc<Handler> = Arc::new(|request| match request {
+        let handler: Arc<Handler> = Arc::new(|request, _| match request {
             Request::Errors => Ok(json!([1, 2])),
             _ => Err(Failure::new(23, "3 entries in the ledger")),
         });

@@ -33,7 +33,7 @@ pub enum Total {
 }
 
 /// What a whole file system says that is in it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Estimate {
     /// Inodes in use.
     pub entries: u64,

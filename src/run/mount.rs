@@ -6,7 +6,8 @@
 //!   Serving   -> Stopping   somebody's umount     likewise
 //!   any       -> (exit)     the last open file was closed
 
-use std::path::Path;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
@@ -16,7 +17,7 @@ use sd_notify::NotifyState;
 use serde_json::{Value, json};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGUSR2};
 
-use super::control::{self, Handler, Listener};
+use super::control::{self, Handler, Listener, Socket};
 use super::daemon::{self, Parent};
 use super::live::{LINE_EVERY, Screen};
 use super::log::Log;
@@ -24,6 +25,7 @@ use super::metrics::Exporter;
 use super::out::quoted;
 use super::preflight::{self, Ground};
 use super::steer::{self, Wheel, absolute};
+use super::upgrade::{self, Predecessor};
 use super::varlink::Request;
 use super::watch::{Phase, Watch};
 use super::web;
@@ -53,6 +55,11 @@ enum Event {
     Stop {
         reply: Sender<Result<Value, Failure>>,
     },
+    Upgrade {
+        binary: Option<PathBuf>,
+        client: OwnedFd,
+        reply: Sender<Result<Value, Failure>>,
+    },
 }
 
 /// `mirrorfs mount`.
@@ -69,30 +76,57 @@ fn start(config: MountConfig, args: cli::Mount) -> Outcome {
     let args = with_absolute_file(args)?;
     // After the last port was bound; before there is a thread.
     caps::shed(config.helper).on("capset", Side::Host, ".")?;
+    let (log, front) = front(config)?;
+    if config.foreground {
+        log.install(config.log_level);
+        return serve(ground, (args, log, web), &mut Parent::none(), front, None);
+    }
+    daemon::start(&log.clone(), |parent| {
+        log.install(ground.config.log_level);
+        let outcome = serve(ground, (args, log, web), parent, front, None);
+        if let Err(failure) = &outcome {
+            tracing::error!("{}", failure.line);
+        }
+        outcome
+    })
+}
+
+/// Where the log goes, and what is shown besides.
+fn front(config: &MountConfig) -> Result<(Log, Front), Failure> {
     if config.foreground {
         let screen = Screen::new();
         let log = match &config.log_file {
             Some(path) => Log::file(path)?,
             None => Log::stderr(screen.bars()),
         };
-        log.install(config.log_level);
-        let front = Front::Screen(screen);
-        return serve(ground, (args, log, web), &mut Parent::none(), front);
+        return Ok((log, Front::Screen(screen)));
     }
     let path = match &config.log_file {
         Some(path) => path.clone(),
         None => control::make_run_dir()?.join(log_name(&config.dst)),
     };
-    let log = Log::file(&path)?;
-    daemon::start(&log.clone(), |parent| {
-        log.install(ground.config.log_level);
-        let front = Front::Log(String::new());
-        let outcome = serve(ground, (args, log, web), parent, front);
-        if let Err(failure) = &outcome {
-            tracing::error!("{}", failure.line);
-        }
-        outcome
-    })
+    Ok((Log::file(&path)?, Front::Log(String::new())))
+}
+
+/// Goes on with a mount that another program has served in this process.
+pub(super) fn take_over(before: &Predecessor) -> Outcome {
+    let saved = before.saved();
+    let (log, front) = front(&saved.config)?;
+    log.install(saved.config.log_level);
+    caps::shed(saved.config.helper).on("capset", Side::Host, ".")?;
+    let web = saved.config.metrics.map(web::Server::bind).transpose();
+    let web = web.unwrap_or_else(|failure| {
+        tracing::warn!("{}; metrics are not served any more", failure.line);
+        None
+    });
+    let (ground, args) = (before.ground()?, saved.args.clone());
+    serve(
+        ground,
+        (args, log, web),
+        &mut Parent::none(),
+        front,
+        Some(before),
+    )
 }
 
 /// The daemon's working directory is `/`: from here on every path says where it starts.
@@ -176,29 +210,41 @@ fn serve(
     (args, log, web): (cli::Mount, Log, Option<web::Server>),
     parent: &mut Parent,
     mut front: Front,
+    before: Option<&Predecessor>,
 ) -> Outcome {
     host::raise_nofile();
     let progress = Arc::new(Progress::default());
-    let watch = Arc::new(Watch::new(&ground, progress.clone())?);
+    let watch = match before {
+        None => Watch::new(&ground, progress.clone()),
+        Some(before) => Watch::again(&ground, progress.clone(), &before.saved().watch),
+    };
+    let watch = Arc::new(watch?);
     let Ground {
         config,
         trees,
         dead,
         ..
     } = ground;
-    let listener = Listener::bind()?;
-    let mirror = Mirror::open(&config, trees, progress)?;
+    let (listener, mirror) = match before {
+        None => (Listener::bind()?, Mirror::open(&config, trees, progress)?),
+        Some(before) => (before.listener()?, before.mirror(&config, trees, progress)?),
+    };
     watch.set_mirror(mirror.clone());
-    let wheel = Arc::new(Wheel::new(args, log, mirror.clone()));
+    let wheel = Arc::new(Wheel::new(args.clone(), log, mirror.clone()));
     let (events_in, events) = bounded(64);
     watch_signals(events_in.clone())?;
     // Before the mount is seen: who sees it finds its daemon.
     let socket = listener.serve(handler(watch.clone(), wheel.clone(), events_in))?;
-    let session = match Session::start(mirror.clone(), &config, dead.on_mountpoint) {
+    let session = match before {
+        None => Session::start(mirror.clone(), &config, dead.on_mountpoint).map_err(Failure::from),
+        Some(before) => before.session(mirror.clone()),
+    };
+    let session = match session {
         Ok(session) => session,
-        Err(error) => {
+        Err(failure) if before.is_some() => return Err(failure),
+        Err(failure) => {
             socket.close();
-            return Err(error.into());
+            return Err(failure);
         }
     };
     session.attach()?;
@@ -226,7 +272,12 @@ fn serve(
         watch: &watch,
         mirror: &mirror,
         session: &session,
+        args: &args,
+        socket: &socket,
     };
+    if let Some(before) = before {
+        before.answer();
+    }
     let end = match parent.ready() {
         true => served.until_the_end(&events, &mut front),
         false => served.detach().map(|()| Phase::Stopping),
@@ -289,6 +340,8 @@ struct Served<'a> {
     watch: &'a Watch,
     mirror: &'a Mirror,
     session: &'a Session,
+    args: &'a cli::Mount,
+    socket: &'a Socket,
     exporter: Exporter,
 }
 
@@ -366,6 +419,26 @@ impl Served<'_> {
                 answer(&reply, detached.map(|()| json!({})));
                 return stopped.then_some(Phase::Stopping);
             }
+            Event::Upgrade {
+                binary,
+                client,
+                reply,
+            } => {
+                let served = upgrade::Served {
+                    config: self.config,
+                    args: self.args,
+                    watch: self.watch,
+                    mirror: self.mirror,
+                    session: self.session,
+                    listener: self.socket.listener(),
+                };
+                self.save_tally();
+                // It comes back only when there is no other program.
+                let failure = served.hand_over(binary.as_deref(), client.as_fd());
+                self.wheel.kick();
+                tracing::warn!("{}", failure.line);
+                answer(&reply, Err(failure));
+            }
             Event::Finish { accept_loss, reply } => match self.finish(accept_loss) {
                 Ok(()) => {
                     answer(&reply, Ok(json!({})));
@@ -419,7 +492,7 @@ fn handler(watch: Arc<Watch>, wheel: Arc<Wheel>, events: Sender<Event>) -> Arc<H
     let json = |value: serde_json::Result<Value>| {
         value.map_err(|e| Failure::new(exit::FAILURE, format!("json: {e}")))
     };
-    Arc::new(move |request| {
+    Arc::new(move |request, client| {
         let (reply, answer) = bounded(1);
         let event = match request {
             Request::Status => return json(serde_json::to_value(watch.report())),
@@ -428,6 +501,12 @@ fn handler(watch: Arc<Watch>, wheel: Arc<Wheel>, events: Sender<Event>) -> Arc<H
             }
             Request::Finish { accept_loss } => Event::Finish { accept_loss, reply },
             Request::Stop => Event::Stop { reply },
+            Request::Upgrade { binary } => Event::Upgrade {
+                binary,
+                client: host::dup(client)
+                    .map_err(|e| Failure::new(exit::FAILURE, format!("dup: {e}")))?,
+                reply,
+            },
             other => match wheel.turn(&other) {
                 Some(result) => return result,
                 None => return Err(Failure::new(exit::FAILURE, "no such request")),

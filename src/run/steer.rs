@@ -172,7 +172,7 @@ impl Wheel {
         self.kick();
     }
 
-    fn kick(&self) {
+    pub(super) fn kick(&self) {
         self.mirror.throttle_changed();
         if let Some(walker) = self.walker.get() {
             walker.kick();

@@ -45,6 +45,11 @@ pub(crate) enum Request {
     Cancel,
     /// Change the background's limits.
     Set(Settings),
+    /// Let another program take over.
+    Upgrade {
+        /// `None`: what the daemon was started from, as it is now.
+        binary: Option<PathBuf>,
+    },
     /// Pull these now: paths below the mount point.
     Pull {
         /// Relative; the empty one is the mount point itself.
@@ -102,6 +107,10 @@ impl Request {
             Request::Resume => ("Resume", json!({})),
             Request::Cancel => ("Cancel", json!({})),
             Request::Set(settings) => ("Set", settings.to_json()),
+            Request::Upgrade { binary } => {
+                let binary = binary.as_deref().map(path_to_json);
+                ("Upgrade", json!({ "binary": binary }))
+            }
             Request::Pull { paths } => {
                 let paths: Vec<Value> = paths.iter().map(|p| path_to_json(p)).collect();
                 ("Pull", json!({ "paths": paths }))
@@ -211,6 +220,12 @@ impl Call {
             "Resume" => Request::Resume,
             "Cancel" => Request::Cancel,
             "Set" => Request::Set(Settings::from_json(&self.parameters)?),
+            "Upgrade" => Request::Upgrade {
+                binary: match self.parameters.get("binary") {
+                    None | Some(Value::Null) => None,
+                    Some(path) => Some(path_from_json(path).ok_or("binary")?),
+                },
+            },
             "Pull" => {
                 let paths = self.parameters.get("paths").and_then(Value::as_array);
                 let paths = paths.ok_or("paths")?.iter().map(path_from_json);
@@ -326,6 +341,10 @@ mod tests {
                 jobs: Some(3),
                 log: Some(LogLevel::Debug),
             }),
+            Request::Upgrade { binary: None },
+            Request::Upgrade {
+                binary: Some("/usr/bin/mirrorfs".into()),
+            },
             Request::Pull {
                 paths: vec!["a/b".into(), odd.into(), "".into()],
             },
@@ -392,6 +411,7 @@ mod tests {
         let idl = described["description"].as_str().expect("text");
         for method in [
             "Status", "Finish", "Errors", "Stop", "Pause", "Resume", "Cancel", "Set", "Pull",
+            "Upgrade",
         ] {
             assert!(idl.contains(&format!("method {method}(")), "{method}");
         }

@@ -5,9 +5,10 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, OnceLock};
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
 
 use super::client::lexical;
 use super::counts::{Counts, Estimate};
@@ -55,6 +56,17 @@ pub(crate) struct Watch {
     mirror: OnceLock<Arc<Mirror>>,
 }
 
+/// What a daemon knew before it was another program.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Before {
+    since_unix: u64,
+    pub(crate) src_fs: String,
+    pub(crate) dst_fs: String,
+    home_names: Vec<String>,
+    src_names: Vec<String>,
+    estimate: Option<Estimate>,
+}
+
 impl Watch {
     /// Before the mount is attached: later these paths lead into ourselves.
     pub(crate) fn new(ground: &Ground, progress: Arc<Progress>) -> Result<Watch, Failure> {
@@ -80,6 +92,44 @@ impl Watch {
             mirror: OnceLock::new(),
             config: config.clone(),
         })
+    }
+
+    /// Of a mount that the program before us has served: its paths lead into ourselves, and wait.
+    pub(crate) fn again(
+        ground: &Ground,
+        progress: Arc<Progress>,
+        before: &Before,
+    ) -> Result<Watch, Failure> {
+        let dst = host::dup(ground.trees.dst.as_fd())
+            .map_err(|e| Failure::new(exit::UNUSABLE, format!("dup: {e}")))?;
+        Ok(Watch {
+            progress,
+            since: UNIX_EPOCH + Duration::from_secs(before.since_unix),
+            src_fs: ground.src_fs.clone(),
+            dst_fs: ground.dst_fs.clone(),
+            home_names: before.home_names.clone(),
+            src_names: before.src_names.clone(),
+            dst,
+            phase: Mutex::new(Phase::Preparing),
+            rate: Mutex::default(),
+            history: Mutex::default(),
+            estimate: before.estimate,
+            mirror: OnceLock::new(),
+            config: ground.config.clone(),
+        })
+    }
+
+    /// What the next program has to be told.
+    pub(crate) fn before(&self) -> Before {
+        let report = self.report();
+        Before {
+            since_unix: report.since_unix,
+            src_fs: report.src_fs,
+            dst_fs: report.dst_fs,
+            home_names: report.home_names,
+            src_names: report.src_names,
+            estimate: self.estimate,
+        }
     }
 
     /// Tells where the main loop is.

@@ -68,3 +68,9 @@ pub fn slots_max(limit: usize) -> usize {
 #[cfg(not(feature = "fault"))]
 #[inline(always)]
 pub fn point(_name: &str) {}
+
+/// True when the environment wants this step to fail: `MIRRORFS_FAULT=refuse-NAME`.
+pub fn refuses(name: &str) -> bool {
+    let wants = |value: String| value.strip_prefix("refuse-") == Some(name);
+    cfg!(feature = "fault") && std::env::var("MIRRORFS_FAULT").is_ok_and(wants)
+}

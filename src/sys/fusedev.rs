@@ -84,6 +84,14 @@ impl BackingId {
         })
     }
 
+    /// One that the program before us in this process has registered.
+    pub fn known(dev: &std::sync::Arc<OwnedFd>, number: i32) -> BackingId {
+        BackingId {
+            dev: std::sync::Arc::clone(dev),
+            id: number.cast_unsigned(),
+        }
+    }
+
     /// The number for the reply to an open.
     pub fn number(&self) -> i32 {
         self.id.cast_signed()

@@ -26,3 +26,4 @@ mod rootless;
 mod semantics;
 mod service;
 mod tidy;
+mod upgrade;
