@@ -4,6 +4,7 @@
 # have left it, mounted, and checked:
 #   WHAT=mount (the default; power.py): migrations. What had been promised by then holds: no synced write lost, nothing
 #       deleted back, no wrong byte, and the resumed migration ends in a tree equal to what it must be.
+#   WHAT=huge (huge-power.py): a huge directory of which some files are here and changed.
 #   WHAT=sync (sync-power.py): `mirrorfs sync`. The same command once more makes dst equal to src, whatever was left.
 # Needs the test kit's powercut.py (MIRRORFS_KIT); FS="ext4 xfs" chooses, SECONDS_EACH=15 is the length of a recording,
 # SEED=1 the random seed, WORK=/dir a place with some GB.
@@ -13,8 +14,9 @@ kit=${MIRRORFS_KIT:-$here/../../../shared/kit}
 states=${1:-200}
 case ${WHAT:-mount} in
   mount) script=$here/power.py ;;
+  huge) script=$here/huge-power.py ;;
   sync) script=$here/sync-power.py ;;
-  *) echo "WHAT is mount or sync" >&2; exit 2 ;;
+  *) echo "WHAT is mount, huge or sync" >&2; exit 2 ;;
 esac
 [ -f "$kit/powercut.py" ] || { echo "no powercut.py: set MIRRORFS_KIT" >&2; exit 2; }
 work=${WORK:-$(mktemp -d "${TMPDIR:-/tmp}/mirrorfs-power.XXXXXX")}
@@ -36,6 +38,7 @@ for fs in ${FS:-ext4 xfs btrfs}; do
     b=$(echo "$line" | sed 's/.* \([0-9]*\) bad/\1/')
     count() { cat "$work/lab/$1" 2>/dev/null | wc -l; }
     case ${WHAT:-mount} in
+      huge) done="$(count log) lines of the log" ;;
       mount) done="$(count ops) operations" ;;
       sync) done="$(count hits) files that only looked complete after a cut" ;;
     esac

@@ -1,0 +1,115 @@
+#!/usr/bin/env python3
+"""huge-power.py: power cuts around a huge directory (powercut.sh starts it, with WHAT=huge). As root.
+
+  huge-power.py prepare LAB     makes LAB/src
+  huge-power.py write LAB       $DST is the disk that will lose its power, $ACK takes what is promised
+  huge-power.py check LAB       $DST is the disk afterwards, $ACKED what had been promised before the cut
+
+Some files of a directory that is not populated are read, and lose their marks while it is still P. Then somebody writes
+into them, in place and with fdatasync, which commits nothing but his bytes: the directory's L must be durable by then
+(D2, D6), else a later start makes the directory anew and his bytes are gone. The checker resumes and finishes each
+migration and wants every acknowledged write, or one that came later.
+"""
+import glob
+import os
+import signal
+import sys
+import time
+
+sys.dont_write_bytecode = True
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+import lab
+
+NAMES, FILES, WRITES, SIZE = 1100, 6, 120, 12_288
+PATHS = ['huge/f%04d' % (i * 180) for i in range(FILES - 1)] + ['huge/sub/inside']
+
+
+def prepare(where):
+    os.makedirs(where + '/src/huge/sub')
+    for i in range(NAMES):
+        with open('%s/src/huge/f%04d' % (where, i), 'wb') as f:
+            f.write(lab.data('src %d' % i, SIZE if i % 180 == 0 else 10))
+    with open(where + '/src/huge/sub/inside', 'wb') as f:
+        f.write(lab.data('inside', SIZE))
+
+
+def body(mig, k):
+    return lab.data('write %d %d' % (mig, k), SIZE)
+
+
+def write(where):
+    src, dst, at = where + '/src', os.environ['DST'], where + '/mnt'
+    os.makedirs(at, exist_ok=True)
+    ack = open(os.environ['ACK'], 'w')
+    now = {'mount': None}
+
+    def end(*_):
+        if now['mount']:
+            now['mount'].kill()
+            now['mount'].stop()
+        os._exit(0)
+    signal.signal(signal.SIGTERM, end)
+    for mig in range(10_000):
+        root = '%s/dst%d' % (dst, mig)
+        os.mkdir(root)
+        m = now['mount'] = lab.Mount(src, root, at, where + '/log', ['--no-background'])
+        for p in PATHS:
+            lab.read(at + '/' + p)
+        time.sleep(2.6)             # their marks go, and that becomes durable
+        fds = []
+        for k in range(WRITES):
+            if k < FILES:
+                fds.append(os.open(at + '/' + PATHS[k], os.O_WRONLY))
+            if os.pwrite(fds[k % FILES], body(mig, k), 0) != SIZE:
+                raise OSError('short write')
+            os.fdatasync(fds[k % FILES])
+            ack.write('%d %d\n' % (mig, k))
+            ack.flush()
+        for fd in fds:
+            os.close(fd)
+        m.stop()
+        now['mount'] = None
+
+
+def check(where):
+    src, dst, at = where + '/src', os.environ['DST'], where + '/check'
+    os.makedirs(at, exist_ok=True)
+    acked = {}
+    for line in open(os.environ['ACKED']):
+        if line.count(' ') == 1 and line.endswith('\n'):
+            mig, k = map(int, line.split())
+            acked[mig] = max(acked.get(mig, -1), k)
+    there = sorted(int(os.path.basename(p)[3:]) for p in glob.glob(dst + '/dst*'))
+    bad = ['dst%d is gone' % mig for mig in acked if mig not in there]
+    for mig in there[-2:]:
+        last = acked.get(mig, -1)
+        m = lab.Mount(src, '%s/dst%d' % (dst, mig), at, where + '/check-log')
+        try:
+            m.finish()
+        except RuntimeError as e:
+            bad.append(str(e))
+        finally:
+            m.stop()
+        for i, p in enumerate(PATHS):
+            done = [k for k in range(i, last + 1, FILES)]
+            # What was acknowledged, or anything later: the promise may be told late.
+            may = [body(mig, k) for k in range(done[-1] if done else i, WRITES, FILES)]
+            if not done:
+                may.append(lab.read(src + '/' + p))
+            got = lab.read('%s/dst%d/%s' % (dst, mig, p))
+            # A write that was cut may be there in part.
+            torn = len(got) == SIZE and all(any(got[b:b + 512] == v[b:b + 512] for v in may) for b in range(0, SIZE, 512))
+            if not torn:
+                what = 'src\'s bytes' if got == lab.read(src + '/' + p) else 'other bytes'
+                bad.append('dst%d/%s: %s after write %d of %d was acknowledged' % (mig, p, what, done[-1] if done else -1, last))
+        n = len(os.listdir('%s/dst%d/huge' % (dst, mig)))
+        if n != NAMES + 1:
+            bad.append('dst%d: %d names' % (mig, n))
+    print('\n'.join(bad[:15]))
+    return 1 if bad else 0
+
+
+if __name__ == '__main__':
+    if len(sys.argv) != 3 or sys.argv[1] not in ('prepare', 'write', 'check'):
+        lab.die(__doc__)
+    sys.exit({'prepare': prepare, 'write': write, 'check': check}[sys.argv[1]](sys.argv[2]))
