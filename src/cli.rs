@@ -45,7 +45,8 @@ Refuses while something is pending (exit code 1) or in the ledger of failures (2
 
 const ERRORS_ABOUT: &str = "\
 Lists the ledger: what could not be pulled, or not with all its metadata, and why. PATH is the \
-mount point, DST or SRC; without a daemon the ledger is read from DST.";
+mount point, DST or SRC; without a daemon the ledger is read from DST. --retry and --accept-loss \
+change what becomes of it.";
 
 /// The whole command line.
 #[derive(Debug, Parser)]
@@ -143,9 +144,10 @@ pub struct Verify {
 pub struct Finish {
     /// Mount point, DST or SRC
     pub path: PathBuf,
-    /// Give up what could not be pulled
+    /// Give up all that could not be pulled
     ///
-    /// What `mirrorfs errors` lists is lost: it is missing in DST, or empty.
+    /// What `mirrorfs errors` lists is lost: it is missing in DST. One path alone: `mirrorfs errors
+    /// --accept-loss`.
     #[arg(long)]
     pub accept_loss: bool,
 }
@@ -164,6 +166,15 @@ pub struct Errors {
     /// Print only the paths, each ended by a NUL
     #[arg(short = '0', long)]
     pub null: bool,
+    /// Try again now what can be tried again
+    #[arg(long, conflicts_with_all = ["json", "null", "accept_loss"])]
+    pub retry: bool,
+    /// Give up this path, if it stays as it is; may be repeated
+    ///
+    /// As the ledger has it: below SRC. It is tried again all the same; `mirrorfs finish` takes what
+    /// is still not there for lost.
+    #[arg(long, value_name = "PATH", conflicts_with_all = ["json", "null"])]
+    pub accept_loss: Vec<PathBuf>,
 }
 
 /// `mirrorfs completions`.

@@ -54,7 +54,7 @@ pub use carry::{Carrier, Placed};
 pub use commit::DoneDir;
 pub use control::CONTROL;
 pub use file::{Locate, user_errno};
-pub use finish::{Survey, finish_offline, read_ledger, survey};
+pub use finish::{Survey, accept_offline, finish_offline, read_ledger, survey};
 pub use hydrate::{FileRef, Need};
 pub use ledger::LedgerEntry;
 pub use namespace::{Creator, Entry, Make};
@@ -342,6 +342,18 @@ impl Mirror {
     /// What could not be pulled.
     pub fn ledger_entries(&self) -> Vec<LedgerEntry> {
         self.ledger.entries()
+    }
+
+    /// Gives up what the ledger says of a path of src, if it stays so; durable. How many entries.
+    pub fn accept_loss(&self, path: &RelPath) -> Result<usize> {
+        let accepted = self.ledger.accept(path);
+        self.ledger.sync(self.control.dir.as_fd())?;
+        Ok(accepted)
+    }
+
+    /// What failed a moment ago is tried again by whoever comes.
+    pub fn forget_failures(&self) {
+        self.spoiled.forget();
     }
 
     /// True when this start found a migration to resume.

@@ -157,7 +157,7 @@ fn dispatch(command: Command) -> Outcome {
         Command::Pull(args) => pull::run(&args),
         Command::Verify(args) => verify::run(&args.src, &args.dst, false),
         Command::Finish(args) => finish::run(&args.path, args.accept_loss),
-        Command::Errors(args) => errors::run(&args.path, errors::Format::of(&args)),
+        Command::Errors(args) => errors::run(&args),
         Command::Completions(args) => {
             let mut text = Vec::new();
             clap_complete::generate(args.shell, &mut Cli::command(), "mirrorfs", &mut text);

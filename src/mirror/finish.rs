@@ -81,6 +81,21 @@ pub fn read_ledger(dst: &Path) -> Result<Vec<LedgerEntry>> {
     Ok(ledger::read(control.as_fd())?.0.into_values().collect())
 }
 
+/// Gives up what the ledger says of these paths of SRC, without a daemon; how many entries.
+pub fn accept_offline(dst: &Path, paths: &[RelPath]) -> Result<usize> {
+    let root = open_root(dst)?;
+    let control = Control::existing(dst, root.as_fd())?.ok_or_else(|| {
+        Error::Unusable(format!(
+            "\"{}\" is not the DST of a migration",
+            dst.display()
+        ))
+    })?;
+    let ledger = Ledger::open(control.dir.as_fd())?;
+    let accepted = paths.iter().map(|p| ledger.accept(p)).sum();
+    ledger.sync(control.dir.as_fd())?;
+    Ok(accepted)
+}
+
 /// Finishes a migration that has no daemon. DST without one is refused.
 pub fn finish_offline(dst: &Path, accept_loss: bool) -> Result<()> {
     let root = open_root(dst)?;
@@ -137,10 +152,11 @@ struct Finisher<'a> {
 impl Finisher<'_> {
     fn run(&self, accept_loss: bool) -> Result<()> {
         let entries = self.ledger.entries();
-        if !entries.is_empty() && !accept_loss {
+        let open = entries.iter().filter(|e| !e.accepted).count();
+        if open > 0 && !accept_loss {
             return Err(Error::Unusable(format!(
-                "{} entries could not be copied whole (see: mirrorfs errors); finish --accept-loss gives them up",
-                entries.len()
+                "{open} entries could not be copied whole (see: mirrorfs errors); errors --accept-loss gives \
+                 up one path, finish --accept-loss gives up all",
             )));
         }
         let mut pending = Vec::new();

@@ -1,5 +1,9 @@
 //! Ledger: the durable list of what could not be pulled, and why.
 //!
+//!   record()   a path's data or names failed: one entry for each path and side, the last failure counts
+//!   settle()   a later try succeeded: the path's failures leave
+//!   accept()   somebody gives a path up: `finish` takes it for lost, should it stay
+//!
 //! `.mirrorfs/ledger` holds one JSON object a line: an entry, or `{"settled": path}` when a later
 //! try succeeded. The file is replayed at start and rewritten when it is mostly history.
 
@@ -37,8 +41,11 @@ pub struct LedgerEntry {
     pub errno: i32,
     /// One line for people.
     pub message: String,
-    /// Seconds since 1970.
+    /// When it failed last, seconds since 1970.
     pub time_unix: u64,
+    /// When it failed first.
+    #[serde(default)]
+    pub first_unix: u64,
     /// How often it was tried.
     pub attempts: u32,
     /// The bytes that could not be read, where somebody has looked: from, to (not included).
@@ -46,6 +53,26 @@ pub struct LedgerEntry {
     pub ranges: Vec<(u64, u64)>,
     /// False for metadata that dst cannot hold while the data is here: a retry changes nothing.
     pub data: bool,
+    /// Somebody gives it up, if it stays.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub accepted: bool,
+}
+
+impl LedgerEntry {
+    /// The path's bytes in hexadecimal.
+    fn hex(&self) -> String {
+        let exact = || hex(self.path.as_bytes());
+        self.path_hex.clone().unwrap_or_else(exact)
+    }
+
+    /// One for each path and side; pieces of metadata each for themselves.
+    fn key(&self) -> (String, String) {
+        let what = match self.data {
+            true => &self.side,
+            false => &self.call,
+        };
+        (self.hex(), what.clone())
+    }
 }
 
 #[derive(Serialize, Deserialize)]
@@ -64,8 +91,7 @@ pub struct Ledger {
 #[derive(Debug)]
 struct Inner {
     file: std::fs::File,
-    /// (path bytes in hexadecimal, call) -> entry
-    entries: BTreeMap<(String, String), LedgerEntry>,
+    entries: Entries,
     /// Lines in the file.
     lines: usize,
 }
@@ -146,6 +172,23 @@ impl Ledger {
         inner.append(&Line::Settled { settled: key });
     }
 
+    /// Gives up what a path's entries say, if it stays so; how many there are.
+    pub fn accept(&self, path: &RelPath) -> usize {
+        let key = hex(path.as_bytes());
+        let mut inner = self.inner.lock();
+        let of = |e: &&mut LedgerEntry| e.hex() == key;
+        let accepted: Vec<_> = (inner.entries.values_mut().filter(of))
+            .map(|entry| {
+                entry.accepted = true;
+                entry.clone()
+            })
+            .collect();
+        for entry in &accepted {
+            inner.append(&Line::Entry(entry.clone()));
+        }
+        accepted.len()
+    }
+
     /// All entries, by path.
     pub fn entries(&self) -> Vec<LedgerEntry> {
         self.inner.lock().entries.values().cloned().collect()
@@ -179,15 +222,11 @@ impl Ledger {
 
     fn add(&self, mut new: LedgerEntry) {
         tracing::warn!("{}", new.message);
-        let key = (
-            new.path_hex
-                .clone()
-                .unwrap_or_else(|| hex(new.path.as_bytes())),
-            new.call.clone(),
-        );
+        let key = new.key();
         let mut inner = self.inner.lock();
         if let Some(old) = inner.entries.get(&key) {
             new.attempts = old.attempts + 1;
+            (new.first_unix, new.accepted) = (old.first_unix, old.accepted);
             let ranges = old.ranges.iter().chain(&new.ranges).copied().collect();
             new.ranges = merged(ranges);
         }
@@ -221,6 +260,7 @@ fn open_file(control: BorrowedFd<'_>, name: &std::ffi::CStr) -> Result<std::fs::
         .on("open", Side::Dst, ".mirrorfs/ledger")
 }
 
+/// By path, then side or piece of metadata.
 type Entries = BTreeMap<(String, String), LedgerEntry>;
 
 /// Reads the ledger of a control directory. A last line that a crash cut short is skipped: its mark
@@ -238,8 +278,7 @@ pub fn read(control: BorrowedFd<'_>) -> Result<(Entries, usize)> {
         lines += 1;
         match serde_json::from_slice(&line) {
             Ok(Line::Entry(e)) => {
-                let path = e.path_hex.clone().unwrap_or_else(|| hex(e.path.as_bytes()));
-                entries.insert((path, e.call.clone()), e);
+                entries.insert(e.key(), e);
             }
             Ok(Line::Settled { settled }) => entries.retain(|(p, _), e| *p != settled || !e.data),
             Err(_) => {}
@@ -259,6 +298,8 @@ fn entry(
     let os = PathBuf::from(std::ffi::OsString::from_vec(path.as_bytes().to_vec()));
     let printable = Printable(os.as_os_str()).to_string();
     let exact = printable.as_bytes() == os.as_os_str().as_bytes();
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    let now = now.map_or(0, |d| d.as_secs());
     LedgerEntry {
         path_hex: (!exact).then(|| hex(path.as_bytes())),
         path: printable,
@@ -266,9 +307,9 @@ fn entry(
         call: call.to_owned(),
         errno: errno.raw_os_error(),
         message,
-        time_unix: SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .map_or(0, |d| d.as_secs()),
+        time_unix: now,
+        first_unix: now,
+        accepted: false,
         attempts: 1,
         ranges: Vec::new(),
         data,
@@ -330,6 +371,13 @@ mod tests {
         let again = Ledger::open(control.as_fd()).expect("opens");
         let left: Vec<_> = again.entries().iter().map(|e| e.call.clone()).collect();
         assert_eq!(left, ["read", "user.big"]);
+        // Given up, and then it works all the same.
+        assert_eq!((again.accept(&a), again.accept(&b)), (1, 1));
+        again.record(&a, &failure(&a));
+        let third = Ledger::open(control.as_fd()).expect("opens");
+        let a_now = third.entries().remove(0);
+        assert!(a_now.accepted && a_now.attempts == 3, "{a_now:?}");
+        drop(third);
         again.settle(&a);
         for _ in 0..200 {
             again.record(&b, &failure(&b));

@@ -38,6 +38,11 @@ impl Spoiled {
         self.0.lock().contains_key(&ino)
     }
 
+    /// Nobody has tried.
+    pub(super) fn forget(&self) {
+        self.0.lock().clear();
+    }
+
     /// It was found a moment ago.
     pub(super) fn is_fresh(&self, ino: Ino) -> bool {
         self.0

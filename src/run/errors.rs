@@ -1,12 +1,14 @@
-//! The `errors` command: the ledger, from the daemon or from dst.
+//! The `errors` command: the ledger, from the daemon or from dst; what is tried again, or given up.
 
-use std::path::Path;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
 use super::varlink::Request;
 use super::{Failure, Outcome, client, exit, out, preflight};
 use crate::cli;
+use crate::sys::name::RelPath;
 
 /// How the entries are written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,8 +32,56 @@ impl Format {
     }
 }
 
+/// A path below SRC, as the ledger has it.
+pub(super) fn rel_path(path: &Path) -> Result<RelPath, Failure> {
+    RelPath::from_bytes(path.as_os_str().as_bytes()).ok_or_else(|| {
+        let line = format!("{}: not a path below SRC", out::quoted(path));
+        Failure::new(exit::USAGE, line)
+    })
+}
+
 /// `mirrorfs errors`.
-pub(super) fn run(path: &Path, format: Format) -> Outcome {
+pub(super) fn run(args: &cli::Errors) -> Outcome {
+    if args.retry {
+        return match client::find(&args.path)? {
+            Some(daemon) => daemon.call(&Request::Retry).map(|_| exit::DONE),
+            None => {
+                let line = format!("PATH {}: no daemon serves it", out::quoted(&args.path));
+                Err(Failure::new(exit::UNUSABLE, line))
+            }
+        };
+    }
+    match args.accept_loss.is_empty() {
+        true => list(&args.path, Format::of(args)),
+        false => accept(&args.path, &args.accept_loss),
+    }
+}
+
+/// Each path must be in the ledger: who mistypes one is told.
+fn accept(path: &Path, lost: &[PathBuf]) -> Outcome {
+    let daemon = client::find(path)?;
+    if daemon.is_none() {
+        preflight::migration(path)?;
+    }
+    for lost in lost {
+        let rest = lost.strip_prefix(path).unwrap_or(lost).to_path_buf();
+        let accepted = match &daemon {
+            Some(daemon) => {
+                let paths = vec![rest];
+                let reply = daemon.call(&Request::AcceptLoss { paths })?;
+                reply.get("accepted").and_then(Value::as_u64).unwrap_or(0)
+            }
+            None => crate::mirror::accept_offline(path, &[rel_path(&rest)?])? as u64,
+        };
+        if accepted == 0 {
+            let line = format!("{}: not in the ledger", out::quoted(lost));
+            return Err(Failure::new(exit::FAILURE, line));
+        }
+    }
+    Ok(exit::DONE)
+}
+
+fn list(path: &Path, format: Format) -> Outcome {
     let bad = |e: &dyn std::fmt::Display| Failure::new(exit::FAILURE, format!("ledger: {e}"));
     let value = match client::find(path)? {
         Some(daemon) => daemon.call(&Request::Errors)?["entries"].take(),
@@ -74,7 +124,22 @@ fn path_of(entry: &Value) -> Vec<u8> {
 /// The ledger's own line: it names the path, the call, the side and the reason.
 fn text(entry: &Value) -> String {
     let field = |key: &str| entry.get(key).and_then(Value::as_str);
-    field("message").unwrap_or("?").to_owned()
+    let mut text = field("message").unwrap_or("?").to_owned();
+    let pairs = entry.get("ranges").and_then(Value::as_array);
+    for pair in pairs.into_iter().flatten() {
+        if let (Some(from), Some(to)) = (pair[0].as_u64(), pair[1].as_u64()) {
+            text += &format!(", bytes {from}-{}", to.saturating_sub(1));
+        }
+    }
+    if let Some(n) = entry.get("attempts").and_then(Value::as_u64)
+        && n > 1
+    {
+        text += &format!(", {n} times");
+    }
+    if entry.get("accepted").and_then(Value::as_bool) == Some(true) {
+        text += ", given up";
+    }
+    text
 }
 
 #[cfg(test)]

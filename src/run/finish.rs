@@ -1,30 +1,71 @@
 //! The `finish` command: by the daemon, or offline on a dst that is not mounted.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
 
-use super::mount::refused;
+use serde_json::{Value, json};
+
+use super::control::make_run_dir;
+use super::counts::Counts;
+use super::mount::{file_name, refused};
 use super::varlink::Request;
 use super::{Outcome, client, exit, out, preflight};
+use crate::mirror::LedgerEntry;
 
 /// `mirrorfs finish`.
 pub(super) fn run(path: &Path, accept_loss: bool) -> Outcome {
-    let lost = match client::find(path)? {
+    let (lost, report) = match client::find(path)? {
         Some(daemon) => {
-            daemon.call(&Request::Finish { accept_loss })?;
-            daemon.report.counts.errors
+            let reply = daemon.call(&Request::Finish { accept_loss })?;
+            let lost = reply.get("lost").and_then(Value::as_u64).unwrap_or(0);
+            let report = reply.get("report").and_then(Value::as_str);
+            (lost, report.map(PathBuf::from))
         }
         None => {
             preflight::migration(path)?;
             let survey = crate::mirror::survey(path)?;
+            let entries = crate::mirror::read_ledger(path)?;
             crate::mirror::finish_offline(path, accept_loss)
                 .map_err(|e| refused(e, survey.ledger))?;
-            survey.ledger
+            let src = survey.identity_src.unwrap_or_default();
+            (survey.ledger, write_report(&src, path, &entries, None))
         }
     };
     out::say(&format!("finished: {} is a plain tree", out::quoted(path)));
+    if let Some(report) = report {
+        out::say(&format!("report: {}", report.display()));
+    }
     Ok(if lost > 0 {
         exit::SOME_FAILED
     } else {
         exit::DONE
     })
+}
+
+/// The final report of a migration, in the run directory: DST holds nothing of ours any more. `None`
+/// where it could not be written: the log says the same.
+pub(super) fn write_report(
+    src: &Path,
+    dst: &Path,
+    lost: &[LedgerEntry],
+    counts: Option<&Counts>,
+) -> Option<PathBuf> {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    let report = json!({
+        "src": src.to_string_lossy(),
+        "dst": dst.to_string_lossy(),
+        "finished_unix": now.map_or(0, |d| d.as_secs()),
+        "version": env!("CARGO_PKG_VERSION"),
+        "counts": counts,
+        "lost": lost,
+    });
+    let path = make_run_dir().ok()?.join(file_name(dst, "report.json"));
+    let text = serde_json::to_string_pretty(&report).ok()?;
+    match std::fs::write(&path, text + "\n") {
+        Ok(()) => Some(path),
+        Err(e) => {
+            tracing::warn!("{}: write: {e}", out::quoted(&path));
+            None
+        }
+    }
 }

@@ -29,7 +29,7 @@ use super::upgrade::{self, Predecessor};
 use super::varlink::Request;
 use super::watch::{Phase, Watch};
 use super::web;
-use super::{Failure, Outcome, exit};
+use super::{Failure, Outcome, exit, finish};
 use crate::cli;
 use crate::config::MountConfig;
 use crate::error::{Context, Error, Side};
@@ -103,7 +103,7 @@ fn front(config: &MountConfig) -> Result<(Log, Front), Failure> {
     }
     let path = match &config.log_file {
         Some(path) => path.clone(),
-        None => control::make_run_dir()?.join(log_name(&config.dst)),
+        None => control::make_run_dir()?.join(file_name(&config.dst, "log")),
     };
     Ok((Log::file(&path)?, Front::Log(String::new())))
 }
@@ -149,8 +149,8 @@ fn with_absolute_file(mut args: cli::Mount) -> Result<cli::Mount, Failure> {
     Ok(args)
 }
 
-/// One log for each dst: its last name for people, a hash for uniqueness.
-fn log_name(dst: &Path) -> String {
+/// A file for each dst: its last name for people, a hash for uniqueness.
+pub(super) fn file_name(dst: &Path, ending: &str) -> String {
     use std::os::unix::ffi::OsStrExt;
     let hash = xxhash_rust::xxh3::xxh3_64(dst.as_os_str().as_bytes());
     let name = dst.file_name().unwrap_or_default().to_string_lossy();
@@ -165,7 +165,7 @@ fn log_name(dst: &Path) -> String {
         })
         .take(48)
         .collect();
-    format!("{name}-{hash:016x}.log")
+    format!("{name}-{hash:016x}.{ending}")
 }
 
 /// What a daemon has in front of it, or not.
@@ -381,7 +381,7 @@ impl Served<'_> {
                 if self.mirror.progress().errors.get() == 0 {
                     if finish_again.is_none_or(|at| Instant::now() >= at) {
                         match self.finish(false) {
-                            Ok(()) => return Ok(Phase::Finished),
+                            Ok(_) => return Ok(Phase::Finished),
                             Err(failure) => tracing::error!("{}", failure.line),
                         }
                         finish_again = Some(Instant::now() + FINISH_PAUSE);
@@ -440,8 +440,8 @@ impl Served<'_> {
                 answer(&reply, Err(failure));
             }
             Event::Finish { accept_loss, reply } => match self.finish(accept_loss) {
-                Ok(()) => {
-                    answer(&reply, Ok(json!({})));
+                Ok(report) => {
+                    answer(&reply, Ok(report));
                     return Some(Phase::Finished);
                 }
                 Err(failure) => answer(&reply, Err(failure)),
@@ -464,14 +464,22 @@ impl Served<'_> {
     }
 
     /// While users still work in the mount: dst is the truth, so they notice nothing.
-    fn finish(&self, accept_loss: bool) -> Result<(), Failure> {
+    fn finish(&self, accept_loss: bool) -> Result<Value, Failure> {
+        let lost = self.mirror.ledger_entries();
         self.mirror.finish(accept_loss).map_err(|error| {
             let errors = self.mirror.progress().errors.get();
             refused(error, errors)
         })?;
         self.watch.set_phase(Phase::Finished);
         tracing::info!("finished");
-        Ok(self.session.detach()?)
+        for entry in &lost {
+            tracing::warn!("lost or not whole, as accepted: {}", entry.message);
+        }
+        let counts = self.watch.report().counts;
+        let (src, dst) = (&self.config.src, &self.config.dst);
+        let report = finish::write_report(src, dst, &lost, Some(&counts));
+        self.session.detach()?;
+        Ok(json!({ "lost": lost.len(), "report": report }))
     }
 }
 
@@ -545,11 +553,14 @@ mod tests {
 
     #[test]
     fn a_log_name_is_one_safe_component() {
-        let name = log_name(Path::new("/srv/a b\n"));
+        let name = file_name(Path::new("/srv/a b\n"), "log");
         assert!(
             name.starts_with("a_b_-") && name.ends_with(".log"),
             "{name}"
         );
-        assert_ne!(log_name(Path::new("/a/x")), log_name(Path::new("/b/x")));
+        assert_ne!(
+            file_name(Path::new("/a/x"), "log"),
+            file_name(Path::new("/b/x"), "log")
+        );
     }
 }

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use super::log::Log;
 use super::out::{self, bytes, quoted};
 use super::varlink::{Request, Settings};
-use super::{Failure, Outcome, client, exit, preflight, pull, sync};
+use super::{Failure, Outcome, client, errors, exit, preflight, pull, sync};
 use crate::cli::{self, ConfigFile};
 use crate::config::{LogLevel, MountConfig, THREADS_MAX};
 use crate::mirror::Mirror;
@@ -111,10 +111,30 @@ impl Wheel {
                     return Some(Err(failure));
                 }
             }
+            Request::AcceptLoss { paths } => return Some(self.accept_loss(paths)),
+            Request::Retry => {
+                if self.mirror.throttle().background() != Background::Running {
+                    let line =
+                        "the background does not run: mirrorfs resume, or mirrorfs pull PATH";
+                    return Some(Err(Failure::new(exit::FAILURE, line)));
+                }
+                self.mirror.forget_failures();
+                self.kick();
+            }
             Request::Pull { paths } => return Some(Ok(pull::serve(&self.mirror, paths))),
             _ => return None,
         }
         Some(Ok(json!({})))
+    }
+
+    fn accept_loss(&self, paths: &[PathBuf]) -> Result<Value, Failure> {
+        let mut accepted = 0;
+        for path in paths {
+            let path = errors::rel_path(path)?;
+            accepted += self.mirror.accept_loss(&path)?;
+            tracing::warn!("given up, if it stays: {path:?}");
+        }
+        Ok(json!({ "accepted": accepted }))
     }
 
     fn background(&self, to: Background) {

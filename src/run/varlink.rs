@@ -35,6 +35,13 @@ pub(crate) enum Request {
     },
     /// The ledger.
     Errors,
+    /// Give up what the ledger says of these paths of SRC.
+    AcceptLoss {
+        /// As the ledger has them.
+        paths: Vec<PathBuf>,
+    },
+    /// Try again what is in the ledger.
+    Retry,
     /// Detach and exit; what is pending stays pending.
     Stop,
     /// Hold the background.
@@ -102,6 +109,11 @@ impl Request {
             Request::Status => ("Status", json!({})),
             Request::Finish { accept_loss } => ("Finish", json!({ "accept_loss": accept_loss })),
             Request::Errors => ("Errors", json!({})),
+            Request::AcceptLoss { paths } => {
+                let paths: Vec<Value> = paths.iter().map(|p| path_to_json(p)).collect();
+                ("AcceptLoss", json!({ "paths": paths }))
+            }
+            Request::Retry => ("Retry", json!({})),
             Request::Stop => ("Stop", json!({})),
             Request::Pause => ("Pause", json!({})),
             Request::Resume => ("Resume", json!({})),
@@ -204,6 +216,12 @@ impl Call {
         })
     }
 
+    fn paths(&self) -> Result<Vec<PathBuf>, &'static str> {
+        let paths = self.parameters.get("paths").and_then(Value::as_array);
+        let paths = paths.ok_or("paths")?.iter().map(path_from_json);
+        paths.collect::<Option<Vec<_>>>().ok_or("paths")
+    }
+
     /// `None`: there is no such method. `Err`: the parameter that is wrong.
     fn request(&self, method: &str) -> Result<Option<Request>, &'static str> {
         Ok(Some(match method {
@@ -226,12 +244,13 @@ impl Call {
                     Some(path) => Some(path_from_json(path).ok_or("binary")?),
                 },
             },
-            "Pull" => {
-                let paths = self.parameters.get("paths").and_then(Value::as_array);
-                let paths = paths.ok_or("paths")?.iter().map(path_from_json);
-                let paths = paths.collect::<Option<Vec<_>>>().ok_or("paths")?;
-                Request::Pull { paths }
-            }
+            "Pull" => Request::Pull {
+                paths: self.paths()?,
+            },
+            "AcceptLoss" => Request::AcceptLoss {
+                paths: self.paths()?,
+            },
+            "Retry" => Request::Retry,
             _ => return Ok(None),
         }))
     }
@@ -331,6 +350,10 @@ mod tests {
             Request::Finish { accept_loss: true },
             Request::Finish { accept_loss: false },
             Request::Errors,
+            Request::AcceptLoss {
+                paths: vec!["a".into()],
+            },
+            Request::Retry,
             Request::Stop,
             Request::Pause,
             Request::Resume,
@@ -410,7 +433,17 @@ mod tests {
         let described = call("GetInterfaceDescription", json!({ "interface": INTERFACE }));
         let idl = described["description"].as_str().expect("text");
         for method in [
-            "Status", "Finish", "Errors", "Stop", "Pause", "Resume", "Cancel", "Set", "Pull",
+            "Status",
+            "Finish",
+            "Errors",
+            "AcceptLoss",
+            "Retry",
+            "Stop",
+            "Pause",
+            "Resume",
+            "Cancel",
+            "Set",
+            "Pull",
             "Upgrade",
         ] {
             assert!(idl.contains(&format!("method {method}(")), "{method}");

@@ -417,6 +417,61 @@ fn what_can_be_read_of_a_file_with_bad_blocks_is_read_and_the_rest_is_in_the_led
     expect_copy(&bad, &w);
 }
 
+#[test]
+fn finish_waives_what_was_given_up_by_path_and_nothing_else() {
+    let Some((mut bad, w)) = world(tree) else {
+        return;
+    };
+    bad.start(&[
+        "path=d0/f3 op=open err=EACCES",
+        "path=d1/f4 op=read err=EIO",
+        "path=d2/f5 op=open err=EACCES",
+    ]);
+    let mut m = w.mount();
+    let done = |left: usize| {
+        let all = run(mirrorfs().arg("errors").arg(&w.at).arg("-0")).out;
+        all.matches('\0').count() == left
+    };
+    wait_until("all but three", LIMIT, || {
+        m.status()["files_pulled"] == 29 && done(3)
+    });
+    let lose = |path: &str| {
+        run(mirrorfs()
+            .args(["errors", "--accept-loss", path])
+            .arg(&w.at))
+    };
+    lose("d0/typo").expect_code(1);
+    lose("d0/f3").expect_code(0);
+    let finish = || run(mirrorfs().arg("finish").arg(&w.at));
+    let refused = finish().expect_code(23);
+    assert!(refused.err.contains("2 entries"), "{}", refused.err);
+    lose("d1/f4").expect_code(0);
+    // The third is mended, and tried again at once.
+    bad.tell("del 2");
+    run(mirrorfs().args(["errors", "--retry"]).arg(&w.at)).expect_code(0);
+    wait_until("the third", Duration::from_secs(20), || done(2));
+    let listed = run(mirrorfs().arg("errors").arg(&w.at)).expect_code(0).out;
+    assert_eq!(listed.matches(", given up").count(), 2, "{listed}");
+    let entry = entries(&m).remove(0);
+    assert!(entry["attempts"].as_u64().unwrap() > 1, "{entry}");
+    assert!(entry["first_unix"].as_u64() <= entry["time_unix"].as_u64());
+    let finished = finish().expect_code(23);
+    let report = finished
+        .out
+        .lines()
+        .find_map(|l| l.strip_prefix("report: "));
+    let report = fs::read_to_string(report.unwrap()).unwrap();
+    let report: Value = serde_json::from_str(&report).unwrap();
+    assert_eq!(report["lost"].as_array().unwrap().len(), 2, "{report:#}");
+    m.wait_exit(LIMIT);
+    w.expect_no_trace();
+    // Missing, not empty and not zeros.
+    for lost in ["d0/f3", "d1/f4"] {
+        assert!(!w.dst.join(lost).exists());
+    }
+    assert_eq!(fs::read(w.dst.join("d2/f5")).unwrap(), bytes(5, 3005));
+}
+
 fn p99(mut all: Vec<Duration>) -> Duration {
     all.sort();
     all[all.len() * 99 / 100]
