@@ -100,6 +100,8 @@ pub struct MountConfig {
     pub source_timeout: Duration,
     /// What becomes of an access while src is away.
     pub on_error: OnError,
+    /// The mount goes when every directory is populated; fanotify does the rest (native.rs).
+    pub native: bool,
     /// When nothing is pending: finish, unmount and exit.
     pub finish: bool,
     /// Where the log goes; `None`: standard error in front, a file in the run directory else.
@@ -142,6 +144,7 @@ impl MountConfig {
             jobs: None,
             source_timeout: SOURCE_TIMEOUT,
             on_error: OnError::Wait,
+            native: false,
             finish: false,
             log_file: None,
             log_level: LogLevel::Info,

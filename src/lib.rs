@@ -26,6 +26,7 @@ pub mod pull;
 pub mod walk;
 
 pub mod fuse;
+pub mod native;
 pub mod run;
 pub mod sync;
 pub mod verify;

@@ -20,6 +20,7 @@ mod hydrate;
 mod ledger;
 mod links;
 mod namespace;
+mod native;
 mod node;
 mod outage;
 mod partial;
@@ -155,6 +156,8 @@ pub struct Mirror {
     source_timeout: Duration,
     large_file_bytes: u64,
     allowance: Allowance,
+    /// Users change dst without us (native.rs).
+    native: bool,
     /// Held while something marked is moved, and while a directory's mark is removed.
     moves: Mutex<()>,
     /// How often something marked was moved: a walker's finding is void when it changed.
@@ -195,6 +198,12 @@ impl Mirror {
             adopt: config.adopt,
             mark,
         })?;
+        if !config.native && native::was_native(control.dir.as_fd()) {
+            return Err(Error::Unusable(format!(
+                "DST \"{}\" was without a mount: go on with --experimental-native",
+                dst_path.display()
+            )));
+        }
         let again = path_again(config, src_path);
         let source = Source::new(src, again, mark)?;
         let mirror = Mirror::assemble(config, (source, dst), control, progress)?;
@@ -268,6 +277,7 @@ impl Mirror {
             source_timeout: config.source_timeout,
             large_file_bytes: config.large_file_bytes,
             allowance: Allowance::new(config.cache),
+            native: config.native,
             moves: Mutex::new(()),
             epoch: AtomicU64::new(0),
             mark_locks: [const { Mutex::new(()) }; 64],

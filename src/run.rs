@@ -3,6 +3,7 @@
 //! The only place that prints. An error is one line on standard error that begins with
 //! `mirrorfs: `; what a command was asked for goes to standard output.
 
+mod background;
 mod client;
 mod control;
 mod counts;
@@ -38,6 +39,7 @@ use clap::{CommandFactory, Parser};
 use self::varlink::Request;
 use crate::cli::{Cli, Command};
 use crate::error::{Errno, Error, Side};
+use crate::native;
 
 pub use counts::{Counts, Estimate, Total, Waiting};
 pub use rate::Rate;
@@ -123,6 +125,12 @@ pub fn run(words: impl IntoIterator<Item = OsString>) -> ExitCode {
     }
     if let Some(helper) = helper::Call::of(&words) {
         return ExitCode::from(helper.run());
+    }
+    if words.get(1).is_some_and(|w| w == native::GUARD_WORD) {
+        return match background::guard() {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(_) => ExitCode::FAILURE,
+        };
     }
     let outcome = match Cli::try_parse_from(words) {
         Ok(cli) => dispatch(cli.command),

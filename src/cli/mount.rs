@@ -65,6 +65,9 @@ pub struct Mount {
     /// Finish by itself when nothing is pending, unmount and exit
     #[arg(long)]
     pub finish: bool,
+    /// A study (docs/NATIVE.md): drop the mount when all names are there; may show zeros
+    #[arg(long)]
+    pub experimental_native: bool,
     /// Log to this file; SIGHUP opens it again
     ///
     /// Default: standard error with -f, else a file in /run/mirrorfs, or in
@@ -246,6 +249,7 @@ impl Mount {
         config.background = !self.no_background;
         config.foreground = self.foreground;
         config.finish = self.finish;
+        config.native = self.experimental_native;
         config.log_file = self.log_file.or(config.log_file);
         config.log_level = self.log_level.map_or(config.log_level, LogLevel::from);
         set_limits(&mut config, self.bwlimit, self.jobs);
@@ -310,36 +314,10 @@ fn from_file(config: &mut MountConfig, file: &MountFile) -> Result<(), String> {
 }
 
 /// mount(8)'s and fstab(5)'s own words: they concern others, or say what is so anyway.
-const GENERIC: &[&str] = &[
-    "defaults",
-    "rw",
-    "auto",
-    "noauto",
-    "user",
-    "nouser",
-    "users",
-    "owner",
-    "group",
-    "nofail",
-    "_netdev",
-    "suid",
-    "dev",
-    "exec",
-    "async",
-    "relatime",
-    "norelatime",
-    "atime",
-    "noatime",
-    "diratime",
-    "nodiratime",
-    "strictatime",
-    "nostrictatime",
-    "lazytime",
-    "nolazytime",
-    "silent",
-    "loud",
-    "default_permissions",
-];
+const GENERIC: &str = "\
+    defaults rw auto noauto user nouser users owner group nofail _netdev suid dev \
+    exec async relatime norelatime atime noatime diratime nodiratime strictatime \
+    nostrictatime lazytime nolazytime silent loud default_permissions";
 
 fn mount_option(config: &mut MountConfig, option: &str) -> Result<(), String> {
     let (key, value) = match option.split_once('=') {
@@ -347,7 +325,7 @@ fn mount_option(config: &mut MountConfig, option: &str) -> Result<(), String> {
         None => (option, None),
     };
     if option.is_empty()
-        || GENERIC.contains(&option)
+        || GENERIC.split(' ').any(|word| word == option)
         || key == "comment"
         || ["x-", "X-"].iter().any(|p| key.starts_with(p))
     {

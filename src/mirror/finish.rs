@@ -20,6 +20,7 @@ use serde::Serialize;
 use super::Mirror;
 use super::control::{self, CONTROL, Control, Identity};
 use super::ledger::{self, Ledger, LedgerEntry};
+use super::native;
 use super::perms::Perms;
 use crate::crew::Crew;
 use crate::error::{Context, Error, Result, Side};
@@ -185,6 +186,7 @@ impl Finisher<'_> {
                 .take_mark(opened.as_fd())
                 .on("removexattr", Side::Dst, path)?;
         }
+        native::remove_index(self.control.dir.as_fd(), self.mark)?;
         fd::syncfs(self.root).on("syncfs", Side::Dst, ".")?;
         fault::point("finish-synced");
         // Before the flags: +i would keep the anchors' names.

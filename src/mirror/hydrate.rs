@@ -123,6 +123,10 @@ impl Hydrations {
             .cloned()
     }
 
+    pub(super) fn is_empty(&self) -> bool {
+        self.table.lock().is_empty()
+    }
+
     pub(super) fn remove(&self, hydration: &Arc<Hydration>) {
         let mut table = self.table.lock();
         if table
@@ -275,7 +279,7 @@ impl Mirror {
         self.hydrate_waiting(&file, need, Box::new(then));
     }
 
-    fn hydrate_waiting(self: &Arc<Self>, file: &FileRef, need: Need, then: Waiter) {
+    pub(super) fn hydrate_waiting(self: &Arc<Self>, file: &FileRef, need: Need, then: Waiter) {
         let path = file.origin.as_ref().map(|o| o.path().to_path());
         let then: Waiter = self.waiting(path.unwrap_or_default(), then);
         self.hydrate(file, need, Priority::Demand, then);

@@ -41,6 +41,8 @@ impl Completion for Whole {
         if won {
             state.stage = Stage::Copying;
             state.moved = Instant::now();
+            drop(state);
+            self.mirror.keep_times(&self.hydration);
         }
         self.begun = won;
         won

@@ -88,3 +88,20 @@ impl Screen {
         self.line(state, counts);
     }
 }
+
+/// When something is due again.
+pub(super) struct Every(Duration, Instant);
+
+impl Every {
+    pub(super) fn new(time: Duration) -> Every {
+        Every(time, Instant::now())
+    }
+
+    pub(super) fn is_due(&mut self) -> bool {
+        let due = self.1.elapsed() >= self.0;
+        if due {
+            self.1 = Instant::now();
+        }
+        due
+    }
+}

@@ -17,9 +17,10 @@ use sd_notify::NotifyState;
 use serde_json::{Value, json};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGUSR2};
 
+use super::background::Background;
 use super::control::{self, Handler, Listener, Socket};
 use super::daemon::{self, Parent};
-use super::live::{LINE_EVERY, Screen};
+use super::live::{Every, LINE_EVERY, Screen};
 use super::log::Log;
 use super::metrics::Exporter;
 use super::out::quoted;
@@ -35,9 +36,9 @@ use crate::config::MountConfig;
 use crate::error::{Context, Error, Side};
 use crate::fuse::session::Session;
 use crate::mirror::Mirror;
+use crate::native::{self, Native};
 use crate::progress::Progress;
 use crate::sys::{caps, host};
-use crate::walk::Walker;
 
 /// How often the main loop looks around when nothing happens.
 const TICK: Duration = Duration::from_millis(200);
@@ -72,6 +73,10 @@ fn start(config: MountConfig, args: cli::Mount) -> Outcome {
     // In front of everything, the log too: a refusal changes nothing.
     let ground = preflight::mount(all_absolute(config)?)?;
     let config = &ground.config;
+    if config.native && !config.over_mounts_dst() {
+        let line = "--experimental-native: DST itself has to be the MOUNTPOINT";
+        return Err(Failure::new(exit::USAGE, line));
+    }
     let web = config.metrics.map(web::Server::bind).transpose()?;
     let args = with_absolute_file(args)?;
     // After the last port was bound; before there is a thread.
@@ -235,9 +240,16 @@ fn serve(
     watch_signals(events_in.clone())?;
     // Before the mount is seen: who sees it finds its daemon.
     let socket = listener.serve(handler(watch.clone(), wheel.clone(), events_in))?;
-    let session = match before {
-        None => Session::start(mirror.clone(), &config, dead.on_mountpoint).map_err(Failure::from),
-        Some(before) => before.session(mirror.clone()),
+    let may_find = config.native && before.is_none();
+    let guard = may_find.then(|| native::find_guard(&mirror)).transpose()?;
+    let guard = guard.flatten();
+    let session = match &before {
+        // What a guard watches needs no mount.
+        None if guard.is_some() => Ok(None),
+        None => Session::start(mirror.clone(), &config, dead.on_mountpoint)
+            .map(Some)
+            .map_err(Failure::from),
+        Some(before) => before.session(mirror.clone()).map(Some),
     };
     let session = match session {
         Ok(session) => session,
@@ -247,17 +259,19 @@ fn serve(
             return Err(failure);
         }
     };
-    session.attach()?;
+    session.as_ref().map_or(Ok(()), Session::attach)?;
     dead.detach_elsewhere();
     watch.set_phase(Phase::Serving);
-    let walker = match Walker::start(mirror.clone()) {
-        Ok(walker) => Arc::new(walker),
+    let background = match Background::start(&config, &mirror, guard) {
+        Ok(background) => background,
         Err(error) => {
-            session.detach()?;
+            session.as_ref().map_or(Ok(()), Session::detach)?;
             return Err(error.into());
         }
     };
-    wheel.set_walker(walker.clone());
+    if let Background::Walker(walker) = &background {
+        wheel.set_walker(walker.clone());
+    }
     tracing::info!(
         "usable: {} on {}",
         quoted(&config.src),
@@ -271,7 +285,8 @@ fn serve(
         wheel: &wheel,
         watch: &watch,
         mirror: &mirror,
-        session: &session,
+        session: session.as_ref(),
+        background: &background,
         args: &args,
         socket: &socket,
     };
@@ -284,12 +299,12 @@ fn serve(
     };
     // Whoever asks from now on is told so, instead of waiting for an answer.
     drop(events);
-    walker.stop();
+    background.stop();
     if let Ok(phase) = &end {
         watch.set_phase(*phase);
     }
     tell_systemd(&[NotifyState::Stopping]);
-    let waited = session.wait();
+    let waited = session.as_ref().map_or(Ok(()), Session::wait);
     mirror.stop();
     served.save_tally();
     served.exporter.stop();
@@ -316,30 +331,15 @@ fn tell_systemd(state: &[NotifyState<'_>]) {
     }
 }
 
-/// When something is due again.
-struct Every(Duration, Instant);
-
-impl Every {
-    fn new(time: Duration) -> Every {
-        Every(time, Instant::now())
-    }
-
-    fn is_due(&mut self) -> bool {
-        let due = self.1.elapsed() >= self.0;
-        if due {
-            self.1 = Instant::now();
-        }
-        due
-    }
-}
-
 /// The pieces of a mount in service.
 struct Served<'a> {
     config: &'a MountConfig,
     wheel: &'a Wheel,
     watch: &'a Watch,
     mirror: &'a Mirror,
-    session: &'a Session,
+    /// Without one a guard watches.
+    session: Option<&'a Session>,
+    background: &'a Background,
     args: &'a cli::Mount,
     socket: &'a Socket,
     exporter: Exporter,
@@ -369,7 +369,8 @@ impl Served<'_> {
                 return Ok(phase);
             }
             let finished = self.watch.phase() == Phase::Finished;
-            if self.session.is_detached() {
+            self.go_native();
+            if self.is_detached() && !self.is_native() {
                 tracing::info!("unmounted by somebody else");
                 return Ok(if finished {
                     Phase::Finished
@@ -424,12 +425,17 @@ impl Served<'_> {
                 client,
                 reply,
             } => {
+                let (Some(session), None) = (self.session, self.background.native()) else {
+                    let line = "upgrade: not with --experimental-native: stop it and mount again";
+                    answer(&reply, Err(Failure::new(exit::FAILURE, line)));
+                    return None;
+                };
                 let served = upgrade::Served {
                     config: self.config,
                     args: self.args,
                     watch: self.watch,
                     mirror: self.mirror,
-                    session: self.session,
+                    session,
                     listener: self.socket.listener(),
                 };
                 self.save_tally();
@@ -457,10 +463,29 @@ impl Served<'_> {
     }
 
     fn detach(&self) -> Result<(), Failure> {
-        if !self.session.is_detached() {
-            self.session.detach()?;
+        match self.session {
+            Some(session) if !self.is_detached() => Ok(session.detach()?),
+            _ => Ok(()),
         }
-        Ok(())
+    }
+
+    fn is_detached(&self) -> bool {
+        self.session.is_none_or(Session::is_detached)
+    }
+
+    fn is_native(&self) -> bool {
+        self.background.native().is_some_and(Native::is_native)
+    }
+
+    /// The mount goes as soon as it may.
+    fn go_native(&self) {
+        let Some(native) = self.background.native().filter(|n| n.wants_detach()) else {
+            return;
+        };
+        match self.detach() {
+            Ok(()) => native.detached(),
+            Err(failure) => tracing::error!("{}", failure.line),
+        }
     }
 
     /// While users still work in the mount: dst is the truth, so they notice nothing.
@@ -478,7 +503,8 @@ impl Served<'_> {
         let counts = self.watch.report().counts;
         let (src, dst) = (&self.config.src, &self.config.dst);
         let report = finish::write_report(src, dst, &lost, Some(&counts));
-        self.session.detach()?;
+        self.background.end();
+        self.detach()?;
         Ok(json!({ "lost": lost.len(), "report": report }))
     }
 }

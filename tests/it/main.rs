@@ -18,6 +18,7 @@ mod fixture;
 mod hostile;
 mod huge;
 mod nasty;
+mod native;
 mod pagecache;
 mod prefetch;
 mod raw;
