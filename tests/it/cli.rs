@@ -11,7 +11,7 @@ use crate::fixture::{
     run,
 };
 
-const COMMANDS: [&str; 14] = [
+const COMMANDS: [&str; 15] = [
     "mount",
     "sync",
     "status",
@@ -19,6 +19,7 @@ const COMMANDS: [&str; 14] = [
     "pause",
     "resume",
     "cancel",
+    "upgrade",
     "set",
     "pull",
     "verify",
