@@ -86,6 +86,9 @@ pub struct MountConfig {
     pub prefetch: bool,
     /// How requests come from the kernel.
     pub transport: Transport,
+    /// Whose reads are answered from src and not stored.
+    #[serde(default)]
+    pub no_store: NoStore,
     /// FUSE session threads.
     pub threads: usize,
     /// Copy workers.
@@ -137,6 +140,7 @@ impl MountConfig {
             cache: Cache::Auto,
             prefetch: true,
             transport: Transport::default(),
+            no_store: NoStore::default(),
             threads: cpus().clamp(2, 8),
             workers: cpus(),
             io_uring: true,
@@ -174,6 +178,40 @@ impl MountConfig {
     /// True when the mount goes on top of dst itself.
     pub fn over_mounts_dst(&self) -> bool {
         self.mountpoint == self.dst
+    }
+}
+
+/// Whose reads of pending files are answered from src and not stored.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NoStore {
+    /// Users.
+    pub uids: Vec<u32>,
+    /// Control groups, with those below them: paths as in /proc/PID/cgroup.
+    pub cgroups: Vec<String>,
+    /// The idle I/O class.
+    pub idle: bool,
+}
+
+impl NoStore {
+    /// Adds `uid:NUMBER`, `cgroup:/PATH` or `idle`.
+    pub fn add(&mut self, who: &str) -> Result<(), String> {
+        let bad = || format!("{who}: not uid:NUMBER, cgroup:/PATH or idle");
+        match who.split_once(':') {
+            None if who == "idle" => self.idle = true,
+            Some(("uid", number)) => self.uids.push(number.parse().map_err(|_| bad())?),
+            Some(("cgroup", path)) => match path.trim_end_matches('/') {
+                "" if path.starts_with('/') => return Err(format!("{who}: that is everybody")),
+                path if path.starts_with('/') => self.cgroups.push(path.to_owned()),
+                _ => return Err(bad()),
+            },
+            _ => return Err(bad()),
+        }
+        Ok(())
+    }
+
+    /// Everybody's reads are stored.
+    pub fn is_empty(&self) -> bool {
+        self == &NoStore::default()
     }
 }
 
@@ -343,6 +381,22 @@ fn cpus() -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn who_stores_nothing_is_a_user_a_control_group_or_the_idle_class() {
+        let mut all = NoStore::default();
+        assert!(all.is_empty());
+        for who in ["uid:65534", "cgroup:/a/b/", "idle"] {
+            assert_eq!(all.add(who), Ok(()), "{who}");
+        }
+        assert_eq!((&all.uids[..], all.idle), (&[65534][..], true));
+        assert_eq!(all.cgroups, ["/a/b"]);
+        for who in [
+            "", "uid:", "uid:root", "cgroup:", "cgroup:a", "cgroup:/", "Idle", "gid:1",
+        ] {
+            assert!(all.add(who).is_err(), "{who}");
+        }
+    }
 
     #[test]
     fn what_contradicts_itself_is_refused_in_one_line() {

@@ -30,7 +30,7 @@ use rustix::fs::OFlags;
 use rustix::io::Errno;
 
 use crate::error::Result;
-use crate::mirror::{Change, Creator, Ino, Make, Node};
+use crate::mirror::{Caller, Change, Creator, Ino, Make, Node};
 use crate::sys::name::Name;
 use answer::{Attributes, Bytes, Count, Created, Done, Entry, Offset, Opened, Xattr};
 use passthrough::IoMode;
@@ -156,20 +156,22 @@ impl MirrorFs {
             });
     }
 
-    fn open(&self, ino: Ino, flags: OFlags, reply: Reply<Opened>) {
+    fn open(&self, ino: Ino, flags: OFlags, by: Caller, reply: Reply<Opened>) {
         let node = match self.shared.node(ino) {
             Ok(node) => node,
             Err(e) => return reply.error(e),
         };
         let write = flags & OFlags::ACCMODE != OFlags::RDONLY;
         let (shared, held) = (Arc::clone(&self.shared), Arc::clone(&node));
-        self.shared.mirror.open_file(&node, flags, move |opened| {
-            let gate = Arc::clone(&shared.mirror);
-            gate.requests().pass(move || match opened {
-                Ok((file, locate)) => shared.reply_open(held, file, locate, write, reply),
-                Err(e) => reply.error(errno("open", &e)),
+        self.shared
+            .mirror
+            .open_file(&node, flags, by, move |opened| {
+                let gate = Arc::clone(&shared.mirror);
+                gate.requests().pass(move || match opened {
+                    Ok((file, locate)) => shared.reply_open(held, file, locate, write, reply),
+                    Err(e) => reply.error(errno("open", &e)),
+                });
             });
-        });
     }
 
     fn read(&self, at: At, reply: Reply<Bytes>) {
@@ -179,9 +181,11 @@ impl MirrorFs {
         let then = Box::new(move |bytes: Result<Vec<u8>>| {
             reply.send(bytes.map(Bytes).map_err(|e| errno("read", &e)));
         });
-        self.shared
-            .mirror
-            .read(&open.node, open.file.as_fd(), at.offset, at.size, then);
+        let (node, file, mirror) = (&open.node, open.file.as_fd(), &self.shared.mirror);
+        match &open.src {
+            None => mirror.read(node, file, at.offset, at.size, then),
+            Some(src) => mirror.read_through(node, (file, src), (at.offset, at.size), then),
+        }
     }
 
     fn write(&self, fh: u64, offset: u64, data: &[u8], reply: Reply<Count>) {
@@ -306,6 +310,10 @@ impl MirrorFs {
         let (Some(src), Some(dst)) = (files.get(from.0), files.get(to.0)) else {
             return reply.error(Errno::BADF);
         };
+        if src.src.is_some() && src.node.is_pending_file() {
+            // The kernel reads and writes then, and nothing is pulled.
+            return reply.error(Errno::OPNOTSUPP);
+        }
         let from = (Arc::clone(&src.node), Arc::clone(&src.file), from.1);
         let to = (Arc::clone(&dst.file), to.1);
         // The reply counts in 32 bits.

@@ -35,6 +35,7 @@ mod salvage;
 mod settle;
 mod source;
 mod tally;
+mod through;
 mod upgrade;
 mod whole;
 
@@ -63,9 +64,10 @@ pub use node::{Ino, Node, NodeTable, Origin, Phase, ROOT};
 pub use populate::{Access, DirRef, Marked, Waiter};
 pub use ranged::ReadDone;
 pub use source::SrcInfo;
+pub use through::Caller;
 pub use upgrade::{DirState, State};
 
-use crate::config::MountConfig;
+use crate::config::{MountConfig, NoStore};
 use crate::engine::passing::Allowance;
 use crate::engine::{Engine, EngineConfig};
 use crate::error::{Context, Error, Result, Side};
@@ -145,6 +147,8 @@ pub struct Mirror {
     prefetch: Prefetch,
     /// Whether neighbours of what is opened come unasked.
     with_neighbours: bool,
+    /// Whose reads leave nothing behind.
+    no_store: NoStore,
     commit: Commit,
     engine: Engine,
     throttle: Arc<Throttle>,
@@ -266,6 +270,7 @@ impl Mirror {
             hydrations: Hydrations::default(),
             prefetch: Prefetch::default(),
             with_neighbours: config.prefetch,
+            no_store: config.no_store.clone(),
             commit: Commit::default(),
             engine,
             throttle,

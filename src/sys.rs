@@ -21,6 +21,7 @@ pub mod memory;
 pub mod name;
 pub mod pair;
 pub mod pass;
+pub mod process;
 pub mod stat;
 pub mod succeed;
 pub mod xattr;

@@ -36,6 +36,8 @@ pub struct MountFile {
     pub metrics: Option<String>,
     /// `--metrics-file`.
     pub metrics_file: Option<PathBuf>,
+    /// `--no-store`, a list.
+    pub no_store: Option<Vec<String>>,
     /// `-o large`.
     pub large: Option<String>,
     /// `-o cache`.

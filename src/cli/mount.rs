@@ -36,8 +36,9 @@ pub struct Mount {
     ///
     /// large=SIZE (files over it open at once and are pulled by range; 8M), cache=auto|keep|drop
     /// (what background copies of large files leave in the page cache), transport=auto|dev|uring,
-    /// threads=N (FUSE session threads), workers=N (copy workers), noprefetch (files are not pulled because others
-    /// of their directory were opened), adopt, nobackground, finish, log=FILE, loglevel=LEVEL,
+    /// threads=N (FUSE session threads), workers=N (copy workers), noprefetch (files are not pulled
+    /// because others of their directory were opened), nostore=WHO, adopt, nobackground, finish,
+    /// log=FILE, loglevel=LEVEL,
     /// bwlimit=RATE, jobs=N, source-timeout=DUR, on-error=wait|fail, metrics=ADDR, metrics-file=FILE,
     /// config=FILE. ro, nosuid, nodev and noexec apply to the mount. allow_other lets other
     /// users in where root is not asked (/etc/fuse.conf must allow it); root's mounts are open to
@@ -68,6 +69,21 @@ pub struct Mount {
     /// A study (docs/NATIVE.md): drop the mount when all names are there; may show zeros
     #[arg(long)]
     pub experimental_native: bool,
+    /// Store nothing of what these processes read: uid:NUMBER, cgroup:/PATH or idle
+    ///
+    /// For scanners, indexers and backups, which would pull the whole tree in their order. What they
+    /// read of a file that is not here yet comes from SRC each time; the file stays as it is. `idle` is
+    /// the I/O class of `ionice -c3`; a control group counts with those below it. More than once, or
+    /// with commas. What they write, and what they read of other files, is as for everybody.
+    #[arg(
+        long,
+        value_name = "WHO",
+        env = "MIRRORFS_NO_STORE",
+        hide_env_values = true,
+        value_delimiter = ',',
+        action = ArgAction::Append
+    )]
+    pub no_store: Vec<String>,
     /// Log to this file; SIGHUP opens it again
     ///
     /// Default: standard error with -f, else a file in /run/mirrorfs, or in
@@ -250,6 +266,10 @@ impl Mount {
         config.foreground = self.foreground;
         config.finish = self.finish;
         config.native = self.experimental_native;
+        for who in &self.no_store {
+            let added = config.no_store.add(who);
+            added.map_err(|e| format!("--no-store {e}"))?;
+        }
         config.log_file = self.log_file.or(config.log_file);
         config.log_level = self.log_level.map_or(config.log_level, LogLevel::from);
         set_limits(&mut config, self.bwlimit, self.jobs);
@@ -308,6 +328,9 @@ fn from_file(config: &mut MountConfig, file: &MountFile) -> Result<(), String> {
     if let Some(word) = &file.transport {
         config.transport = transport(word).map_err(in_file)?;
     }
+    for who in file.no_store.iter().flatten() {
+        config.no_store.add(who).map_err(in_file)?;
+    }
     config.threads = file.threads.unwrap_or(config.threads);
     config.workers = file.workers.unwrap_or(config.workers);
     Ok(())
@@ -335,6 +358,10 @@ fn mount_option(config: &mut MountConfig, option: &str) -> Result<(), String> {
         ("ro" | "nosuid" | "nodev" | "noexec", None) => config.mount_options.push(key.to_owned()),
         ("allow_other", None) => config.allow_other = true,
         ("adopt", None) => config.adopt = true,
+        ("nostore", Some(who)) => {
+            let added = config.no_store.add(who);
+            added.map_err(|e| format!("-o nostore={e}"))?;
+        }
         ("noprefetch", None) => config.prefetch = false,
         ("nobackground", None) => config.background = false,
         ("finish", None) => config.finish = true,
@@ -373,7 +400,8 @@ fn mount_option(config: &mut MountConfig, option: &str) -> Result<(), String> {
         ("config", Some(_)) => {} // See `config_file`.
         (
             "large" | "cache" | "threads" | "workers" | "log" | "loglevel" | "bwlimit" | "jobs"
-            | "metrics" | "metrics-file" | "source-timeout" | "on-error" | "config" | "transport",
+            | "metrics" | "metrics-file" | "source-timeout" | "on-error" | "config" | "nostore"
+            | "transport",
             None,
         ) => {
             return Err(format!("-o {key} needs a value: -o {key}=..."));
@@ -472,105 +500,4 @@ fn address(text: &str) -> Result<SocketAddr, String> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::cli::{Cli, Command};
-    use clap::Parser;
-
-    fn mount(args: &str) -> Result<MountConfig, String> {
-        let words = ["mirrorfs", "mount"].into_iter().chain(args.split(' '));
-        match Cli::try_parse_from(words)
-            .map_err(|e| e.to_string())?
-            .command
-        {
-            Command::Mount(mount) => mount.config(),
-            other => Err(format!("{other:?}")),
-        }
-    }
-
-    #[test]
-    fn mount_options_of_mount_8_are_ignored_and_unknown_ones_refused() {
-        let config = mount("a b -o nofail,_netdev,x-systemd.automount,rw -o large=64K,noexec")
-            .expect("parses");
-        assert_eq!(config.large_file_bytes, 65536);
-        assert_eq!(config.mount_options, ["noexec"]);
-        assert_eq!(config.mountpoint, config.dst);
-        for words in [
-            "a b -o nonsense",
-            "a b -o large",
-            "a b -o large=x",
-            "a b -o cache=direct",
-            "a b -o threads=0",
-            "a b -o transport=pigeon",
-        ] {
-            assert!(mount(words).is_err(), "{words}");
-        }
-    }
-
-    #[test]
-    fn a_rate_is_in_kib_unless_it_says_otherwise() {
-        assert_eq!(rate("500"), Ok(500 << 10));
-        assert_eq!(rate("200M"), Ok(200 << 20));
-        assert_eq!(rate("1.5m"), Ok(3 << 19));
-        assert_eq!(rate("100MB"), Ok(100_000_000));
-        assert_eq!(rate("4096b"), Ok(4096));
-        assert_eq!((rate("0"), rate("off")), (Ok(0), Ok(0)));
-        for bad in [
-            "",
-            "M",
-            "-1",
-            "1X",
-            "1e9",
-            "inf",
-            "0.1b",
-            "1..2",
-            "99999999P",
-        ] {
-            assert!(rate(bad).is_err(), "{bad}");
-        }
-    }
-
-    #[test]
-    fn an_address_is_on_this_machine_unless_it_says_otherwise() {
-        let text = |text| address(text).map(|a| a.to_string());
-        assert_eq!(text("9469").as_deref(), Ok("127.0.0.1:9469"));
-        assert_eq!(text("localhost:1").as_deref(), Ok("127.0.0.1:1"));
-        assert_eq!(text("0.0.0.0:1").as_deref(), Ok("0.0.0.0:1"));
-        assert_eq!(text("[::1]:1").as_deref(), Ok("[::1]:1"));
-        assert!(address("host:1").is_err() && address("99999").is_err());
-    }
-
-    #[test]
-    fn words_come_before_the_file_and_0_lifts_what_it_says() {
-        let file = MountFile {
-            bwlimit: Some("1M".into()),
-            jobs: Some(2),
-            log_level: Some("debug".into()),
-            ..MountFile::default()
-        };
-        let with = |args: &str| {
-            let words = ["mirrorfs", "mount"].into_iter().chain(args.split(' '));
-            match Cli::try_parse_from(words).expect("parses").command {
-                Command::Mount(mount) => mount.config_with(&file).expect("is valid"),
-                other => panic!("{other:?}"),
-            }
-        };
-        let config = with("a b");
-        assert_eq!((config.bwlimit, config.jobs), (Some(1 << 20), Some(2)));
-        assert_eq!(config.log_level, LogLevel::Debug);
-        let config = with("a b --bwlimit 0 -o jobs=1 --log-level warn");
-        assert_eq!((config.bwlimit, config.jobs), (None, Some(1)));
-        assert_eq!(config.log_level, LogLevel::Warn);
-    }
-
-    #[test]
-    fn a_size_is_a_number_and_a_unit() {
-        assert_eq!(size("4096"), Ok(4096));
-        assert_eq!(size("8M"), Ok(8 << 20));
-        assert_eq!(size("8MiB"), Ok(8 << 20));
-        assert_eq!(size("8mb"), Ok(8_000_000));
-        for bad in ["", "M", "8X", "8Mi", "-1", "99999999999P", "8\u{e9}"] {
-            assert!(size(bad).is_err(), "{bad}");
-        }
-    }
-}
+mod tests;

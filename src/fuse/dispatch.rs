@@ -9,7 +9,7 @@ use super::MirrorFs;
 use super::answer::{Answer, Done, Statfs, decode_dev};
 use super::reply::{Channel, Reply};
 use super::request::{self, Header, Op};
-use crate::mirror::{Creator, Make};
+use crate::mirror::{Caller, Creator, Make};
 
 impl MirrorFs {
     /// Answers one request, now or later from another thread.
@@ -27,7 +27,13 @@ impl MirrorFs {
         match op {
             Op::Lookup(name) => self.lookup(ino, name, reply(header, channel)),
             Op::Getattr => self.getattr(ino, reply(header, channel)),
-            Op::Open { flags } => self.open(ino, user_flags(flags), reply(header, channel)),
+            Op::Open { flags } => {
+                let by = Caller {
+                    uid: header.uid,
+                    pid: header.pid,
+                };
+                self.open(ino, user_flags(flags), by, reply(header, channel));
+            }
             Op::Read(at) => self.read(at, reply(header, channel)),
             Op::Write { fh, offset, data } => {
                 self.write(fh, offset, data, reply(header, channel));

@@ -16,6 +16,8 @@ pub(super) struct OpenFile {
     pub(super) node: Arc<Node>,
     /// dst's file, as the user opened it.
     pub(super) file: Arc<OwnedFd>,
+    /// src's file, for who reads through (`Mirror::read_through`).
+    pub(super) src: Option<Arc<OwnedFd>>,
     pub(super) mode: IoMode,
     pub(super) write: bool,
 }

@@ -49,13 +49,15 @@ impl Backings {
     pub(super) fn decide(
         &self,
         ino: Ino,
-        locate: Locate,
+        locate: &Locate,
         write: bool,
         register: impl FnOnce() -> Result<BackingId, Errno>,
     ) -> IoMode {
         let mut table = self.open.lock();
         let open = table.entry(ino).or_default();
-        let may = matches!(locate, Locate::Here) && self.enabled.load(Ordering::Relaxed);
+        // What is open that way is all here, whatever it was when this open began.
+        let here = matches!(locate, Locate::Here) || open.through > 0;
+        let may = here && self.enabled.load(Ordering::Relaxed);
         if may && open.cached == 0 {
             let id = match &open.id {
                 Some(id) => Some(Arc::clone(id)),

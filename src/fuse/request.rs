@@ -13,6 +13,8 @@ pub(super) struct Header {
     pub(super) node: u64,
     pub(super) uid: u32,
     pub(super) gid: u32,
+    /// The thread that asks; 0 where it is in another pid namespace.
+    pub(super) pid: u32,
 }
 
 impl Header {
@@ -25,6 +27,7 @@ impl Header {
             node: f.u64()?,
             uid: f.u32()?,
             gid: f.u32()?,
+            pid: f.u32()?,
         })
     }
 }

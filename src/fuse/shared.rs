@@ -113,12 +113,13 @@ impl Shared {
         &self,
         node: Arc<Node>,
         file: OwnedFd,
-        mode: IoMode,
-        write: bool,
+        src: Option<Arc<OwnedFd>>,
+        (mode, write): (IoMode, bool),
     ) -> u64 {
         self.files.insert(OpenFile {
             node,
             file: Arc::new(file),
+            src,
             mode,
             write,
         })
@@ -157,17 +158,22 @@ impl Shared {
     ) {
         let ino = node.ino;
         let register = || self.register(&file);
-        let mode = self.backings.decide(ino, locate, write, register);
+        let mode = self.backings.decide(ino, &locate, write, register);
         self.void_attributes(ino, &mode, write);
-        let handle = self.insert_file(node, file, mode.clone(), write);
+        let src = match locate {
+            Locate::Through(src) => Some(src),
+            Locate::Here | Locate::Ranged => None,
+        };
+        let handle = self.insert_file(node, file, src, (mode.clone(), write));
         reply.ok(Opened { handle, mode });
     }
 
     pub(super) fn reply_create(&self, entry: &mirror::Entry, file: OwnedFd, reply: Reply<Created>) {
         let ino = entry.node.ino;
         let register = || self.register(&file);
-        let mode = self.backings.decide(ino, Locate::Here, true, register);
-        let handle = self.insert_file(Arc::clone(&entry.node), file, mode.clone(), true);
+        let mode = self.backings.decide(ino, &Locate::Here, true, register);
+        let node = Arc::clone(&entry.node);
+        let handle = self.insert_file(node, file, None, (mode.clone(), true));
         let shown = self.entry(&entry.node, entry.attr);
         reply.ok(Created(shown, Opened { handle, mode }));
     }

@@ -177,6 +177,8 @@ impl Session {
             let open = OpenFile {
                 node,
                 file: Arc::new(fd),
+                // Who read through reads as everybody does from now on.
+                src: None,
                 mode: backings.restore(file.ino, number, file.write, known),
                 write: file.write,
             };

@@ -10,17 +10,20 @@ use super::Mirror;
 use super::hydrate::Need;
 use super::node::Node;
 use super::ranged::ReadDone;
+use super::through::Caller;
 use crate::error::{Context, Error, Result, Side};
 use crate::sys::host::FsStat;
 use crate::sys::{caps, copy, fd, host};
 
 /// Where the bytes of a file that was just opened are.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub enum Locate {
     /// All in dst: the kernel may go there without us.
     Here,
     /// Still coming: reads go through `Mirror::read`.
     Ranged,
+    /// In src's file, and not to come: reads go through `Mirror::read_through`.
+    Through(Arc<OwnedFd>),
 }
 
 /// Flags of a user's open that our own open takes over.
@@ -33,8 +36,12 @@ impl Mirror {
         self: &Arc<Self>,
         node: &Arc<Node>,
         flags: OFlags,
+        by: Caller,
         then: impl FnOnce(Result<(OwnedFd, Locate)>) + Send + 'static,
     ) {
+        if self.reads_through(node, flags, by) {
+            return self.open_through(node, then);
+        }
         if !flags.contains(OFlags::TRUNC) {
             self.note_open(node);
         }

@@ -516,16 +516,6 @@ impl Mirror {
         Ok(mark.is_some_and(|m| !m.populated))
     }
 
-    /// A restart met a pending file that an earlier daemon placed: it is still to pull.
-    pub fn note_left(&self, ino: Ino, bytes: u64) {
-        // What this daemon placed itself is counted already.
-        if self.source.recall(ino).is_none() {
-            self.progress.bytes_left.add(bytes);
-            self.progress.files_seen.add(1);
-            self.progress.bytes_seen.add(bytes);
-        }
-    }
-
     /// The entry of a populated directory that `name` is: what the walker goes on with.
     /// `None` for what carries no mark.
     pub fn marked_child(

@@ -11,6 +11,7 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use super::Mirror;
+use super::node::Ino;
 use crate::error::{Context, Result, Side};
 use crate::progress::Progress;
 
@@ -74,6 +75,16 @@ impl Tally {
 }
 
 impl Mirror {
+    /// A restart met a pending file that an earlier daemon placed: it is still to pull.
+    pub fn note_left(&self, ino: Ino, bytes: u64) {
+        // What this daemon placed itself is counted already.
+        if self.source.recall(ino).is_none() {
+            self.progress.bytes_left.add(bytes);
+            self.progress.files_seen.add(1);
+            self.progress.bytes_seen.add(bytes);
+        }
+    }
+
     /// Writes down what has been pulled. Not after `finish`: the control directory is gone then.
     pub fn save_tally(&self) -> Result<()> {
         let _finish = self.moves.lock(); // `finish` removes what is in the directory under it.

@@ -24,6 +24,7 @@ mod prefetch;
 mod raw;
 mod ring;
 mod rootless;
+mod scanners;
 mod semantics;
 mod service;
 mod tidy;
