@@ -10,12 +10,14 @@ mod ahead;
 mod anchor;
 mod aside;
 mod attr;
+mod barrier;
 mod carry;
 mod commit;
 mod control;
 mod crowd;
 mod file;
 mod finish;
+
 mod hydrate;
 mod ledger;
 mod links;
