@@ -13,6 +13,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crossbeam_channel::RecvTimeoutError;
+use parking_lot::Mutex;
 use rustix::fs::{FileType, OFlags};
 use rustix::io::Errno;
 
@@ -276,8 +277,9 @@ impl Mirror {
     }
 
     /// Places every name of a src directory; `None`: it is too large for this extent. One that changes
-    /// meanwhile is listed again; one that keeps changing is published as it was last seen, and is in
-    /// the ledger.
+    /// meanwhile, or lists what it says is not there, is listed again; one that keeps changing is
+    /// published as it was last seen, and is in the ledger. A name that stays listed without being
+    /// there is an error: it may be a file.
     fn place_all(
         &self,
         src: &SrcDir,
@@ -291,13 +293,19 @@ impl Mirror {
             let meta =
                 Meta::capture_fd(src.capture, src.fd.as_fd()).on("statx", Side::Src, path)?;
             partial.set_times((meta.stat.atime, meta.stat.mtime));
-            if !self.place_listed(src, partial, placer, extent)? {
+            let gone = Mutex::new(None);
+            if !self.place_listed(src, partial, placer, extent, &gone)? {
                 return Ok(None);
             }
             tries_left -= 1;
             let after = stat::stat_fd(src.fd.as_fd()).on("statx", Side::Src, path)?;
-            if after.mtime == meta.stat.mtime {
-                return Ok(Some(meta));
+            let same = after.mtime == meta.stat.mtime;
+            match gone.into_inner() {
+                None if same => return Ok(Some(meta)),
+                Some(name) if same && tries_left == 0 => {
+                    return Err(Errno::NOENT).on("statx", Side::Src, path.join(&name));
+                }
+                _ => {}
             }
             if tries_left == 0 {
                 self.fail(
@@ -311,13 +319,15 @@ impl Mirror {
         }
     }
 
-    /// Lists a src directory once and places what is not here; false: it is too large.
+    /// Lists a src directory once and places what is not here; false: it is too large. `gone`: a name
+    /// that was listed and is not there.
     fn place_listed(
         &self,
         src: &SrcDir,
         partial: &Partial,
         placer: &Placer<'_>,
         extent: Extent,
+        gone: &Mutex<Option<Name>>,
     ) -> Result<bool> {
         let (mut from, mut len_max, mut buf) = (0, LARGE_DIR, Vec::new());
         loop {
@@ -354,7 +364,10 @@ impl Mirror {
                 fault::point("populate-before-child");
                 match placer.place(&entry.name)? {
                     true => claimed.here(),
-                    false => claimed.not_in_src(),
+                    false => {
+                        claimed.not_in_src();
+                        *gone.lock() = Some(entry.name.clone());
+                    }
                 }
                 fault::point("populate-after-child");
                 Ok(())

@@ -361,6 +361,28 @@ fn a_file_that_fails_for_ever_is_in_the_ledger_and_leaves_it_when_it_works() {
     }
 }
 
+#[test]
+fn a_name_that_is_listed_and_not_there_is_never_left_out() {
+    let Some((mut bad, w)) = world(tree) else {
+        return;
+    };
+    bad.start(&["path=d0/f3 hide"]);
+    let m = w.mount();
+    wait_until("an entry in the ledger", LIMIT, || !entries(&m).is_empty());
+    assert_eq!(
+        errno(fs::read_dir(m.path("d0")).map(|d| d.count())),
+        libc::EIO
+    );
+    // The others of its directory can be read, and cannot be changed.
+    fs::read(m.path("d0/f6")).unwrap();
+    assert!(m.status()["state"] != "COMPLETE", "{:#}", m.status());
+    run(mirrorfs().arg("finish").arg(&m.at)).expect_code(23);
+    bad.tell("off");
+    wait_until("an empty ledger", LIMIT, || entries(&m).is_empty());
+    m.finish();
+    expect_copy(&bad, &w);
+}
+
 /// Reads a file page by page, past the readahead: which pages cannot be read. The others are right.
 #[track_caller]
 fn bad_pages(path: &Path, want: &[u8]) -> Vec<usize> {
