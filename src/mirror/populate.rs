@@ -234,6 +234,7 @@ impl Mirror {
         if let Err(e) = result
             && let Some(origin) = &dir.origin
             && !matches!(e, Error::Stopped)
+            && !was_removed(e)
         {
             self.fail(origin, e);
         }
@@ -519,6 +520,17 @@ impl Mirror {
             kind: stat.kind(),
             size: stat.size,
         }))
+    }
+}
+
+/// A directory that is gone from dst: populated, and then removed, by somebody who was faster. One that
+/// is P cannot be removed.
+fn was_removed(error: &Error) -> bool {
+    match error {
+        Error::Call {
+            call, side, errno, ..
+        } => *call == "open" && *side == Side::Dst && [Errno::STALE, Errno::NOENT].contains(errno),
+        _ => false,
     }
 }
 

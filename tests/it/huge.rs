@@ -394,3 +394,25 @@ fn a_kill_in_the_middle_of_a_huge_directory_loses_nothing_and_keeps_what_was_cha
         );
     }
 }
+
+#[test]
+fn a_directory_that_is_removed_right_after_a_look_into_it_is_no_error() {
+    if !can_mount_on("ext4") {
+        return;
+    }
+    let w = World::on("ext4");
+    let names: Vec<String> = (0..400).map(|i| format!("d{i}")).collect();
+    for name in &names {
+        fs::create_dir(w.src.join(name)).unwrap();
+    }
+    let m = w.mount_lazy();
+    for name in &names {
+        let dir = m.path(name);
+        // The rest of it is placed after the answer, for nobody.
+        assert!(dir.join("x").symlink_metadata().is_err());
+        fs::remove_dir(&dir).unwrap();
+    }
+    assert_eq!(m.errors(), "");
+    m.finish();
+    assert_eq!(fs::read_dir(&w.dst).unwrap().count(), 0);
+}
