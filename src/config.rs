@@ -86,6 +86,10 @@ pub struct MountConfig {
     pub prefetch: bool,
     /// How requests come from the kernel.
     pub transport: Transport,
+    /// Where the order of first accesses is written.
+    pub record: Option<PathBuf>,
+    /// Such a file: what it names is pulled in that order.
+    pub replay: Option<PathBuf>,
     /// Whose reads are answered from src and not stored.
     #[serde(default)]
     pub no_store: NoStore,
@@ -140,6 +144,8 @@ impl MountConfig {
             cache: Cache::Auto,
             prefetch: true,
             transport: Transport::default(),
+            record: None,
+            replay: None,
             no_store: NoStore::default(),
             threads: cpus().clamp(2, 8),
             workers: cpus(),

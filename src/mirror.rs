@@ -38,6 +38,7 @@ mod settle;
 mod source;
 mod tally;
 mod through;
+mod trace;
 mod upgrade;
 mod whole;
 
@@ -67,6 +68,7 @@ pub use populate::{Access, DirRef, Marked, Waiter};
 pub use ranged::ReadDone;
 pub use source::SrcInfo;
 pub use through::Caller;
+pub use trace::{Traced, parse_trace};
 pub use upgrade::{DirState, State};
 
 use crate::config::{MountConfig, NoStore};
@@ -149,6 +151,9 @@ pub struct Mirror {
     prefetch: Prefetch,
     /// Whether neighbours of what is opened come unasked.
     with_neighbours: bool,
+    /// Writes down what is accessed first, when that is asked for; and where to, until it begins.
+    recorder: Option<trace::Recorder>,
+    trace_file: Mutex<Option<std::fs::File>>,
     /// Whose reads leave nothing behind.
     no_store: NoStore,
     commit: Commit,
@@ -272,6 +277,8 @@ impl Mirror {
             hydrations: Hydrations::default(),
             prefetch: Prefetch::default(),
             with_neighbours: config.prefetch,
+            recorder: config.record.is_some().then(trace::Recorder::default),
+            trace_file: Mutex::default(),
             no_store: config.no_store.clone(),
             commit: Commit::default(),
             engine,
@@ -430,6 +437,9 @@ impl Mirror {
         self.engine.stop();
         self.commit.stop();
         self.prefetch.stop();
+        if let Some(recorder) = &self.recorder {
+            recorder.stop();
+        }
         let threads = std::mem::take(&mut *self.threads.lock());
         for thread in threads {
             let name = thread.thread().name().unwrap_or_default().to_owned();

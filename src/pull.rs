@@ -4,6 +4,8 @@
 //! Below it each marked file is hydrated in the demand lane, a few at a time, so that users who wait
 //! are behind a few files at the most. Only marks lead it: what is here already costs a look.
 
+pub mod replay;
+
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
@@ -53,11 +55,11 @@ pub fn pull(mirror: &Arc<Mirror>, path: &RelPath) -> Result<Pulled> {
         told,
         pulled: Pulled::default(),
     };
-    let found = pull.find(path)?;
+    let found = find(mirror, path)?;
     match found {
         None => {}
         Some(Found::Dir(dir)) => pull.tree(dir),
-        Some(Found::File(file)) => pull.file(&file),
+        Some(Found::File(file, _)) => pull.file(&file),
     }
     while pull.in_flight > 0 {
         pull.hear();
@@ -65,10 +67,10 @@ pub fn pull(mirror: &Arc<Mirror>, path: &RelPath) -> Result<Pulled> {
     Ok(pull.pulled)
 }
 
-/// Something that carries a mark.
+/// Something that carries a mark; of a file also its size in dst.
 enum Found {
     Dir(DirRef),
-    File(FileRef),
+    File(FileRef, u64),
 }
 
 impl From<Marked> for Found {
@@ -84,48 +86,22 @@ impl From<Marked> for Found {
                 anchor,
                 origin,
             }),
-            _ => Found::File(FileRef {
-                ino,
-                anchor,
-                origin: origin.as_deref().map(Origin::of),
-            }),
+            _ => {
+                let origin = origin.as_deref().map(Origin::of);
+                Found::File(
+                    FileRef {
+                        ino,
+                        anchor,
+                        origin,
+                    },
+                    marked.size,
+                )
+            }
         }
     }
 }
 
 impl Pull<'_> {
-    /// What the path leads to; `None` when it carries no mark any more, or never did.
-    fn find(&mut self, path: &RelPath) -> Result<Option<Found>> {
-        let Some(mut dir) = self.mirror.root_dir()? else {
-            return exists(self.mirror, path).map(|()| None);
-        };
-        let mut names = path.as_bytes().split(|b| *b == b'/').filter_map(Name::new);
-        let Some(mut name) = names.next() else {
-            return Ok(Some(Found::Dir(dir)));
-        };
-        loop {
-            self.mirror.populate_names(&dir)?;
-            let opened = self.mirror.open_dir(&dir)?;
-            let kind = FileType::Unknown;
-            let marked = self
-                .mirror
-                .marked_child(&dir, opened.as_fd(), &name, kind)?;
-            let Some(found) = marked.map(Found::from) else {
-                return exists(self.mirror, path).map(|()| None);
-            };
-            dir = match (names.next(), found) {
-                (None, found) => return Ok(Some(found)),
-                (Some(next), Found::Dir(below)) => {
-                    name = next;
-                    below
-                }
-                (Some(_), Found::File(_)) => {
-                    return Err(Errno::NOTDIR).on("open", Side::Dst, path);
-                }
-            };
-        }
-    }
-
     /// A directory and all that is below it.
     fn tree(&mut self, root: DirRef) {
         let mut stack = vec![root];
@@ -154,7 +130,7 @@ impl Pull<'_> {
             match marked.map(Found::from) {
                 None => {}
                 Some(Found::Dir(below)) => stack.push(below),
-                Some(Found::File(file)) => self.file(&file),
+                Some(Found::File(file, _)) => self.file(&file),
             }
         }
         Ok(())
@@ -187,6 +163,36 @@ impl Pull<'_> {
         if self.pulled.failures.len() < FAILURES_TOLD {
             self.pulled.failures.push(error);
         }
+    }
+}
+
+/// What the path leads to; `None` when it carries no mark any more, or never did.
+fn find(mirror: &Arc<Mirror>, path: &RelPath) -> Result<Option<Found>> {
+    let Some(mut dir) = mirror.root_dir()? else {
+        return exists(mirror, path).map(|()| None);
+    };
+    let mut names = path.as_bytes().split(|b| *b == b'/').filter_map(Name::new);
+    let Some(mut name) = names.next() else {
+        return Ok(Some(Found::Dir(dir)));
+    };
+    loop {
+        mirror.populate_names(&dir)?;
+        let opened = mirror.open_dir(&dir)?;
+        let kind = FileType::Unknown;
+        let marked = mirror.marked_child(&dir, opened.as_fd(), &name, kind)?;
+        let Some(found) = marked.map(Found::from) else {
+            return exists(mirror, path).map(|()| None);
+        };
+        dir = match (names.next(), found) {
+            (None, found) => return Ok(Some(found)),
+            (Some(next), Found::Dir(below)) => {
+                name = next;
+                below
+            }
+            (Some(_), Found::File(..)) => {
+                return Err(Errno::NOTDIR).on("open", Side::Dst, path);
+            }
+        };
     }
 }
 

@@ -37,7 +37,7 @@ pub struct Mount {
     /// large=SIZE (files over it open at once and are pulled by range; 8M), cache=auto|keep|drop
     /// (what background copies of large files leave in the page cache), transport=auto|dev|uring,
     /// threads=N (FUSE session threads), workers=N (copy workers), noprefetch (files are not pulled
-    /// because others of their directory were opened), nostore=WHO, adopt, nobackground, finish,
+    /// because others of their directory were opened), nostore=WHO, record=FILE, replay=FILE, adopt, nobackground, finish,
     /// log=FILE, loglevel=LEVEL,
     /// bwlimit=RATE, jobs=N, source-timeout=DUR, on-error=wait|fail, metrics=ADDR, metrics-file=FILE,
     /// config=FILE. ro, nosuid, nodev and noexec apply to the mount. allow_other lets other
@@ -69,6 +69,16 @@ pub struct Mount {
     /// A study (docs/NATIVE.md): drop the mount when all names are there; may show zeros
     #[arg(long)]
     pub experimental_native: bool,
+    /// Write down in which order files are opened and directories are listed
+    ///
+    /// For --replay of a later mount of the same tree. A new file each time; not within the mount.
+    #[arg(long, value_name = "FILE")]
+    pub record: Option<PathBuf>,
+    /// Pull what such a file names, in its order, before it is asked for
+    ///
+    /// Also with --no-background. What is not there any more is skipped.
+    #[arg(long, value_name = "FILE")]
+    pub replay: Option<PathBuf>,
     /// Store nothing of what these processes read: uid:NUMBER, cgroup:/PATH or idle
     ///
     /// For scanners, indexers and backups, which would pull the whole tree in their order. What they
@@ -266,6 +276,7 @@ impl Mount {
         config.foreground = self.foreground;
         config.finish = self.finish;
         config.native = self.experimental_native;
+        (config.record, config.replay) = (self.record, self.replay);
         for who in &self.no_store {
             let added = config.no_store.add(who);
             added.map_err(|e| format!("--no-store {e}"))?;
@@ -362,6 +373,8 @@ fn mount_option(config: &mut MountConfig, option: &str) -> Result<(), String> {
             let added = config.no_store.add(who);
             added.map_err(|e| format!("-o nostore={e}"))?;
         }
+        ("record", Some(file)) => config.record = Some(PathBuf::from(file)),
+        ("replay", Some(file)) => config.replay = Some(PathBuf::from(file)),
         ("noprefetch", None) => config.prefetch = false,
         ("nobackground", None) => config.background = false,
         ("finish", None) => config.finish = true,
@@ -401,7 +414,7 @@ fn mount_option(config: &mut MountConfig, option: &str) -> Result<(), String> {
         (
             "large" | "cache" | "threads" | "workers" | "log" | "loglevel" | "bwlimit" | "jobs"
             | "metrics" | "metrics-file" | "source-timeout" | "on-error" | "config" | "nostore"
-            | "transport",
+            | "record" | "replay" | "transport",
             None,
         ) => {
             return Err(format!("-o {key} needs a value: -o {key}=..."));

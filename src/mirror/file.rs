@@ -43,6 +43,7 @@ impl Mirror {
             return self.open_through(node, then);
         }
         if !flags.contains(OFlags::TRUNC) {
+            self.trace_open(node);
             self.note_open(node);
         }
         let (mirror, held) = (Arc::clone(self), Arc::clone(node));
@@ -116,7 +117,7 @@ impl Mirror {
             Ok(info) => {
                 let range = offset..offset + u64::from(len);
                 if let Some(then) = mirror.salvage(&held, range.clone(), then) {
-                    mirror.read_range(&held, info, range, then);
+                    mirror.read_traced(&held, info, range, then);
                 }
             }
             Err(e) => then(Err(e)),
@@ -200,6 +201,7 @@ impl Mirror {
 
     /// Opens a directory for listing: an fd with an offset of its own.
     pub fn open_listing(&self, node: &Node) -> Result<OwnedFd, Errno> {
+        self.trace_listing(node);
         self.nodes.open(node, OFlags::RDONLY | OFlags::DIRECTORY)
     }
 

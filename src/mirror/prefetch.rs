@@ -17,6 +17,7 @@
 
 use std::collections::VecDeque;
 use std::num::NonZeroUsize;
+use std::ops::Range;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
@@ -28,10 +29,10 @@ use rustix::fs::FileType;
 
 use super::Mirror;
 use super::hydrate::{FileRef, Need};
-use super::node::{Ino, Node, Origin};
+use super::node::{Ino, Node, Origin, Phase};
 use super::populate::DirRef;
 use crate::engine::job::Priority;
-use crate::error::{Context, Result, Side};
+use crate::error::{Context, Error, Result, Side};
 use crate::sys::dir;
 use crate::throttle::Background;
 
@@ -50,6 +51,10 @@ const IN_FLIGHT: [usize; 3] = [24, 8, 2];
 const WINDOWS_MAX: usize = 64;
 const DIRS: NonZeroUsize = NonZeroUsize::new(1024).expect("not zero");
 const FILES: NonZeroUsize = NonZeroUsize::new(1 << 16).expect("not zero");
+/// What came by a trace has no directory that goes on.
+const TRACE: Ino = 0;
+/// How often it is looked whether a pause is over.
+const PAUSE: Duration = Duration::from_millis(50);
 /// How often it is looked whether there is room in flight.
 const LOOK: Duration = Duration::from_millis(2);
 
@@ -273,7 +278,7 @@ impl Mirror {
             if self.prefetch.note(file.ino, window.dir.ino) {
                 files += 1;
                 self.throttle.spend(found.size);
-                if !self.fly(file) {
+                if !self.fly(file, Mirror::may_prefetch) {
                     return Ok((files, Some(next)));
                 }
             }
@@ -282,10 +287,10 @@ impl Mirror {
     }
 
     /// Pulls one file, as soon as there is room in flight. `false`: no more for now.
-    fn fly(self: &Arc<Self>, file: FileRef) -> bool {
+    fn fly(self: &Arc<Self>, file: FileRef, may: fn(&Mirror) -> bool) -> bool {
         let prefetch = &self.prefetch;
         while prefetch.in_flight.load(Relaxed) >= self.in_flight_max() {
-            if !self.may_prefetch() {
+            if !may(self) {
                 prefetch.forget(file.ino);
                 return false;
             }
@@ -311,6 +316,47 @@ impl Mirror {
             false => go(),
         }
         true
+    }
+
+    /// For replays: false when the mirror stops or dst is full. Sleeps while the background is paused;
+    /// that it is off does not matter.
+    pub fn may_replay(&self) -> bool {
+        while self.throttle.background() == Background::Paused && !self.stopping() {
+            std::thread::sleep(PAUSE);
+        }
+        !self.stopping() && !self.progress.dst_full.load(Relaxed)
+    }
+
+    /// Pulls a file that a trace names, as soon as there is room in flight.
+    pub fn pull_ahead(self: &Arc<Self>, file: FileRef) {
+        let here = self.has_landed(file.ino, &file.anchor);
+        if !here && self.prefetch.note(file.ino, TRACE) {
+            self.fly(file, Mirror::may_replay);
+        }
+    }
+
+    /// Whether opening the file pulls nothing: its parts come as they are read.
+    pub fn is_large(&self, bytes: u64) -> bool {
+        bytes > self.large_file_bytes
+    }
+
+    /// Pulls a part of a large file that a trace names; returns when it is here.
+    pub fn pull_range_ahead(self: &Arc<Self>, file: &FileRef, range: Range<u64>) -> Result<()> {
+        let (ino, anchor, origin) = (file.ino, file.anchor.clone(), file.origin.clone());
+        let kind = FileType::RegularFile;
+        let node = Arc::new(Node::new(ino, anchor, kind, Phase::Pending, origin, None));
+        let (tell, told) = crossbeam_channel::bounded(1);
+        let (mirror, held) = (Arc::clone(self), Arc::clone(&node));
+        self.with_info(&node, move |info| {
+            let then = move |read: Result<Vec<u8>>| {
+                let _ = tell.send(read.map(drop)); // Whoever asked waits below.
+            };
+            match info {
+                Ok(info) => mirror.read_range(&held, info, range, Box::new(then)),
+                Err(e) => then(Err(e)),
+            }
+        });
+        told.recv().unwrap_or(Err(Error::Stopped))
     }
 
     fn in_flight_max(&self) -> usize {

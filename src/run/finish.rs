@@ -7,7 +7,8 @@ use serde_json::{Value, json};
 
 use super::control::make_run_dir;
 use super::counts::Counts;
-use super::mount::{file_name, refused};
+use super::front::file_name;
+use super::mount::refused;
 use super::varlink::Request;
 use super::{Outcome, client, exit, out, preflight};
 use crate::mirror::LedgerEntry;

@@ -7,7 +7,7 @@
 //!   any       -> (exit)     the last open file was closed
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
@@ -18,14 +18,16 @@ use serde_json::{Value, json};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGUSR2};
 
 use super::background::Background;
-use super::control::{self, Handler, Listener, Socket};
+use super::control::{Handler, Listener, Socket};
 use super::daemon::{self, Parent};
-use super::live::{Every, LINE_EVERY, Screen};
+use super::front::Front;
+use super::live::{Every, LINE_EVERY};
 use super::log::Log;
 use super::metrics::Exporter;
 use super::out::quoted;
 use super::preflight::{self, Ground};
 use super::steer::{self, Wheel, absolute};
+use super::trace::Traces;
 use super::upgrade::{self, Predecessor};
 use super::varlink::Request;
 use super::watch::{Phase, Watch};
@@ -38,6 +40,7 @@ use crate::fuse::session::Session;
 use crate::mirror::Mirror;
 use crate::native::{self, Native};
 use crate::progress::Progress;
+use crate::pull::replay::Replay;
 use crate::sys::{caps, host};
 
 /// How often the main loop looks around when nothing happens.
@@ -79,16 +82,19 @@ fn start(config: MountConfig, args: cli::Mount) -> Outcome {
     }
     let web = config.metrics.map(web::Server::bind).transpose()?;
     let args = with_absolute_file(args)?;
+    let traces = Traces::open(config)?;
     // After the last port was bound; before there is a thread.
     caps::shed(config.helper).on("capset", Side::Host, ".")?;
-    let (log, front) = front(config)?;
+    let (log, front) = Front::open(config)?;
     if config.foreground {
         log.install(config.log_level);
-        return serve(ground, (args, log, web), &mut Parent::none(), front, None);
+        let with = (args, log, web, traces);
+        return serve(ground, with, &mut Parent::none(), front, None);
     }
     daemon::start(&log.clone(), |parent| {
         log.install(ground.config.log_level);
-        let outcome = serve(ground, (args, log, web), parent, front, None);
+        let with = (args, log, web, traces);
+        let outcome = serve(ground, with, parent, front, None);
         if let Err(failure) = &outcome {
             tracing::error!("{}", failure.line);
         }
@@ -96,27 +102,10 @@ fn start(config: MountConfig, args: cli::Mount) -> Outcome {
     })
 }
 
-/// Where the log goes, and what is shown besides.
-fn front(config: &MountConfig) -> Result<(Log, Front), Failure> {
-    if config.foreground {
-        let screen = Screen::new();
-        let log = match &config.log_file {
-            Some(path) => Log::file(path)?,
-            None => Log::stderr(screen.bars()),
-        };
-        return Ok((log, Front::Screen(screen)));
-    }
-    let path = match &config.log_file {
-        Some(path) => path.clone(),
-        None => control::make_run_dir()?.join(file_name(&config.dst, "log")),
-    };
-    Ok((Log::file(&path)?, Front::Log(String::new())))
-}
-
 /// Goes on with a mount that another program has served in this process.
 pub(super) fn take_over(before: &Predecessor) -> Outcome {
     let saved = before.saved();
-    let (log, front) = front(&saved.config)?;
+    let (log, front) = Front::open(&saved.config)?;
     log.install(saved.config.log_level);
     caps::shed(saved.config.helper).on("capset", Side::Host, ".")?;
     let web = saved.config.metrics.map(web::Server::bind).transpose();
@@ -124,10 +113,11 @@ pub(super) fn take_over(before: &Predecessor) -> Outcome {
         tracing::warn!("{}; metrics are not served any more", failure.line);
         None
     });
+    let traces = Traces::resumed(&saved.config);
     let (ground, args) = (before.ground()?, saved.args.clone());
     serve(
         ground,
-        (args, log, web),
+        (args, log, web, traces),
         &mut Parent::none(),
         front,
         Some(before),
@@ -137,7 +127,12 @@ pub(super) fn take_over(before: &Predecessor) -> Outcome {
 /// The daemon's working directory is `/`: from here on every path says where it starts.
 fn all_absolute(mut config: MountConfig) -> Result<MountConfig, Failure> {
     let paths = [&mut config.src, &mut config.dst, &mut config.mountpoint];
-    let files = [&mut config.log_file, &mut config.metrics_file];
+    let files = [
+        &mut config.log_file,
+        &mut config.metrics_file,
+        &mut config.record,
+        &mut config.replay,
+    ];
     for path in paths.into_iter().chain(files.into_iter().flatten()) {
         *path = absolute(path)?;
     }
@@ -154,65 +149,9 @@ fn with_absolute_file(mut args: cli::Mount) -> Result<cli::Mount, Failure> {
     Ok(args)
 }
 
-/// A file for each dst: its last name for people, a hash for uniqueness.
-pub(super) fn file_name(dst: &Path, ending: &str) -> String {
-    use std::os::unix::ffi::OsStrExt;
-    let hash = xxhash_rust::xxh3::xxh3_64(dst.as_os_str().as_bytes());
-    let name = dst.file_name().unwrap_or_default().to_string_lossy();
-    let name: String = name
-        .chars()
-        .map(|c| {
-            if c.is_alphanumeric() || "-_.".contains(c) {
-                c
-            } else {
-                '_'
-            }
-        })
-        .take(48)
-        .collect();
-    format!("{name}-{hash:016x}.{ending}")
-}
-
-/// What a daemon has in front of it, or not.
-enum Front {
-    /// A terminal, or what stands in for one.
-    Screen(Screen),
-    /// A log, and the last line of progress in it.
-    Log(String),
-}
-
-impl Front {
-    /// Shows the counters; called a few times a second.
-    fn show(&mut self, watch: &Watch, line_due: bool) {
-        match self {
-            Front::Screen(screen) => {
-                let report = watch.report();
-                screen.show(report.state_name(), &report.counts);
-            }
-            Front::Log(last) if line_due => {
-                let line = watch.report().line();
-                if *last != line {
-                    tracing::info!("{line}");
-                    *last = line;
-                }
-            }
-            Front::Log(_) => {}
-        }
-    }
-
-    /// One line now.
-    fn line(&mut self, watch: &Watch) {
-        let report = watch.report();
-        match self {
-            Front::Screen(screen) => screen.line(report.state_name(), &report.counts),
-            Front::Log(_) => tracing::info!("{}", report.line()),
-        }
-    }
-}
-
 fn serve(
     ground: Ground,
-    (args, log, web): (cli::Mount, Log, Option<web::Server>),
+    (args, log, web, traces): (cli::Mount, Log, Option<web::Server>, Traces),
     parent: &mut Parent,
     mut front: Front,
     before: Option<&Predecessor>,
@@ -235,6 +174,9 @@ fn serve(
         Some(before) => (before.listener()?, before.mirror(&config, trees, progress)?),
     };
     watch.set_mirror(mirror.clone());
+    if let Some(file) = traces.record {
+        mirror.record_into(file)?;
+    }
     let wheel = Arc::new(Wheel::new(args.clone(), log, mirror.clone()));
     let (events_in, events) = bounded(64);
     watch_signals(events_in.clone())?;
@@ -272,6 +214,8 @@ fn serve(
     if let Background::Walker(walker) = &background {
         wheel.set_walker(walker.clone());
     }
+    let replay = traces.replay.map(|trace| Replay::start(&mirror, trace));
+    let replay = replay.transpose()?;
     tracing::info!(
         "usable: {} on {}",
         quoted(&config.src),
@@ -306,6 +250,9 @@ fn serve(
     tell_systemd(&[NotifyState::Stopping]);
     let waited = session.as_ref().map_or(Ok(()), Session::wait);
     mirror.stop();
+    if let Some(replay) = replay {
+        replay.join();
+    }
     served.save_tally();
     served.exporter.stop();
     socket.close();
@@ -571,22 +518,4 @@ fn watch_signals(events: Sender<Event>) -> Result<(), Failure> {
     };
     let thread = std::thread::Builder::new().name("signals".into());
     thread.spawn(watch).map(|_| ()).map_err(fail)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_log_name_is_one_safe_component() {
-        let name = file_name(Path::new("/srv/a b\n"), "log");
-        assert!(
-            name.starts_with("a_b_-") && name.ends_with(".log"),
-            "{name}"
-        );
-        assert_ne!(
-            file_name(Path::new("/a/x"), "log"),
-            file_name(Path::new("/b/x"), "log")
-        );
-    }
 }
