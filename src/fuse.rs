@@ -32,6 +32,7 @@ use rustix::io::Errno;
 use crate::error::Result;
 use crate::mirror::{Caller, Change, Creator, Ino, Make, Node};
 use crate::sys::name::Name;
+pub(crate) use abi::request_name;
 use answer::{Attributes, Bytes, Count, Created, Done, Entry, Offset, Opened, Xattr};
 use passthrough::IoMode;
 use reply::{Reply, errno, reply_empty, reply_raw, reply_xattr};

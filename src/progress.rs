@@ -2,6 +2,7 @@
 //!
 //! Counters only grow, except the gauges (named so). Bytes count when they are durable in dst.
 
+pub mod requests;
 pub mod waits;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
@@ -9,6 +10,7 @@ use std::time::{Instant, SystemTime};
 
 use parking_lot::Mutex;
 
+use self::requests::Requests;
 use self::waits::Waits;
 
 /// A counter: any thread adds, status reads.
@@ -66,6 +68,8 @@ pub struct Progress {
     pub prefetch_hits: Counter,
     /// Gauge: bytes that are known to be still to pull (statfs subtracts them).
     pub bytes_left: Counter,
+    /// Requests of the kernel's.
+    pub requests: Requests,
     /// Accesses that wait for src.
     pub waits: Waits,
     /// Gauge: changes that wait until their directory's publication is durable.

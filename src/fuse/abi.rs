@@ -52,6 +52,50 @@ pub(super) mod opcode {
     pub(crate) const COPY_FILE_RANGE: u32 = 47;
 }
 
+/// What metrics call a request.
+pub(crate) fn request_name(code: u32) -> &'static str {
+    match code {
+        opcode::LOOKUP => "lookup",
+        opcode::FORGET => "forget",
+        opcode::GETATTR => "getattr",
+        opcode::SETATTR => "setattr",
+        opcode::READLINK => "readlink",
+        opcode::SYMLINK => "symlink",
+        opcode::MKNOD => "mknod",
+        opcode::MKDIR => "mkdir",
+        opcode::UNLINK => "unlink",
+        opcode::RMDIR => "rmdir",
+        opcode::RENAME => "rename",
+        opcode::LINK => "link",
+        opcode::OPEN => "open",
+        opcode::READ => "read",
+        opcode::WRITE => "write",
+        opcode::STATFS => "statfs",
+        opcode::RELEASE => "release",
+        opcode::FSYNC => "fsync",
+        opcode::SETXATTR => "setxattr",
+        opcode::GETXATTR => "getxattr",
+        opcode::LISTXATTR => "listxattr",
+        opcode::REMOVEXATTR => "removexattr",
+        opcode::FLUSH => "flush",
+        opcode::OPENDIR => "opendir",
+        opcode::READDIR => "readdir",
+        opcode::RELEASEDIR => "releasedir",
+        opcode::FSYNCDIR => "fsyncdir",
+        opcode::ACCESS => "access",
+        opcode::CREATE => "create",
+        opcode::INTERRUPT => "interrupt",
+        opcode::DESTROY => "destroy",
+        opcode::BATCH_FORGET => "batch_forget",
+        opcode::FALLOCATE => "fallocate",
+        opcode::READDIRPLUS => "readdirplus",
+        opcode::RENAME2 => "rename2",
+        opcode::LSEEK => "lseek",
+        opcode::COPY_FILE_RANGE => "copy_file_range",
+        _ => "other",
+    }
+}
+
 /// Flags of the handshake; from bit 32 on they travel in `flags2`.
 pub(super) mod init {
     pub(crate) const ASYNC_READ: u64 = 1;

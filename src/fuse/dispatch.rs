@@ -16,6 +16,8 @@ impl MirrorFs {
     pub(super) fn dispatch(&self, header: &Header, fields: &[u8], rest: &[u8], channel: Channel) {
         // Held while the daemon hands over: the kernel sends again what is left unanswered.
         let _inside = self.shared.mirror.requests().enter();
+        let progress = self.shared.mirror.progress();
+        progress.requests.count(header.opcode);
         match request::parse(header.opcode, fields, rest) {
             Some(op) => self.act(header, op, channel),
             None => reply::<Done>(header, channel).error(Errno::INVAL),

@@ -19,6 +19,8 @@ use super::out::quoted;
 use super::report::State;
 use super::watch::Watch;
 use super::web;
+use crate::fuse::request_name;
+use crate::progress::requests::Requests;
 use crate::progress::waits::{BOUNDS_S, Histogram};
 
 /// How often the text file is written.
@@ -133,6 +135,12 @@ impl fmt::Debug for Scrape {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Scrape")
     }
+}
+
+/// Labels of the requests.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfKind {
+    op: &'static str,
 }
 
 /// Labels of one family.
@@ -307,9 +315,25 @@ impl Collector for Scrape {
                 encoder.encode_descriptor(name, help, unit.as_ref(), MetricType::Gauge)?;
             metric.encode_gauge(&value)?;
         }
+        encode_requests(&mut encoder, &watch.progress().requests)?;
         encode_state(&mut encoder, report.state)?;
         encode_waits(&mut encoder, &watch.progress().waits.histogram())
     }
+}
+
+/// One series for each kind of request that came.
+fn encode_requests(encoder: &mut DescriptorEncoder<'_>, requests: &Requests) -> fmt::Result {
+    let help = "Requests of the kernel's";
+    let mut family = encoder.encode_descriptor("requests", help, None, MetricType::Counter)?;
+    for (kind, n) in requests.all() {
+        let labels = OfKind {
+            op: request_name(kind),
+        };
+        family
+            .encode_family(&labels)?
+            .encode_counter::<NoLabelSet, _, u64>(&n, None)?;
+    }
+    Ok(())
 }
 
 /// One series for each state, 1 for the one that is.
