@@ -64,12 +64,16 @@ pub fn parse_trace(text: &[u8]) -> Result<Vec<Traced>, String> {
     all.ok_or_else(|| "a record in it is none".to_owned())
 }
 
+/// The path of a file: the root is none.
+fn file(bytes: &[u8]) -> Option<RelPath> {
+    RelPath::from_bytes(bytes).filter(|path| !path.is_root())
+}
+
 fn record(bytes: &[u8]) -> Option<Traced> {
     let (kind, rest) = (bytes.get(..2)?, bytes.get(2..)?);
     match kind {
-        b"d " if rest.is_empty() => Some(Traced::Listed(RelPath::root())),
         b"d " => RelPath::from_bytes(rest).map(Traced::Listed),
-        b"f " => RelPath::from_bytes(rest).map(Traced::Opened),
+        b"f " => file(rest).map(Traced::Opened),
         b"r " => {
             let mut fields = rest.splitn(3, |b| *b == b' ');
             let mut number = || {
@@ -79,7 +83,7 @@ fn record(bytes: &[u8]) -> Option<Traced> {
                     .ok()
             };
             let (offset, len) = (number()?, number()?);
-            let path = RelPath::from_bytes(fields.next()?)?;
+            let path = file(fields.next()?)?;
             Some(Traced::Read(path, offset..offset.checked_add(len)?))
         }
         _ => None,
