@@ -466,6 +466,8 @@ fn limits_and_a_pause_stay_and_the_daemon_is_the_same_one() {
     }
     let w = World::on("ext4").over();
     nasty::ordinary(&w.src, 4, 4);
+    // So that the background is not done before it is paused.
+    fs::write(w.src.join("large"), bytes(6, 48 << 20)).unwrap();
     let m = w.mount_with(&["--bwlimit", "3M"], &[]);
     run(mirrorfs().arg("pause").arg(&m.at)).expect_code(0);
     run(mirrorfs().args(["set", "--jobs", "3"]).arg(&m.at)).expect_code(0);
@@ -501,6 +503,7 @@ fn limits_and_a_pause_stay_and_the_daemon_is_the_same_one() {
     );
     // Signals are heard as before.
     raw::kill(m.pid, libc::SIGUSR1);
+    run(mirrorfs().args(["set", "--bwlimit", "0"]).arg(&m.at)).expect_code(0);
     run(mirrorfs().arg("resume").arg(&m.at)).expect_code(0);
     m.finish();
     w.expect_finished_copy();
