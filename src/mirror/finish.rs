@@ -82,15 +82,20 @@ pub fn read_ledger(dst: &Path) -> Result<Vec<LedgerEntry>> {
     Ok(ledger::read(control.as_fd())?.0.into_values().collect())
 }
 
-/// Gives up what the ledger says of these paths of SRC, without a daemon; how many entries.
-pub fn accept_offline(dst: &Path, paths: &[RelPath]) -> Result<usize> {
-    let root = open_root(dst)?;
-    let control = Control::existing(dst, root.as_fd())?.ok_or_else(|| {
+/// The control directory of a DST without a daemon.
+fn control_of(dst: &Path, root: BorrowedFd<'_>) -> Result<Control> {
+    Control::existing(dst, root)?.ok_or_else(|| {
         Error::Unusable(format!(
             "\"{}\" is not the DST of a migration",
             dst.display()
         ))
-    })?;
+    })
+}
+
+/// Gives up what the ledger says of these paths of SRC, without a daemon; how many entries.
+pub fn accept_offline(dst: &Path, paths: &[RelPath]) -> Result<usize> {
+    let root = open_root(dst)?;
+    let control = control_of(dst, root.as_fd())?;
     let ledger = Ledger::open(control.dir.as_fd())?;
     let accepted = paths.iter().map(|p| ledger.accept(p)).sum();
     ledger.sync(control.dir.as_fd())?;
@@ -100,12 +105,7 @@ pub fn accept_offline(dst: &Path, paths: &[RelPath]) -> Result<usize> {
 /// Finishes a migration that has no daemon. DST without one is refused.
 pub fn finish_offline(dst: &Path, accept_loss: bool) -> Result<()> {
     let root = open_root(dst)?;
-    let control = Control::existing(dst, root.as_fd())?.ok_or_else(|| {
-        Error::Unusable(format!(
-            "\"{}\" is not the DST of a migration",
-            dst.display()
-        ))
-    })?;
+    let control = control_of(dst, root.as_fd())?;
     let mark = mark_of(&control.identity);
     let ledger = Ledger::open(control.dir.as_fd())?;
     Finisher {

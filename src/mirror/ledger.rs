@@ -112,26 +112,12 @@ impl Ledger {
 
     /// Records a failure of a path's data or names.
     pub fn record(&self, path: &RelPath, error: &Error) {
-        self.add(entry(
-            path,
-            error.side(),
-            error.what(),
-            error.errno(),
-            error.to_string(),
-            true,
-        ));
+        self.add(failure_of(path, error));
     }
 
     /// Records bytes of a file that src cannot give.
     pub fn record_ranges(&self, path: &RelPath, error: &Error, bad: &[Range<u64>]) {
-        let mut new = entry(
-            path,
-            error.side(),
-            error.what(),
-            error.errno(),
-            error.to_string(),
-            true,
-        );
+        let mut new = failure_of(path, error);
         new.ranges = bad.iter().map(|r| (r.start, r.end)).collect();
         self.add(new);
     }
@@ -285,6 +271,11 @@ pub fn read(control: BorrowedFd<'_>) -> Result<(Entries, usize)> {
         }
     }
     Ok((entries, lines))
+}
+
+fn failure_of(path: &RelPath, error: &Error) -> LedgerEntry {
+    let (side, what, errno) = (error.side(), error.what(), error.errno());
+    entry(path, side, what, errno, error.to_string(), true)
 }
 
 fn entry(

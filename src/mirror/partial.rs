@@ -126,6 +126,35 @@ impl Drop for Claimed<'_> {
 }
 
 impl Partial {
+    /// Nothing is here yet; `clean`: dst's directory is empty.
+    fn new(
+        ino: Ino,
+        anchor: Anchor,
+        origin: Arc<RelPath>,
+        clean: bool,
+        default_acl: Option<Vec<u8>>,
+    ) -> Partial {
+        Partial {
+            ino,
+            anchor,
+            origin,
+            clean: AtomicBool::new(clean),
+            unmarked: AtomicBool::new(false),
+            kept: AtomicBool::new(false),
+            large: AtomicBool::new(false),
+            asked: AtomicU64::new(0),
+            names: Mutex::new(Names {
+                all: HashMap::new(),
+                busy: 0,
+                closed: false,
+                times: None,
+                default_acl,
+                carried: Carried::default(),
+            }),
+            free: Condvar::new(),
+        }
+    }
+
     /// True while everything in dst is in the table of names.
     pub(super) fn is_clean(&self) -> bool {
         self.clean.load(Ordering::Relaxed)
@@ -382,25 +411,8 @@ impl Mirror {
         let origin = dir.origin.clone().ok_or_else(|| no_origin(&shown))?;
         let clean = is_empty(dir.ino, opened).on("getdents64", Side::Dst, &shown)?;
         let default_acl = take_default_acl(opened).on("removexattr", Side::Dst, &shown)?;
-        let partial = Arc::new(Partial {
-            ino: dir.ino,
-            anchor: dir.anchor.clone(),
-            origin,
-            clean: AtomicBool::new(clean),
-            unmarked: AtomicBool::new(false),
-            kept: AtomicBool::new(false),
-            large: AtomicBool::new(false),
-            asked: AtomicU64::new(0),
-            names: Mutex::new(Names {
-                all: HashMap::new(),
-                busy: 0,
-                closed: false,
-                times: None,
-                default_acl,
-                carried: Carried::default(),
-            }),
-            free: Condvar::new(),
-        });
+        let partial = Partial::new(dir.ino, dir.anchor.clone(), origin, clean, default_acl);
+        let partial = Arc::new(partial);
         self.partials
             .table
             .lock()
@@ -451,25 +463,8 @@ mod tests {
     fn partial() -> Partial {
         let root = tempfile::tempdir().expect("a directory");
         let dst = Arc::new(crate::sys::host::open_dir(root.path()).expect("opens"));
-        Partial {
-            ino: 7,
-            anchor: Anchor::root(&dst, true).expect("an anchor"),
-            origin: Arc::new(RelPath::root()),
-            clean: AtomicBool::new(true),
-            unmarked: AtomicBool::new(false),
-            kept: AtomicBool::new(false),
-            large: AtomicBool::new(false),
-            asked: AtomicU64::new(0),
-            names: Mutex::new(Names {
-                all: HashMap::new(),
-                busy: 0,
-                closed: false,
-                times: None,
-                default_acl: None,
-                carried: Carried::default(),
-            }),
-            free: Condvar::new(),
-        }
+        let anchor = Anchor::root(&dst, true).expect("an anchor");
+        Partial::new(7, anchor, Arc::new(RelPath::root()), true, None)
     }
 
     fn name(text: &str) -> Name {

@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use rustix::mount::{MountPropagationFlags, UnmountFlags};
 use rustix::process::{Resource, Rlimit};
 
-use crate::compare::{self, Manifest};
+use crate::compare::{self, Ignore, Manifest};
 use crate::raw;
 
 /// The longest that one command or one step of waiting may take.
@@ -529,6 +529,21 @@ impl World {
     pub(crate) fn expect_finished_copy(&self) {
         self.expect_no_trace();
         compare::expect_equal(&compare::manifest(&self.src), &compare::manifest(&self.dst));
+    }
+
+    /// Fails the test unless dst is what a plain tree became by the same operations, times of what was
+    /// changed just now aside.
+    #[track_caller]
+    pub(crate) fn expect_same_tree(&self, plain: &Path) {
+        let ignore = Ignore {
+            recent_mtime: true,
+            ..Ignore::default()
+        };
+        compare::expect_equal_with(
+            &compare::manifest(plain),
+            &compare::manifest(&self.dst),
+            ignore,
+        );
     }
 
     /// Fails the test if dst shows that the program was there.
