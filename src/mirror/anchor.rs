@@ -286,13 +286,34 @@ impl Names {
 /// A name in an open directory.
 pub(super) type Entry<'a> = (&'a Node, BorrowedFd<'a>, &'a Name);
 
+/// What a name means that is about to go.
+fn leaving(dir: BorrowedFd<'_>, name: &Name) -> Option<OwnedFd> {
+    fd::open_at(dir, name, OFlags::PATH | OFlags::NOFOLLOW).ok()
+}
+
 impl Mirror {
+    /// What has no name any more, and the kernel holds, stays until it is forgotten. Somebody may be
+    /// about to open it; and a new inode with its number would make the kernel call the old one bad:
+    /// EIO for him.
+    fn keep_while_held(&self, gone: Option<OwnedFd>) {
+        let Some(gone) = gone else { return };
+        if let Ok(stat) = stat::stat_fd(gone.as_fd())
+            && stat.nlink == 0
+            && let Some(node) = self.nodes.find(stat.key.ino)
+        {
+            node.keep(gone);
+        }
+    }
+
     /// unlinkat(2) of a name in dst.
     pub(super) fn unlink_at(&self, at: Entry<'_>, flags: AtFlags) -> Result<(), Errno> {
         let (node, dir, name) = at;
         let unlink = || rustix::fs::unlinkat(dir, name.as_cstr(), flags);
         let Anchor::Named(parent) = &node.anchor else {
-            return unlink();
+            let gone = leaving(dir, name);
+            unlink()?;
+            self.keep_while_held(gone);
+            return Ok(());
         };
         let _moving = parent.names.moving.write();
         let gone = parent.names.leaving(dir, name);
@@ -316,7 +337,10 @@ impl Mirror {
             rustix::fs::renameat_with(from_dir, from, to_dir, to, flags)
         };
         let (Anchor::Named(from_in), Anchor::Named(to_in)) = (&from.0.anchor, &to.0.anchor) else {
-            return rename();
+            let gone = leaving(to_dir, to_name);
+            rename()?;
+            self.keep_while_held(gone);
+            return Ok(());
         };
         let names = &from_in.names;
         let _moving = names.moving.write();

@@ -104,6 +104,8 @@ pub struct Node {
     /// For a directory also the way to the root.
     place: Mutex<Option<Place>>,
     lookups: AtomicU64,
+    /// The inode, open, since its last name went.
+    kept: Mutex<Option<OwnedFd>>,
 }
 
 impl Node {
@@ -124,7 +126,14 @@ impl Node {
             origin: RwLock::new(origin),
             place: Mutex::new(place),
             lookups: AtomicU64::new(0),
+            kept: Mutex::new(None),
         }
+    }
+
+    /// Its last name has gone. It stays, and its number its own, for as long as the kernel holds it.
+    pub(super) fn keep(&self, inode: OwnedFd) {
+        let before = self.kept.lock().replace(inode);
+        drop(before); // Closed without the lock.
     }
 
     /// What its mark says.

@@ -24,7 +24,7 @@ use crate::raw;
 const NOT_YET: Duration = Duration::from_millis(700);
 
 /// A view of `real` that misbehaves on demand, at `at`.
-struct BadSrc {
+pub(crate) struct BadSrc {
     real: PathBuf,
     at: PathBuf,
     ctl: PathBuf,
@@ -45,7 +45,7 @@ impl BadSrc {
 
     /// Mounts the view. Rules come after `--rule`.
     #[track_caller]
-    fn start(&mut self, rules: &[&str]) {
+    pub(crate) fn start(&mut self, rules: &[&str]) {
         let script = kit("badsrc.py").unwrap();
         let mut command = Command::new("python3");
         command.arg(script).arg(&self.real).arg(&self.at);
@@ -63,7 +63,7 @@ impl BadSrc {
 
     /// One of its commands: `add RULE`, `del N`, `release`, ...
     #[track_caller]
-    fn tell(&self, command: &str) -> String {
+    pub(crate) fn tell(&self, command: &str) -> String {
         let mut stream = UnixStream::connect(&self.ctl).unwrap();
         stream.write_all(command.as_bytes()).unwrap();
         stream.shutdown(std::net::Shutdown::Write).unwrap();
@@ -92,7 +92,7 @@ impl BadSrc {
         rustix::mount::unmount(&self.at, UnmountFlags::DETACH).unwrap();
     }
 
-    fn write(&self, name: &str, data: &[u8]) {
+    pub(crate) fn write(&self, name: &str, data: &[u8]) {
         let path = self.real.join(name);
         fs::create_dir_all(path.parent().unwrap()).unwrap();
         fs::write(path, data).unwrap();
@@ -108,7 +108,7 @@ impl Drop for BadSrc {
 }
 
 /// A bad source with a tree, and a world whose src it is.
-fn world(fill: impl FnOnce(&BadSrc)) -> Option<(BadSrc, World)> {
+pub(crate) fn world(fill: impl FnOnce(&BadSrc)) -> Option<(BadSrc, World)> {
     let able = can_mount_on("ext4")
         && need(kit("badsrc.py").is_some(), "badsrc.py of the test kit")
         && need(find_program("python3").is_some(), "python3");
@@ -123,7 +123,9 @@ fn world(fill: impl FnOnce(&BadSrc)) -> Option<(BadSrc, World)> {
 }
 
 /// Does something in a thread; the answer comes when it comes.
-fn apart<T: Send + 'static>(act: impl FnOnce() -> T + Send + 'static) -> mpsc::Receiver<T> {
+pub(crate) fn apart<T: Send + 'static>(
+    act: impl FnOnce() -> T + Send + 'static,
+) -> mpsc::Receiver<T> {
     let (tell, told) = mpsc::channel();
     thread::spawn(move || {
         // A test that has failed does not listen any more.
@@ -132,7 +134,7 @@ fn apart<T: Send + 'static>(act: impl FnOnce() -> T + Send + 'static) -> mpsc::R
     told
 }
 
-fn read_apart(path: PathBuf) -> mpsc::Receiver<io::Result<Vec<u8>>> {
+pub(crate) fn read_apart(path: PathBuf) -> mpsc::Receiver<io::Result<Vec<u8>>> {
     apart(move || fs::read(path))
 }
 

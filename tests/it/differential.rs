@@ -360,14 +360,14 @@ fn random_op(r: &mut Random, as_root: bool) -> Op {
 }
 
 /// One of the two sides: a root and its open handles.
-struct Side {
+pub(crate) struct Side {
     root: PathBuf,
     open: [Option<OwnedFd>; SLOTS],
     start: i64,
 }
 
 impl Side {
-    fn new(root: &Path) -> Side {
+    pub(crate) fn new(root: &Path) -> Side {
         let now = SystemTime::now()
             .duration_since(SystemTime::UNIX_EPOCH)
             .unwrap();
@@ -376,6 +376,15 @@ impl Side {
             root: root.to_owned(),
             open,
             start: now.as_secs() as i64 - 10,
+        }
+    }
+
+    /// A tree as random operations of root's leave it.
+    pub(crate) fn fill(&mut self, seed: u64, ops: u64) {
+        let mut random = Random::new(seed);
+        for i in 0..ops {
+            let op = random_op(&mut random, true);
+            let _ = self.apply(&op, i); // Whatever it leaves.
         }
     }
 
@@ -598,7 +607,7 @@ impl Side {
 }
 
 /// Runs `ops` operations on both sides; they must never tell two stories.
-fn run_both(seed: u64, ops: u64, as_root: bool, a: &mut Side, b: &mut Side) {
+pub(crate) fn run_both(seed: u64, ops: u64, as_root: bool, a: &mut Side, b: &mut Side) {
     let mut random = Random::new(seed);
     let mut past = Vec::new();
     for i in 0..ops {

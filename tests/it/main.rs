@@ -10,6 +10,7 @@ mod badsource;
 mod bench;
 mod cli;
 mod compare;
+mod concurrent;
 mod control;
 mod crash;
 mod differential;
