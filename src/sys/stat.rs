@@ -132,9 +132,11 @@ pub fn stat_at(dir: BorrowedFd<'_>, name: &CStr) -> Result<Stat> {
     rustix::fs::statx(dir, name, flags, want()).map(|x| from_statx(&x))
 }
 
-/// The inode at an absolute path, symlinks followed (SRC and DST as the user wrote them).
+/// The inode at an absolute path, symlinks followed, as the kernel remembers it: no server is asked.
+/// A FUSE daemon that asked itself, and was killed meanwhile, could never end.
 pub fn stat_path(path: &std::path::Path) -> Result<Stat> {
-    rustix::fs::statx(rustix::fs::CWD, path, AtFlags::empty(), want()).map(|x| from_statx(&x))
+    let flags = AtFlags::STATX_DONT_SYNC;
+    rustix::fs::statx(rustix::fs::CWD, path, flags, want()).map(|x| from_statx(&x))
 }
 
 /// The mount that an open fd came through, by a number that is not used again while the machine

@@ -17,6 +17,7 @@ use mirrorfs::sys::fault::POINTS;
 use crate::compare::{self, Ignore};
 use crate::fixture::{
     CONTROL, LARGE, LIMIT, LoopFs, MARK, Mounted, World, bytes, can_mount_on, mirrorfs, need, run,
+    wait_dead,
 };
 use crate::nasty::{self, At};
 use crate::raw;
@@ -440,5 +441,25 @@ fn after_a_kill_nothing_that_was_durable_is_copied_again() {
             "{} was touched again",
             compare::show(path)
         );
+    }
+}
+
+/// A daemon that waits for itself when it is killed never ends: its /dev/fuse stays open. It takes its
+/// mount off when it is told to end, so a kill soon after that must find it waiting for nobody.
+#[test]
+fn a_kill_soon_after_the_end_was_asked_for_ends_the_daemon() {
+    if !can_mount_on("ext4") {
+        return;
+    }
+    let w = World::on("ext4");
+    fs::write(w.src.join("file"), b"file").unwrap();
+    for round in 0..12 {
+        let mut m = w.mount_lazy();
+        assert_eq!(fs::read(m.path("file")).unwrap(), b"file");
+        raw::kill(m.pid, libc::SIGTERM);
+        std::thread::sleep(Duration::from_micros(round * 150));
+        raw::kill(m.pid, libc::SIGKILL);
+        assert!(m.wait_exit(LIMIT).is_some(), "round {round}");
+        wait_dead(&w.at);
     }
 }
