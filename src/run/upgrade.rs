@@ -1,6 +1,7 @@
 //! Upgrade: another program in the place of the daemon, while its mount is in use.
 //!
-//!   asked     `mirrorfs upgrade`: the new program says that it knows this state, and runs here at all
+//!   asked     `mirrorfs upgrade`: the new program runs here, knows this version of the state, and can read
+//!             the state as it is at this moment
 //!   held      no request is in work, nothing of a mark is only in memory (`Mirror::freeze`)
 //!   written   everything the kernel relies on, as JSON in a memory file
 //!   execve    same process, same fds for /dev/fuse, open files, both roots, lock and socket
@@ -12,8 +13,8 @@
 use std::cell::{Cell, RefCell};
 use std::ffi::{CString, OsStr, OsString};
 use std::fs::File;
-use std::io::{BufReader, BufWriter, Seek, Write};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+use std::io::{BufRead, BufReader, BufWriter, Seek, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -100,7 +101,7 @@ pub(super) fn called(words: &[OsString]) -> Option<ExitCode> {
             let known = number(2) == i32::try_from(VERSION).ok();
             // It has what execve leaves of the daemon's privileges.
             let can = caps::have_sys_admin() && caps::have_read_search();
-            Some(ExitCode::from(match known && can {
+            Some(ExitCode::from(match known && can && understands() {
                 true => exit::DONE,
                 false => exit::FAILURE,
             }))
@@ -111,6 +112,17 @@ pub(super) fn called(words: &[OsString]) -> Option<ExitCode> {
             Some(ExitCode::from(take_over(state, old, reason)))
         }
         _ => None,
+    }
+}
+
+/// Whether what the daemon would leave makes sense to this program: it comes through stdin. Nothing
+/// comes from one that could not write it while users are served.
+fn understands() -> bool {
+    let mut state = BufReader::with_capacity(1 << 20, std::io::stdin().lock());
+    match state.fill_buf().map(<[u8]>::is_empty) {
+        Ok(true) => true,
+        Ok(false) => serde_json::from_reader(state).is_ok_and(|s: Saved| s.version == VERSION),
+        Err(_) => false,
     }
 }
 
@@ -151,7 +163,7 @@ pub(super) struct Served<'a> {
 impl Served<'_> {
     /// Lets another program take over. It comes back only with why not; then all is as before.
     pub(super) fn hand_over(&self, binary: Option<&Path>, client: BorrowedFd<'_>) -> Failure {
-        match self.prepare(binary) {
+        match self.prepare(binary, client) {
             Err(failure) => failure,
             Ok(binary) => {
                 tracing::info!("upgrade to {}", quoted(&binary));
@@ -177,7 +189,7 @@ impl Served<'_> {
     }
 
     /// Everything that can be known while users are served.
-    fn prepare(&self, binary: Option<&Path>) -> Result<PathBuf, Failure> {
+    fn prepare(&self, binary: Option<&Path>, client: BorrowedFd<'_>) -> Result<PathBuf, Failure> {
         let refuse = |line: &str| Failure::new(exit::FAILURE, format!("upgrade: {line}"));
         let cannot = self.session.cannot_hand_over();
         if let Some(line) = cannot.or_else(|| self.mirror.cannot_hand_over()) {
@@ -204,7 +216,12 @@ impl Served<'_> {
         if inside(&self.config.log_file) {
             return Err(refuse("the log is on this mount, which waits for it"));
         }
-        check(&binary).map_err(|e| refuse(&format!("{shown}: {e}")))?;
+        // As it is now: users are served, so it may be impossible, and it is not what is handed over.
+        let draft = self.write(client, Background::Off, |fd| Ok(fd.as_raw_fd()));
+        let draft = draft
+            .map(|(state, _)| state)
+            .inspect_err(|e| tracing::debug!("draft: {e}"));
+        check(&binary, draft.ok()).map_err(|e| refuse(&format!("{shown}: {e}")))?;
         Ok(binary)
     }
 
@@ -282,11 +299,18 @@ fn own_binary() -> std::io::Result<PathBuf> {
     Ok(PathBuf::from(OsStr::from_bytes(bytes)))
 }
 
-/// Asks a program whether it could take over.
-fn check(binary: &Path) -> Result<(), String> {
+/// Asks a program whether it could take over; it reads the state of this moment from its stdin.
+fn check(binary: &Path, draft: Option<File>) -> Result<(), String> {
+    let stdin = match draft {
+        Some(mut state) => {
+            state.rewind().map_err(|e| format!("state: {e}"))?;
+            Stdio::from(state)
+        }
+        None => Stdio::null(),
+    };
     let mut child = Command::new(binary)
         .args([CHECK, &VERSION.to_string()])
-        .stdin(Stdio::null())
+        .stdin(stdin)
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .spawn()

@@ -291,6 +291,11 @@ fn no_operation_fails_while_the_program_is_replaced_twenty_times_on_ext4() {
 }
 
 #[test]
+fn no_operation_fails_while_the_program_is_replaced_twenty_times_on_xfs() {
+    on_many_users("xfs");
+}
+
+#[test]
 fn no_operation_fails_while_the_program_is_replaced_twenty_times_on_btrfs() {
     on_many_users("btrfs");
 }
@@ -418,6 +423,24 @@ fn a_program_that_cannot_take_over_changes_nothing() {
         (not_executable, "exec: "),
         (script(&w, "old", "#!/bin/sh\nexit 2\n"), "cannot take over"),
         (
+            // One that knows another version of the state.
+            script(
+                &w,
+                "other version",
+                &format!("#!/bin/sh\nexec {own} \"$1\" 999\n"),
+            ),
+            "cannot take over",
+        ),
+        (
+            // One of the same version to which what is handed over makes no sense.
+            script(
+                &w,
+                "other shape",
+                &format!("#!/bin/sh\nsed 's/\"nodes\":/\"inodes\":/' | {own} \"$@\"\n"),
+            ),
+            "cannot take over",
+        ),
+        (
             script(&w, "slow", "#!/bin/sh\nexec sleep 1000\n"),
             "does not say",
         ),
@@ -444,6 +467,10 @@ fn a_program_that_cannot_take_over_changes_nothing() {
         let out = try_upgrade(&m, &binary).expect_code(1);
         assert!(out.err.contains(why), "{why}: {}\n{}", out.err, m.log());
         assert_eq!(out.err.lines().count(), 1, "{}", out.err);
+        // These are told so before anything is held; they come before those that are believed.
+        if why == "cannot take over" {
+            assert!(!m.log().contains("upgrade to"), "{}", m.log());
+        }
         assert_eq!(fs::read(m.path("a/other")).unwrap(), bytes(2000, 2000));
         fs::write(m.path("new"), why).unwrap();
     }
