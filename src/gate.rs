@@ -8,10 +8,9 @@
 
 use std::cell::Cell;
 use std::marker::PhantomData;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
-use parking_lot::{Condvar, Mutex};
+use crate::locks::{self, AtomicBool, AtomicUsize, Condvar, Mutex, Ordering::SeqCst};
 
 /// What a gate is in front of. A thread may be inside both.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -22,9 +21,15 @@ pub enum Place {
     Marks,
 }
 
-thread_local! {
-    /// How often this thread is inside each of them.
-    static DEPTH: [Cell<u32>; 2] = const { [Cell::new(0), Cell::new(0)] };
+// loom's macro takes no `const`.
+#[allow(clippy::missing_const_for_thread_local)]
+mod inside {
+    use super::{Cell, locks};
+
+    locks::thread_local! {
+        /// How often this thread is inside each of them.
+        pub(super) static DEPTH: [Cell<u32>; 2] = [Cell::new(0), Cell::new(0)];
+    }
 }
 
 type Work = Box<dyn FnOnce() + Send>;
@@ -67,7 +72,7 @@ impl Gate {
 
     /// Changes how often this thread is inside.
     fn depth(&self, change: impl FnOnce(u32) -> u32) -> u32 {
-        DEPTH.with(|depth| {
+        inside::DEPTH.with(|depth| {
             let cell = &depth[self.place as usize];
             cell.set(change(cell.get()));
             cell.get()
@@ -76,7 +81,9 @@ impl Gate {
 
     fn leave(&self) {
         // SeqCst here and in `close`: whoever closes sees us, or we see that it is closed.
-        if self.inside.fetch_sub(1, SeqCst) == 1 && self.closed.load(SeqCst) {
+        let last = self.inside.fetch_sub(1, SeqCst) == 1;
+        locks::in_order();
+        if last && self.closed.load(SeqCst) {
             drop(self.aside.lock());
             self.changed.notify_all();
         }
@@ -85,6 +92,7 @@ impl Gate {
     fn try_enter(&self) -> Option<Inside<'_>> {
         if self.depth(|d| d) == 0 {
             self.inside.fetch_add(1, SeqCst);
+            locks::in_order();
             if self.closed.load(SeqCst) {
                 self.leave();
                 return None;
@@ -128,6 +136,7 @@ impl Gate {
     pub fn close(&self, patience: Duration) -> bool {
         let end = Instant::now() + patience;
         self.closed.store(true, SeqCst);
+        locks::in_order();
         let mut aside = self.aside.lock();
         while self.inside.load(SeqCst) > 0 {
             if self.changed.wait_until(&mut aside, end).timed_out() {
@@ -149,78 +158,5 @@ impl Gate {
         for one in work {
             self.pass(one);
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use std::sync::Arc;
-
-    #[test]
-    fn who_closes_waits_for_who_is_inside_and_holds_who_comes() {
-        let gate = Gate::new(Place::Requests);
-        let inside = gate.enter();
-        let again = gate.enter();
-        assert!(!gate.close(Duration::from_millis(5)), "we are inside");
-        drop(again);
-        std::thread::scope(|scope| {
-            let closing = scope.spawn(|| gate.close(Duration::from_secs(10)));
-            while !gate.closed.load(SeqCst) {
-                std::thread::yield_now();
-            }
-            assert!(!closing.is_finished());
-            drop(gate.enter()); // Inside already: it does not wait.
-            drop(inside);
-            assert!(closing.join().expect("no panic"));
-            let late = scope.spawn(|| drop(gate.enter()));
-            std::thread::sleep(Duration::from_millis(20));
-            assert!(!late.is_finished());
-            gate.open();
-            late.join().expect("no panic");
-        });
-    }
-
-    #[test]
-    fn what_passes_a_closed_gate_is_done_when_it_opens_once() {
-        let gate = Gate::new(Place::Marks);
-        let count = Arc::new(AtomicUsize::new(0));
-        let add = || {
-            let count = Arc::clone(&count);
-            move || {
-                count.fetch_add(1, SeqCst);
-            }
-        };
-        gate.pass(add());
-        assert!(gate.close(Duration::ZERO));
-        gate.pass(add());
-        assert_eq!(count.load(SeqCst), 1);
-        gate.open();
-        gate.pass(add());
-        assert_eq!(count.load(SeqCst), 3);
-    }
-
-    #[test]
-    fn nobody_is_inside_while_it_is_closed_however_many_come() {
-        let (gate, busy) = (Gate::new(Place::Requests), AtomicUsize::new(0));
-        let done = AtomicBool::new(false);
-        std::thread::scope(|scope| {
-            for _ in 0..4 {
-                scope.spawn(|| {
-                    while !done.load(SeqCst) {
-                        let _inside = gate.enter();
-                        busy.fetch_add(1, SeqCst);
-                        std::hint::spin_loop();
-                        busy.fetch_sub(1, SeqCst);
-                    }
-                });
-            }
-            for _ in 0..500 {
-                assert!(gate.close(Duration::from_secs(10)));
-                assert_eq!(busy.load(SeqCst), 0);
-                gate.open();
-            }
-            done.store(true, SeqCst);
-        });
     }
 }

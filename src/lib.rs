@@ -10,6 +10,7 @@ pub mod config;
 pub mod crew;
 pub mod error;
 pub mod gate;
+mod locks;
 pub mod progress;
 pub mod ranges;
 pub mod throttle;

@@ -1,7 +1,8 @@
-//! The engine's queue and bells in every order in which threads may run.
+//! The engine's queue and bells, the gates of an upgrade and the table of populates, in every order in
+//! which threads may run.
 //!
-//! The sources are the engine's own; only what they are made of (`engine/sync.rs`) is loom's here.
-//! A lost wake-up is a deadlock, and loom finds that.
+//! The sources are the program's own; only what they are made of (`engine/sync.rs`, `locks.rs`) is
+//! loom's here. A lost wake-up is a deadlock, and loom finds that.
 //!
 //!     make loom
 
@@ -17,6 +18,28 @@ mod bell;
 mod queue;
 mod job {
     pub use mirrorfs::engine::job::Priority;
+}
+#[path = "../src/gate.rs"]
+mod gate;
+#[path = "../src/mirror/running.rs"]
+mod running;
+mod node {
+    pub use mirrorfs::mirror::Ino;
+}
+mod populate {
+    pub type Waiter = Box<dyn FnOnce(mirrorfs::error::Result<()>) + Send>;
+}
+
+/// `locks.rs` with loom's parts.
+mod locks {
+    pub use loom::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+    pub use loom::thread_local;
+
+    pub use crate::sync::{Condvar, Mutex};
+
+    pub fn in_order() {
+        loom::sync::atomic::fence(Ordering::SeqCst);
+    }
 }
 
 /// `engine/sync.rs` with loom's parts, under the names and with the signatures of parking_lot.
@@ -37,6 +60,12 @@ mod sync {
 
         pub fn lock(&self) -> Guard<'_, T> {
             Guard(Some(self.0.lock().unwrap()))
+        }
+    }
+
+    impl<T: Default> Default for Mutex<T> {
+        fn default() -> Mutex<T> {
+            Mutex::new(T::default())
         }
     }
 
@@ -65,8 +94,22 @@ mod sync {
             guard.0 = Some(self.0.wait(inner).unwrap());
         }
 
+        /// Nobody is ever out of patience here: who is not woken stays.
+        pub fn wait_until<T>(&self, guard: &mut Guard<'_, T>, _: std::time::Instant) -> Woken {
+            self.wait(guard);
+            Woken
+        }
+
         pub fn notify_all(&self) {
             self.0.notify_all();
+        }
+    }
+
+    pub struct Woken;
+
+    impl Woken {
+        pub fn timed_out(&self) -> bool {
+            false
         }
     }
 
@@ -94,9 +137,11 @@ mod sync {
 }
 
 use bell::{Bell, Room, wake_one};
+use gate::{Gate, Place};
 use job::Priority::{self, Background, Demand};
 use queue::Queue;
-use sync::Signal;
+use running::{Extent, Populates};
+use sync::{AtomicUsize, Ordering, Signal};
 
 /// What workers share: the queue, and a bell each.
 struct Shared {
@@ -244,5 +289,110 @@ fn the_stop_wakes_everybody_and_loses_nothing() {
         all.extend(worker.join().unwrap());
         all.sort_unstable();
         assert_eq!(all, [1, 2], "each ends once");
+    });
+}
+
+/// How long somebody waits at a gate: for ever.
+const PATIENCE: std::time::Duration = std::time::Duration::from_secs(1);
+
+#[test]
+fn nobody_is_inside_a_closed_gate_and_everybody_gets_in_when_it_opens() {
+    model(|| {
+        let gate = Arc::new(Gate::new(Place::Requests));
+        let inside = Arc::new(AtomicUsize::new(0));
+        let users: Vec<_> = (0..2)
+            .map(|_| {
+                let (gate, inside) = (Arc::clone(&gate), Arc::clone(&inside));
+                thread::spawn(move || {
+                    let _first = gate.enter();
+                    let _again = gate.enter(); // Who is inside never waits.
+                    inside.fetch_add(1, Ordering::SeqCst);
+                    inside.fetch_sub(1, Ordering::SeqCst);
+                })
+            })
+            .collect();
+        assert!(gate.close(PATIENCE));
+        assert_eq!(inside.load(Ordering::SeqCst), 0);
+        thread::yield_now();
+        assert_eq!(inside.load(Ordering::SeqCst), 0);
+        gate.open();
+        users.into_iter().for_each(|u| u.join().unwrap());
+    });
+}
+
+#[test]
+fn what_passes_a_gate_is_done_once_and_never_while_it_is_closed() {
+    model(|| {
+        let gate = Arc::new(Gate::new(Place::Requests));
+        let done = Arc::new(AtomicUsize::new(0));
+        let held = Arc::new(AtomicUsize::new(0));
+        let user = thread::spawn({
+            let (gate, done, held) = (Arc::clone(&gate), Arc::clone(&done), Arc::clone(&held));
+            move || {
+                gate.pass(move || {
+                    assert_eq!(held.load(Ordering::SeqCst), 0);
+                    done.fetch_add(1, Ordering::SeqCst);
+                });
+            }
+        });
+        assert!(gate.close(PATIENCE));
+        held.store(1, Ordering::SeqCst);
+        held.store(0, Ordering::SeqCst);
+        gate.open();
+        user.join().unwrap();
+        assert_eq!(done.load(Ordering::SeqCst), 1);
+    });
+}
+
+/// Two who want a directory and one who populates it for nobody: as populate.rs does it.
+#[test]
+fn one_populate_runs_at_a_time_and_every_waiter_is_told_once() {
+    model(|| {
+        let all = Arc::new(Populates::default());
+        let (running, told) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+        let run = {
+            let (all, running) = (Arc::clone(&all), Arc::clone(&running));
+            move |extent| {
+                let alone = |all: &Populates, step: fn(&Populates, Extent) -> bool| {
+                    assert_eq!(running.fetch_add(1, Ordering::SeqCst), 0, "two at a time");
+                    running.fetch_sub(1, Ordering::SeqCst);
+                    step(all, extent)
+                };
+                // It turns out to be large.
+                if alone(&all, |all, extent| all.goes_on(7, extent)) {
+                    all.takes_long(7);
+                    let waiters = alone(&all, |_, _| true).then(|| all.take(7));
+                    waiters.into_iter().flatten().for_each(|w| w(Ok(())));
+                }
+            }
+        };
+        let waiter = |told: &Arc<AtomicUsize>| -> populate::Waiter {
+            let told = Arc::clone(told);
+            Box::new(move |_| {
+                told.fetch_add(1, Ordering::SeqCst);
+            })
+        };
+        let nobody = thread::spawn({
+            let (all, run) = (Arc::clone(&all), run.clone());
+            move || {
+                if all.begin(7) {
+                    run(Extent::UnlessLarge);
+                }
+            }
+        });
+        let lister = thread::spawn({
+            let (all, run, told) = (Arc::clone(&all), run.clone(), Arc::clone(&told));
+            move || match all.join_to_list(7, waiter(&told)) {
+                Ok(true) => {}
+                Ok(false) => run(Extent::Whole),
+                Err(waiter) => waiter(Ok(())),
+            }
+        });
+        if !all.join(7, waiter(&told)) {
+            run(Extent::Whole);
+        }
+        nobody.join().unwrap();
+        lister.join().unwrap();
+        assert_eq!(told.load(Ordering::SeqCst), 2);
     });
 }

@@ -9,10 +9,9 @@
 
 use std::collections::HashMap;
 
-use parking_lot::Mutex;
-
 use super::node::Ino;
 use super::populate::Waiter;
+use crate::locks::Mutex;
 
 /// How much of a directory is to be populated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -356,7 +356,10 @@ impl Mirror {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
+
     use super::*;
+    use crate::gate;
 
     #[test]
     fn any_bytes_survive_as_text() {
@@ -402,5 +405,72 @@ mod tests {
         assert_eq!(told(None).phase(), Phase::Unmarked);
         assert_eq!(told(Some(Stage::Landed)).phase(), Phase::Pending);
         assert_eq!(told(Some(Stage::Unmarked(1))).phase(), Phase::Unmarked);
+    }
+
+    // The gate's own file is tests/loom.rs' too, and has no tests in it.
+
+    #[test]
+    fn who_closes_waits_for_who_is_inside_and_holds_who_comes() {
+        let gate = Gate::new(gate::Place::Requests);
+        let inside = gate.enter();
+        let again = gate.enter();
+        assert!(!gate.close(Duration::from_millis(5)), "we are inside");
+        drop(again);
+        std::thread::scope(|scope| {
+            let closing = scope.spawn(|| gate.close(Duration::from_secs(10)));
+            std::thread::sleep(Duration::from_millis(20));
+            assert!(!closing.is_finished());
+            drop(gate.enter()); // Inside already: it does not wait.
+            drop(inside);
+            assert!(closing.join().expect("no panic"));
+            let late = scope.spawn(|| drop(gate.enter()));
+            std::thread::sleep(Duration::from_millis(20));
+            assert!(!late.is_finished());
+            gate.open();
+            late.join().expect("no panic");
+        });
+    }
+
+    #[test]
+    fn what_passes_a_closed_gate_is_done_when_it_opens_once() {
+        let gate = Gate::new(gate::Place::Marks);
+        let count = Arc::new(AtomicUsize::new(0));
+        let add = || {
+            let count = Arc::clone(&count);
+            move || {
+                count.fetch_add(1, SeqCst);
+            }
+        };
+        gate.pass(add());
+        assert!(gate.close(Duration::ZERO));
+        gate.pass(add());
+        assert_eq!(count.load(SeqCst), 1);
+        gate.open();
+        gate.pass(add());
+        assert_eq!(count.load(SeqCst), 3);
+    }
+
+    #[test]
+    fn nobody_is_inside_while_it_is_closed_however_many_come() {
+        let (gate, busy) = (Gate::new(gate::Place::Requests), AtomicUsize::new(0));
+        let done = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    while !done.load(SeqCst) {
+                        let _inside = gate.enter();
+                        busy.fetch_add(1, SeqCst);
+                        std::hint::spin_loop();
+                        busy.fetch_sub(1, SeqCst);
+                    }
+                });
+            }
+            for _ in 0..500 {
+                assert!(gate.close(Duration::from_secs(10)));
+                assert_eq!(busy.load(SeqCst), 0);
+                gate.open();
+            }
+            done.store(true, SeqCst);
+        });
     }
 }
