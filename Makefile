@@ -9,7 +9,7 @@ BIN := $(TARGET_DIR)/release/mirrorfs
 
 .DEFAULT_GOAL := help
 .PHONY: help setup build demo check test test-all loom asan fuzz bench bench-regress bench-baseline doc install dist dist-test clean \
-        pjdfstest fsx crash powercut nasty
+        pjdfstest fsx crash powercut nasty load coverage
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,7 +40,7 @@ test: setup check ## check, then every test that this machine can run (as root: 
 test-all: ## as test, and a test that cannot run here is a failure
 	MIRRORFS_TEST_ALL=1 $(MAKE) test
 
-loom: ## the engine's queue and bells in every order of threads (MIRRORFS_TEST_ALL=1: in more)
+loom: ## queue, bells, gates and populates in every order of threads (MIRRORFS_TEST_ALL=1: in more)
 	$(CARGO) test --locked --test loom
 
 # A tree of its own: with other flags everything would be built anew each time.
@@ -97,6 +97,14 @@ crash: build ## 100 kill -9 at random moments under a random workload (as root)
 nasty: build ## a tree with every awkward thing through mount and sync, on ext4, xfs, btrfs (as root)
 	MIRRORFS=$(abspath $(BIN)) scripts/nasty.sh
 
-powercut: build ## 200 power cuts on each of ext4, xfs, btrfs, of migrations and of sync (as root)
-	MIRRORFS=$(abspath $(BIN)) scripts/crash/powercut.sh
-	MIRRORFS=$(abspath $(BIN)) WHAT=sync scripts/crash/powercut.sh
+POWERCUT_STATES ?= 1000
+powercut: build ## power cuts on ext4, ext4 data=writeback, xfs, btrfs: 1,000 states each, of migrations, under programs, of sync (as root; hours)
+	for what in mount mix adopt huge sync; do \
+	  MIRRORFS=$(abspath $(BIN)) WHAT=$$what scripts/crash/powercut.sh $(POWERCUT_STATES) || exit 1; done
+
+LOAD_SECONDS ?= 300
+load: build ## many processes at work on a tree that is being pulled, on each file system and transport (as root)
+	MIRRORFS=$(abspath $(BIN)) python3 scripts/load.py --seconds $(LOAD_SECONDS)
+
+coverage: setup ## lines that the tests run, in the daemons too (as root)
+	scripts/coverage.sh

@@ -5,9 +5,16 @@
 #   WHAT=mount (the default; power.py): migrations. What had been promised by then holds: no synced write lost, nothing
 #       deleted back, no wrong byte, and the resumed migration ends in a tree equal to what it must be.
 #   WHAT=huge (huge-power.py): a huge directory of which some files are here and changed.
+#   WHAT=adopt (the same): one that is adopted from an earlier copy, and changed.
+#   WHAT=mix (mix-power.py): mail, SQLite, git and logs, all at once, while a migration runs. MIX="mail sql wal git log postgres"
+#       chooses; PLAIN=1 does it without mirrorfs.
 #   WHAT=sync (sync-power.py): `mirrorfs sync`. The same command once more makes dst equal to src, whatever was left.
-# Needs the test kit's powercut.py (MIRRORFS_KIT); FS="ext4 xfs" chooses, SECONDS_EACH=15 is the length of a recording,
-# SEED=1 the random seed, WORK=/dir a place with some GB.
+# A state is what was flushed and any part of what was not: none, all, a prefix, a random half, a random half with one
+# write torn, all but one, only one (the loop device has no FUA of its own: each such write is followed by a flush).
+# Needs the test kit's powercut.py (MIRRORFS_KIT). FS="ext4 ext4-writeback xfs btrfs" chooses, SECONDS_EACH=15 is the length
+# of a recording, EACH=50 how many states are made of one, POLICY=random,torn which, SEED=1 the random seed, WORK=/dir a place with some GB.
+# MIRRORFS_BREAK=D1 (with a program built with --features fault) breaks a rule of docs/DURABILITY.md: then there must be
+# bad states, and none is the failure.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 kit=${MIRRORFS_KIT:-$here/../../../shared/kit}
@@ -15,38 +22,53 @@ states=${1:-200}
 case ${WHAT:-mount} in
   mount) script=$here/power.py ;;
   huge) script=$here/huge-power.py ;;
+  adopt) script=$here/huge-power.py; export ADOPT=1 ;;
+  mix) script=$here/mix-power.py ;;
   sync) script=$here/sync-power.py ;;
-  *) echo "WHAT is mount, huge or sync" >&2; exit 2 ;;
+  *) echo "WHAT is mount, huge, adopt, mix or sync" >&2; exit 2 ;;
 esac
 [ -f "$kit/powercut.py" ] || { echo "no powercut.py: set MIRRORFS_KIT" >&2; exit 2; }
 work=${WORK:-$(mktemp -d "${TMPDIR:-/tmp}/mirrorfs-power.XXXXXX")}
 trap '[ -n "${WORK:-}" ] || rm -rf "$work"' EXIT
+chmod 755 "$work"       # PostgreSQL is not root
 bad=0
-for fs in ${FS:-ext4 xfs btrfs}; do
+options() {
+  case $1 in
+    ext4-writeback) echo "--mount-opts data=writeback" ;;
+    ext4-fast) echo "--mkfs-opts=-Ofast_commit" ;;
+  esac
+}
+for fs in ${FS:-ext4 ext4-writeback xfs btrfs}; do
   # Several recordings, so that not all states are moments of one story.
   left=$states seed=${SEED:-1} total=0
   while [ "$left" -gt 0 ]; do
-    n=$((left < 50 ? left : 50))
+    n=$((left < ${EACH:-50} ? left : ${EACH:-50}))
     rm -rf "$work/lab"
     mkdir -p "$work/lab"
     python3 "$script" prepare "$work/lab"
     start=$(date +%s)
-    SEED=$seed python3 "$kit/powercut.py" run --work "$work/w" --fs "$fs" --disk wlog --states "$n" --seed "$seed" \
-      --seconds "${SECONDS_EACH:-15}" --writer "exec python3 '$script' write '$work/lab'" \
+    SEED=$seed MIRRORFS_KIT=$kit python3 "$here/cut.py" run --work "$work/w" --fs "${fs%%-*}" $(options "$fs") --disk wlog --states "$n" --seed "$seed" \
+      --seconds "${SECONDS_EACH:-15}" --policy "${POLICY:-none,all,prefix,random,torn,but-one,one}" --writer "exec python3 '$script' write '$work/lab'" \
       --checker "exec python3 '$script' check '$work/lab'" | tee "$work/out" | grep -v '^[0-9]* states' || true
     line=$(grep '^[0-9]* states' "$work/out" || echo "0 states, 1 bad")
     b=$(echo "$line" | sed 's/.* \([0-9]*\) bad/\1/')
     count() { cat "$work/lab/$1" 2>/dev/null | wc -l; }
     case ${WHAT:-mount} in
-      huge) done="$(count log) lines of the log" ;;
+      mix) done="$(grep -c . "$work/w/acked" 2>/dev/null || true) promises before the last cut" ;;
+      huge | adopt) done="$(count log) lines of the log" ;;
       mount) done="$(count ops) operations" ;;
       sync) done="$(count hits) files that only looked complete after a cut" ;;
     esac
     echo "$fs: $line, seed $seed, $done, $(($(date +%s) - start)) s"
-    case "$line" in "0 states"*) bad=$((bad + 1)); break ;; esac
+    case "$line" in "0 states"*) exit 2 ;; esac
     total=$((total + n)) bad=$((bad + b)) left=$((left - n)) seed=$((seed + 1))
   done
   echo "$fs: $total power cuts"
 done
 echo "$bad bad states in all"
-[ "$bad" = 0 ]
+if [ -n "${MIRRORFS_BREAK:-}" ]; then
+  echo "rule $MIRRORFS_BREAK was broken"
+  [ "$bad" != 0 ]
+else
+  [ "$bad" = 0 ]
+fi

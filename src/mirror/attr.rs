@@ -23,7 +23,7 @@ use crate::mark::Mark;
 use crate::meta::{self, ACCESS_ACL, CAPABILITY, DEFAULT_ACL};
 use crate::sys::stat::{self, Stat, Time};
 use crate::sys::xattr::{self, Target};
-use crate::sys::{caps, copy};
+use crate::sys::{caps, copy, fault};
 
 /// What the mount says of an inode.
 #[derive(Debug, Clone, Copy)]
@@ -115,7 +115,9 @@ impl Mirror {
             .and_then(|m| m.times)
             .unwrap_or((info.atime, info.mtime));
         (stat.atime, stat.mtime) = times;
-        (stat.size, stat.blocks) = (info.size, info.blocks);
+        if !fault::breaks("D4") {
+            (stat.size, stat.blocks) = (info.size, info.blocks);
+        }
         if stat.nlink > 1 {
             stat.nlink = self.anchors.nlink(&stat);
         }
@@ -285,6 +287,7 @@ impl Mirror {
     ) -> Result<(), Errno> {
         let _guard = self.lock_mark(node.ino);
         if node.is_pending_file()
+            && !fault::breaks("D9")
             && let Some(mark) = self.mark.get(Target::Fd(fd))?
         {
             let was = match (mark.times, self.source.recall(node.ino)) {

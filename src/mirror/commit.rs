@@ -344,7 +344,8 @@ impl Mirror {
         while let Some(round) = self.commit.next() {
             let inside = self.marks.enter();
             let begun = Instant::now();
-            let synced = fd::syncfs(self.dst.as_fd()).on("syncfs", Side::Dst, ".");
+            let sync = || fd::syncfs(self.dst.as_fd());
+            let synced = fault::unless_broken("D1", sync).on("syncfs", Side::Dst, ".");
             let took = begun.elapsed();
             self.commit.queue.lock().sync_time = took;
             let (number, files) = (round.number, round.files.len());

@@ -30,7 +30,7 @@ use crate::sys::handle::Handle;
 use crate::sys::name::{Name, RelPath};
 use crate::sys::stat::{self, Stat};
 use crate::sys::xattr::Target;
-use crate::sys::{copy, fd};
+use crate::sys::{copy, fault, fd};
 
 /// Places the entries of one directory.
 pub struct Placer<'a> {
@@ -276,7 +276,8 @@ impl<'a> Placer<'a> {
         let equal = there.size == meta.stat.size && there.mtime == meta.stat.mtime;
         let marked = self.mirror.mark.get(Target::At(self.dst, name));
         let marked = marked.on("getxattr", Side::Dst, path)?.is_some();
-        if !self.mirror.control.identity.adopt
+        let adopts = self.mirror.control.identity.adopt || fault::breaks("D5");
+        if !adopts
             || !equal
             || marked
             // Another name of it may be somebody else's, and src's owner may have planted this one.

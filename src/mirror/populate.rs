@@ -391,7 +391,10 @@ impl Mirror {
         let src = placer.src;
         let mark = Mark {
             origin: placer.recorded_origin(opened)?,
-            perm: self.stamp(meta, opened.as_fd(), &src.path),
+            perm: match fault::breaks("D8") {
+                true => None,
+                false => self.stamp(meta, opened.as_fd(), &src.path),
+            },
             ..Mark::populated()
         };
         placer.note_late_flags(meta, opened.as_fd())?;
@@ -410,7 +413,8 @@ impl Mirror {
     ) -> Result<()> {
         fault::point("populate-before-mark");
         let carried = partial.carried();
-        if self.btrfs || carried.files > 0 || partial.has_kept() {
+        let behind = self.btrfs || carried.files > 0 || partial.has_kept();
+        if behind && !fault::breaks("D6") {
             self.commit.publish_later(Publish {
                 dir: dir.clone(),
                 mark,

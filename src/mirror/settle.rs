@@ -54,7 +54,8 @@ impl Mirror {
             }
         }
         let (atime, mtime) = mark.times.unwrap_or((copied.src.atime, copied.src.mtime));
-        meta::set_times_fd(dst.as_fd(), atime, mtime).on("utimensat", Side::Dst, path)
+        let times = || meta::set_times_fd(dst.as_fd(), atime, mtime);
+        fault::unless_broken("D7", times).on("utimensat", Side::Dst, path)
     }
 
     /// Room that src's file has without data in it (fallocate) is part of what it is.
@@ -113,7 +114,8 @@ impl Mirror {
     fn unmark_now(&self, hydration: &Hydration) -> Result<()> {
         let path = &hydration.path;
         let file = self.open_to_sync(hydration)?;
-        fd::fdatasync(file.as_fd()).on("fdatasync", Side::Dst, path)?;
+        let sync = || fd::fdatasync(file.as_fd());
+        fault::unless_broken("D1", sync).on("fdatasync", Side::Dst, path)?;
         fault::point("hydrate-durable");
         self.partials.note_unmark(&hydration.file);
         {
@@ -134,7 +136,11 @@ impl Mirror {
             Err(e) if e.errno() == Errno::ACCESS => {
                 fd::syncfs(self.dst.as_fd()).on("syncfs", Side::Dst, path)
             }
-            file => fd::fsync(file?.as_fd()).on("fsync", Side::Dst, path),
+            file => {
+                let file = file?;
+                let sync = || fd::fsync(file.as_fd());
+                fault::unless_broken("D2", sync).on("fsync", Side::Dst, path)
+            }
         }
     }
 
@@ -193,17 +199,17 @@ impl Mirror {
                 .open(self.dst.as_fd(), OFlags::RDWR)
                 .on("open", Side::Dst, path)?;
         let before = stat::stat_fd(opened.as_fd()).on("statx", Side::Dst, path)?;
-        caps::without_fsetid(|| copy::truncate(opened.as_fd(), 0)).on(
-            "ftruncate",
-            Side::Dst,
-            path,
-        )?;
+        let truncate = || caps::without_fsetid(|| copy::truncate(opened.as_fd(), 0));
+        fault::unless_broken("D3", truncate).on("ftruncate", Side::Dst, path)?;
         {
             let _guard = self.lock_perms(file.ino);
             self.take_mark(opened.as_fd())
                 .on("removexattr", Side::Dst, path)?;
         }
         fd::fsync(opened.as_fd()).on("fsync", Side::Dst, path)?;
+        if fault::breaks("D3") {
+            truncate().on("ftruncate", Side::Dst, path)?;
+        }
         Ok(before.size)
     }
 

@@ -64,6 +64,31 @@ pub fn slots_max(limit: usize) -> usize {
     limit
 }
 
+/// True when the environment wants a rule of docs/DURABILITY.md broken: `MIRRORFS_BREAK=D1`. So is the
+/// checker checked: it must see what is lost then (scripts/crash/powercut.sh).
+#[cfg(feature = "fault")]
+pub fn breaks(rule: &str) -> bool {
+    use std::sync::OnceLock;
+    static RULE: OnceLock<Option<String>> = OnceLock::new();
+    let broken = RULE.get_or_init(|| std::env::var("MIRRORFS_BREAK").ok());
+    broken.as_deref() == Some(rule)
+}
+
+/// No rule is ever broken without the `fault` feature.
+#[cfg(not(feature = "fault"))]
+#[inline(always)]
+pub const fn breaks(_rule: &str) -> bool {
+    false
+}
+
+/// Does what a rule asks for, unless that rule is to be broken.
+pub fn unless_broken<E>(rule: &str, step: impl FnOnce() -> Result<(), E>) -> Result<(), E> {
+    match breaks(rule) {
+        true => Ok(()),
+        false => step(),
+    }
+}
+
 /// A fault point: nothing without the `fault` feature.
 #[cfg(not(feature = "fault"))]
 #[inline(always)]

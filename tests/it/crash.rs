@@ -2,7 +2,7 @@
 //! the next mount nothing that was done is undone, nothing deleted comes back, and the finished
 //! tree is what the operations left.
 //!
-//! Power cuts and long random runs are scripts/crash.
+//! Long random runs, and most power cuts, are scripts/crash; here are a few.
 
 use std::collections::BTreeMap;
 use std::fs::{self, OpenOptions};
@@ -16,8 +16,8 @@ use mirrorfs::sys::fault::POINTS;
 
 use crate::compare::{self, Ignore};
 use crate::fixture::{
-    CONTROL, LARGE, LIMIT, LoopFs, MARK, Mounted, World, bytes, can_mount_on, mirrorfs, need, run,
-    wait_dead,
+    CONTROL, LARGE, LIMIT, LoopFs, MARK, Mounted, Output, Scratch, World, bytes, can_mount_on,
+    find_program, kit, mirrorfs, need, run, run_for, wait_dead,
 };
 use crate::nasty::{self, At};
 use crate::raw;
@@ -461,5 +461,69 @@ fn a_kill_soon_after_the_end_was_asked_for_ends_the_daemon() {
         raw::kill(m.pid, libc::SIGKILL);
         assert!(m.wait_exit(LIMIT).is_some(), "round {round}");
         wait_dead(&w.at);
+    }
+}
+
+/// Power cuts by scripts/crash/powercut.sh: what it said.
+fn power_cuts(what: &str, states: u32, env: &[(&str, &str)]) -> Option<Output> {
+    let able = can_mount_on("ext4")
+        && can_mount_on("xfs") // Holds the states.
+        && need(kit("powercut.py").is_some(), "powercut.py of the test kit")
+        && need(find_program("python3").is_some(), "python3");
+    if !able {
+        return None;
+    }
+    let scratch = Scratch::new();
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/crash/powercut.sh");
+    let mut command = Command::new(script);
+    command
+        .arg(states.to_string())
+        .env("WHAT", what)
+        .env("MIRRORFS", mirrorfs().get_program())
+        .env(
+            "MIRRORFS_KIT",
+            kit("powercut.py").unwrap().parent().unwrap(),
+        )
+        .env("TMPDIR", scratch.path())
+        .envs([("FS", "ext4"), ("SECONDS_EACH", "6")])
+        .envs(env.iter().copied());
+    Some(run_for(&mut command, Duration::from_secs(500)))
+}
+
+/// How many states: more when everything is tested.
+fn some_states() -> u32 {
+    match std::env::var_os("MIRRORFS_TEST_ALL") {
+        Some(_) => 30,
+        None => 4,
+    }
+}
+
+#[test]
+fn power_cuts_lose_nothing_of_what_programs_were_promised() {
+    if let Some(out) = power_cuts("mix", some_states(), &[("MIX", "mail sql log")]) {
+        let out = out.expect_code(0);
+        assert!(out.out.contains("0 bad states in all"), "{}", out.out);
+    }
+}
+
+/// What counts as here never had a mark: only its directory's says that it is to be believed.
+#[test]
+fn power_cuts_lose_nothing_that_was_written_into_adopted_files() {
+    if let Some(out) = power_cuts("adopt", some_states(), &[]) {
+        let out = out.expect_code(0);
+        assert!(out.out.contains("0 bad states in all"), "{}", out.out);
+    }
+}
+
+/// The harness's own test: one rule is broken, and it says so.
+#[test]
+fn power_cuts_see_that_a_rule_is_broken() {
+    if !need(cfg!(feature = "fault"), "the feature fault") {
+        return;
+    }
+    if let Some(out) = power_cuts("mount", 3, &[("MIRRORFS_BREAK", "D7")]) {
+        let out = out.expect_code(0);
+        assert!(out.out.contains("rule D7 was broken"), "{}", out.out);
+        assert!(!out.out.contains("0 bad states in all"), "{}", out.out);
     }
 }
