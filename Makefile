@@ -99,7 +99,7 @@ nasty: build ## a tree with every awkward thing through mount and sync, on ext4,
 
 POWERCUT_STATES ?= 1000
 powercut: build ## power cuts on ext4, ext4 data=writeback, xfs, btrfs: 1,000 states each, of migrations, under programs, of sync (as root; hours)
-	for what in mount mix adopt huge sync; do \
+	for what in mount mix pending adopt huge sync; do \
 	  MIRRORFS=$(abspath $(BIN)) WHAT=$$what scripts/crash/powercut.sh $(POWERCUT_STATES) || exit 1; done
 
 LOAD_SECONDS ?= 300

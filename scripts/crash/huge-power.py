@@ -10,7 +10,9 @@ into them, in place and with fdatasync, which commits nothing but his bytes: the
 (D2, D6), else a later start makes the directory anew and his bytes are gone. The checker resumes and finishes each
 migration and wants every acknowledged write, or one that came later.
 
-ADOPT=1 (WHAT=adopt): dst is an earlier copy that is equal, and the mount adopts it: its files never have a mark, so only the
+KIND=pending (WHAT=pending): a directory of ordinary size; each file is pending when it is opened to be written, once (D2).
+
+KIND=adopt (WHAT=adopt): dst is an earlier copy that is equal, and the mount adopts it: its files never have a mark, so only the
 directory's L keeps a later start from taking a changed one for a stale copy.
 """
 import glob
@@ -24,9 +26,11 @@ sys.dont_write_bytecode = True
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import lab
 
-ADOPT = bool(os.environ.get('ADOPT'))
-NAMES, FILES, WRITES, SIZE = 180 if ADOPT else 1100, 6, 24 if ADOPT else 120, 12_288
-EVERY = NAMES // 6
+KIND = os.environ.get('KIND', 'huge')
+ADOPT = KIND == 'adopt'
+# Files that are there, how many of them are written, writes, bytes of each.
+NAMES, FILES, WRITES, SIZE = {'huge': (1100, 6, 120), 'adopt': (180, 6, 24), 'pending': (120, 120, 120)}[KIND] + (12_288,)
+EVERY = NAMES // FILES
 PATHS = ['huge/f%04d' % (i * EVERY) for i in range(FILES - 1)] + ['huge/sub/inside']
 
 
@@ -62,7 +66,7 @@ def write(where):
             subprocess.run(['cp', '-a', src + '/.', root], check=True)
             os.sync()
         m = now['mount'] = lab.Mount(src, root, at, where + '/log', ['--no-background'] + ['--adopt'] * ADOPT)
-        if not ADOPT:
+        if KIND == 'huge':
             for p in PATHS:
                 lab.read(at + '/' + p)
             time.sleep(2.6)         # their marks go, and that becomes durable

@@ -319,14 +319,22 @@ def compare(model, src, root, acked, paths, when):
 
 
 def unlike(got, versions):
-    """Why `got` is not made of blocks of the versions; None when it is."""
+    """Why `got` is not made of blocks of the versions, which come in their order; None when it is."""
     if len(got) not in [len(v) for v in versions] and not min(map(len, versions)) < len(got) < max(map(len, versions)):
         return '%d bytes, should be %s' % (len(got), sorted({len(v) for v in versions}))
+
+    def piece(k, i, n):
+        """Bytes of a version. Past its end it has zeros if a later one is longer: the size may come before the bytes. Never when
+        it was made shorter: then the size comes first, and zeros in the place of bytes are a loss."""
+        b = versions[k][i:i + n]
+        grows = any(len(w) > i + len(b) for w in versions[k + 1:])
+        return b.ljust(n, b'\0') if grows else b
     for i in range(0, len(got), 512):
         b = got[i:i + 512]
-        if not any(b == v[i:i + 512].ljust(len(b), b'\0')[:len(b)] for v in versions):
+        pieces = [piece(k, i, len(b)) for k in range(len(versions))]
+        if b not in pieces:
             # A write that was cut may end inside a block.
-            if len(versions) > 1 and all(any(c == (v[i + j] if i + j < len(v) else 0) for v in versions) for j, c in enumerate(b)):
+            if len(versions) > 1 and all(any(c == p[j] for p in pieces if j < len(p)) for j, c in enumerate(b)):
                 continue
             return 'wrong bytes at %d of %d%s' % (i, len(got), ' (zeros)' if not any(b) else '')
     return None

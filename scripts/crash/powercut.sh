@@ -5,7 +5,8 @@
 #   WHAT=mount (the default; power.py): migrations. What had been promised by then holds: no synced write lost, nothing
 #       deleted back, no wrong byte, and the resumed migration ends in a tree equal to what it must be.
 #   WHAT=huge (huge-power.py): a huge directory of which some files are here and changed.
-#   WHAT=adopt (the same): one that is adopted from an earlier copy, and changed.
+#   WHAT=pending (the same): files that are written while they are pending.
+#   WHAT=adopt (the same): a directory that is adopted from an earlier copy, and changed.
 #   WHAT=mix (mix-power.py): mail, SQLite, git and logs, all at once, while a migration runs. MIX="mail sql wal git log postgres"
 #       chooses; PLAIN=1 does it without mirrorfs.
 #   WHAT=sync (sync-power.py): `mirrorfs sync`. The same command once more makes dst equal to src, whatever was left.
@@ -22,10 +23,10 @@ states=${1:-200}
 case ${WHAT:-mount} in
   mount) script=$here/power.py ;;
   huge) script=$here/huge-power.py ;;
-  adopt) script=$here/huge-power.py; export ADOPT=1 ;;
+  adopt | pending) script=$here/huge-power.py; export KIND=$WHAT ;;
   mix) script=$here/mix-power.py ;;
   sync) script=$here/sync-power.py ;;
-  *) echo "WHAT is mount, huge, adopt, mix or sync" >&2; exit 2 ;;
+  *) echo "WHAT is mount, huge, pending, adopt, mix or sync" >&2; exit 2 ;;
 esac
 [ -f "$kit/powercut.py" ] || { echo "no powercut.py: set MIRRORFS_KIT" >&2; exit 2; }
 work=${WORK:-$(mktemp -d "${TMPDIR:-/tmp}/mirrorfs-power.XXXXXX")}
@@ -55,7 +56,7 @@ for fs in ${FS:-ext4 ext4-writeback xfs btrfs}; do
     count() { cat "$work/lab/$1" 2>/dev/null | wc -l; }
     case ${WHAT:-mount} in
       mix) done="$(grep -c . "$work/w/acked" 2>/dev/null || true) promises before the last cut" ;;
-      huge | adopt) done="$(count log) lines of the log" ;;
+      huge | pending | adopt) done="$(count log) lines of the log" ;;
       mount) done="$(count ops) operations" ;;
       sync) done="$(count hits) files that only looked complete after a cut" ;;
     esac
