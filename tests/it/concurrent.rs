@@ -288,7 +288,7 @@ fn round(dir: &Path, private: &Path, start: State, seed: u64) {
 
 /// What the directory of a round begins with; every tenth has files that are read by ranges.
 fn start(round: u64) -> State {
-    let file = |n: u64| (round * 4 + n) * 3 + (if round % 10 == 0 { 2 } else { n % 2 });
+    let file = |n: u64| (round * 4 + n) * 3 + (if round.is_multiple_of(10) { 2 } else { n % 2 });
     [Some(file(0)), Some(file(1)), Some(file(2)), None]
 }
 
