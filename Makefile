@@ -9,7 +9,7 @@ BIN := $(TARGET_DIR)/release/mirrorfs
 
 .DEFAULT_GOAL := help
 .PHONY: help setup build demo check test test-all loom asan fuzz bench bench-regress bench-baseline doc install dist dist-test clean \
-        pjdfstest fsx crash powercut nasty load coverage
+        pjdfstest fsx crash powercut nasty shards load coverage
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -96,6 +96,10 @@ crash: build ## 100 kill -9 at random moments under a random workload (as root)
 
 nasty: build ## a tree with every awkward thing through mount and sync, on ext4, xfs, btrfs (as root)
 	MIRRORFS=$(abspath $(BIN)) scripts/nasty.sh
+
+shards: build ## sync --shard under a Slurm of four nodes and Open MPI, one killed (as root; installs slurm, openmpi)
+	scripts/setup.sh --shards
+	MIRRORFS=$(abspath $(BIN)) scripts/shards/slurm.sh
 
 POWERCUT_STATES ?= 1000
 powercut: build ## power cuts on ext4, ext4 data=writeback, xfs, btrfs: 1,000 states each, of migrations, under programs, of sync (as root; hours)

@@ -3,11 +3,15 @@
 //! `cli` parses the text, the constructors here check what one value says about another, and
 //! everything below only reads the fields.
 
+mod shard;
+
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+
+pub use shard::Shard;
 
 /// Files up to this many bytes are hydrated inside open(2); larger ones are pulled by range.
 pub const LARGE_FILE_BYTES: u64 = 8 << 20;
@@ -307,6 +311,8 @@ pub struct SyncConfig {
     pub ignore_existing: bool,
     /// Do not descend into other file systems mounted below src.
     pub one_file_system: bool,
+    /// Which part of the tree is this process's; `None`: all of it.
+    pub shard: Option<Shard>,
     /// When what was written is made durable.
     pub fsync: Fsync,
     /// Most copy workers; `None`: what the source deserves.
@@ -347,6 +353,7 @@ impl SyncConfig {
             size_only: false,
             ignore_existing: false,
             one_file_system: false,
+            shard: None,
             fsync: Fsync::End,
             jobs: None,
             bwlimit: None,
@@ -366,6 +373,9 @@ impl SyncConfig {
         self.jobs.map_or(Ok(()), |n| in_range("--jobs", n))?;
         if self.dry_run && self.verify {
             return Err("--verify after --dry-run would compare what was not copied".into());
+        }
+        if self.shard.is_some() && self.verify {
+            return Err("--verify with --shard would compare what others still copy".into());
         }
         Ok(self)
     }

@@ -23,6 +23,8 @@ use crate::sys::xattr::{self, Target};
 pub const CONTROL_DIR: &str = ".mirrorfs";
 /// What `sync` leaves in it while what it wrote is not durable.
 pub const SYNC_RECORD: &str = "sync";
+/// In the control directory: what the shards of a `sync` on several machines have in common.
+pub const SHARDS_DIR: &str = "shards";
 
 const VERSION: u8 = 1 << 4;
 const VERSION_PERM: u8 = 2 << 4;

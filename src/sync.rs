@@ -19,6 +19,7 @@
 //! open directories and open link groups, never by the size of the tree.
 
 mod ahead;
+mod anchor;
 mod data;
 mod delete;
 mod depth;
@@ -28,6 +29,8 @@ mod flow;
 mod link;
 mod record;
 mod report;
+mod round;
+mod shard;
 mod special;
 mod stamp;
 
@@ -59,6 +62,8 @@ use depth::{Depth, Limits};
 use dir::Dir;
 use record::Record;
 use report::{Changes, Totals};
+use round::Round;
+use shard::Shards;
 
 pub use report::{Event, Line, SyncError, SyncReport};
 
@@ -131,7 +136,7 @@ pub fn run_throttled(
     });
     job.totals.fill(&mut report);
     if !config.dry_run {
-        job.settle(&report)?;
+        report.shards_left = job.settle(&report)?;
     }
     report.threads = shift.threads;
     report.utilisation = shift.utilisation;
@@ -168,9 +173,12 @@ fn open_roots(config: &SyncConfig) -> Result<(Arc<Roots>, bool)> {
             true,
         ),
         Err(Errno::NOENT) => {
-            let made = rustix::fs::mkdirat(CWD, &config.dst, Mode::RWXU)
-                .and_then(|()| host::open_dir(&config.dst));
-            (made.map_err(|e| unusable("DST", &config.dst, e))?, true)
+            let made = match rustix::fs::mkdirat(CWD, &config.dst, Mode::RWXU) {
+                Err(Errno::EXIST) if config.shard.is_some() => Ok(false), // Another shard was faster.
+                other => other.map(|()| true),
+            };
+            let opened = made.and_then(|fresh| Ok((host::open_dir(&config.dst)?, fresh)));
+            opened.map_err(|e| unusable("DST", &config.dst, e))?
         }
         Err(e) => return Err(unusable("DST", &config.dst, e)),
     };
@@ -224,6 +232,8 @@ struct Job<'a> {
     deletes_left: AtomicU64,
     temp_count: AtomicU64,
     record: Record,
+    /// The other processes that copy the same tree now.
+    shards: Option<Shards>,
     /// File systems that dst reaches into: the root's first.
     dst_devs: Mutex<Vec<((u32, u32), OwnedFd)>>,
 }
@@ -268,8 +278,11 @@ impl<'a> Job<'a> {
         let dst_fs = host::fs_stat(dst).on("fstatfs", Side::Dst, &config.dst)?;
         let reserves = RESERVES.contains(&dst_fs.magic);
         let dst_fd = host::dup(dst).on("dup", Side::Dst, &config.dst)?;
+        let shards = config.shard.map(|s| Shards::begin(dst, s, config.dry_run));
+        let shards = shards.transpose()?;
         Ok(Job {
-            record: Record::look(dst)?,
+            record: Record::look(dst, shards.as_ref().and_then(|s| s.round.as_ref()))?,
+            shards,
             dst_devs: Mutex::new(vec![(dst_dev, dst_fd)]),
             config,
             throttle,
@@ -304,6 +317,11 @@ impl<'a> Job<'a> {
         Limits { few, most, cpus }
     }
 
+    /// The round that this shard is in.
+    fn round(&self) -> Option<&Round> {
+        self.shards.as_ref()?.round.as_ref()
+    }
+
     /// A name that no user has, for an entry that is not complete yet.
     fn temp_name(&self) -> Name {
         let n = self.temp_count.fetch_add(1, Relaxed);
@@ -321,7 +339,8 @@ impl<'a> Job<'a> {
     }
 
     /// The end: everything durable, if that is wanted, and then no record any more.
-    fn settle(&self, report: &SyncReport) -> Result<()> {
+    /// Returns the shards of the round that are still to come.
+    fn settle(&self, report: &SyncReport) -> Result<Vec<u32>> {
         let path = &self.config.dst;
         let mut synced = Ok(());
         if self.config.fsync == Fsync::End {
@@ -332,15 +351,20 @@ impl<'a> Job<'a> {
             }
         }
         let looked = !self.config.update && !self.config.ignore_existing;
-        let ended = self.record.end(
-            self.roots.dst.as_fd(),
-            record::End {
-                durable: synced.is_ok() && self.config.fsync != Fsync::Never,
-                carefree: self.config.fsync == Fsync::Never,
-                whole: looked && report.failed == 0 && !report.interrupted && !report.dst_full,
-            },
-        );
-        synced.and(ended)
+        let whole = looked && report.failed == 0 && !report.interrupted && !report.dst_full;
+        let end = record::End {
+            durable: synced.is_ok() && self.config.fsync != Fsync::Never,
+            carefree: self.config.fsync == Fsync::Never,
+            whole,
+        };
+        let root = self.roots.dst.as_fd();
+        synced.and(self.record.end(root, end))?;
+        match self.round() {
+            Some(_) if report.interrupted || report.dst_full => Ok(Vec::new()),
+            Some(round) => round.end(root, end),
+            None if whole => round::give_up(root).map(|()| Vec::new()),
+            None => Ok(Vec::new()),
+        }
     }
 
     /// Sets +i and +a on inodes with several names: now all of them have theirs.

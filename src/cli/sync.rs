@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{ArgAction, Args, ValueEnum};
 
 use super::{EXIT_CODES, SyncFile, rate};
-use crate::config::{Cache, Fsync, Reflink, SyncConfig};
+use crate::config::{Cache, Fsync, Reflink, Shard, SyncConfig};
 
 pub(super) const ABOUT: &str = "\
 Copies the tree of SRC to DST: data, holes, owner, mode, times, xattrs, ACLs, capabilities, hard \
@@ -116,6 +116,20 @@ pub struct Sync {
     /// Compare both trees afterwards, every byte
     #[arg(long, help_heading = "How it is copied")]
     pub verify: bool,
+    /// Copy only the K-th of N parts: N processes, on any machines, copy the tree together
+    ///
+    /// K is from 1 to N; each of the N must run once, in any order or at the same time. `auto` reads
+    /// K and N from Slurm, Open MPI or another PMI, and K from Kubernetes.
+    #[arg(long, value_name = "K/N|auto", value_parser = shard, help_heading = "How it is copied")]
+    pub shard: Option<ShardArg>,
+    /// With --shard auto: how many there are, where that is not told
+    #[arg(
+        long,
+        value_name = "N",
+        requires = "shard",
+        help_heading = "How it is copied"
+    )]
+    pub shards: Option<u32>,
 
     /// Read defaults from this file
     ///
@@ -240,6 +254,22 @@ pub enum FsyncArg {
     Never,
 }
 
+/// `--shard`.
+#[derive(Debug, Clone, Copy)]
+pub enum ShardArg {
+    /// This one.
+    Given(Shard),
+    /// The one that the environment says.
+    Auto,
+}
+
+fn shard(text: &str) -> Result<ShardArg, String> {
+    match text {
+        "auto" => Ok(ShardArg::Auto),
+        text => text.parse().map(ShardArg::Given),
+    }
+}
+
 impl Sync {
     /// The configuration, or one line that says what is wrong with the words.
     pub fn config(self) -> Result<SyncConfig, String> {
@@ -285,6 +315,15 @@ impl Sync {
             CacheArg::Keep => Cache::Keep,
             CacheArg::Drop => Cache::Drop,
             CacheArg::Direct => Cache::Direct,
+        };
+        let variable = |name: &str| std::env::var(name).ok();
+        config.shard = match self.shard {
+            None => None,
+            Some(ShardArg::Auto) => Some(Shard::auto(variable, self.shards)?),
+            Some(ShardArg::Given(_)) if self.shards.is_some() => {
+                return Err("--shards is for --shard auto: K/N tells how many there are".into());
+            }
+            Some(ShardArg::Given(shard)) => Some(shard),
         };
         config.verify = self.verify;
         config.stats = self.stats;

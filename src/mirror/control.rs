@@ -17,7 +17,7 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Context, Error, Result, Side};
-use crate::mark::{Mark, MarkName, SYNC_RECORD};
+use crate::mark::{Mark, MarkName, SHARDS_DIR, SYNC_RECORD};
 use crate::sys::name::Name;
 use crate::sys::xattr::Target;
 use crate::sys::{dir, fd, host, stat};
@@ -133,6 +133,10 @@ impl Control {
         refuse_marked_src(ask)?;
         let found = match open_dir(ask.dst_root)? {
             Some(dir) => {
+                if read_identity(dir.as_fd())?.is_none() {
+                    // Before the lock is made: who is refused leaves nothing behind.
+                    refuse_unsettled_sync(ask)?;
+                }
                 let lock = lock(dir.as_fd(), ask.dst)?;
                 read_identity(dir.as_fd())?.map(|identity| (dir, lock, identity))
             }
@@ -211,15 +215,20 @@ fn refuse_unsettled_sync(ask: &Request<'_>) -> Result<()> {
     let Some(dir) = open_dir(ask.dst_root)? else {
         return Ok(());
     };
-    match rustix::fs::statat(&dir, SYNC_RECORD, AtFlags::SYMLINK_NOFOLLOW) {
-        Err(Errno::NOENT) => Ok(()),
-        Err(e) => Err(e).on("stat", Side::Dst, ask.dst.join(CONTROL).join(SYNC_RECORD)),
-        Ok(_) => Err(Error::Unusable(format!(
-            "DST \"{}\" holds a sync that did not end, or is not durable ({CONTROL}/{SYNC_RECORD}): \
-             run mirrorfs sync once more",
-            ask.dst.display()
-        ))),
+    for name in [SYNC_RECORD, SHARDS_DIR] {
+        match rustix::fs::statat(&dir, name, AtFlags::SYMLINK_NOFOLLOW) {
+            Err(Errno::NOENT) => {}
+            Err(e) => return Err(e).on("stat", Side::Dst, ask.dst.join(CONTROL).join(name)),
+            Ok(_) => {
+                return Err(Error::Unusable(format!(
+                    "DST \"{}\" holds a sync that did not end, or is not durable ({CONTROL}/{name}): \
+                     run mirrorfs sync once more",
+                    ask.dst.display()
+                )));
+            }
+        }
     }
+    Ok(())
 }
 
 fn check_same(ask: &Request<'_>, identity: &Identity) -> Result<()> {

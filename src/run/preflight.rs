@@ -246,6 +246,10 @@ pub(super) fn sync(config: &SyncConfig) -> Result<(), Failure> {
                     false => Ok(()),
                 }
             }
+            // Another shard has just made it.
+            Ok(_) if config.shard.is_some() => {
+                Root::open("DST", &config.dst).and_then(|dst| not_nested(&src, &dst))
+            }
             _ => Err(failure),
         },
     }

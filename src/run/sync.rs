@@ -12,7 +12,7 @@ use super::log::Log;
 use super::out::{bytes, count, duration};
 use super::rate::Rate;
 use super::{Failure, Outcome, exit, out, preflight};
-use crate::config::{LogLevel, SyncConfig};
+use crate::config::{LogLevel, Shard, SyncConfig};
 use crate::progress::Progress;
 use crate::sync::{Event, SyncReport};
 use crate::sys::host;
@@ -32,6 +32,11 @@ pub(super) fn run(config: SyncConfig) -> Outcome {
     } else {
         LogLevel::Warn
     });
+    if let Some((shard, by)) = config.shard.and_then(|s| Some((s, s.by()?)))
+        && !config.quiet
+    {
+        out::complain(&format!("shard {shard}, by {by}"));
+    }
     let fail = |e: std::io::Error| Failure::new(exit::FAILURE, format!("sync: {e}"));
     let mut signals =
         signal_hook::iterator::Signals::new([SIGINT, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2])
@@ -116,6 +121,9 @@ fn report(config: &SyncConfig, report: &SyncReport) -> Outcome {
         out::say(&json(report).to_string());
     } else if config.stats {
         stats(report);
+        if let Some(shard) = config.shard {
+            out::say(&format!("shard        {}", shard_line(shard, report)));
+        }
     }
     let seen = report.failed + report.vanished;
     if report.interrupted {
@@ -145,6 +153,14 @@ fn report(config: &SyncConfig, report: &SyncReport) -> Outcome {
     }
 }
 
+fn shard_line(shard: Shard, report: &SyncReport) -> String {
+    let left: Vec<String> = report.shards_left.iter().map(u32::to_string).collect();
+    match left.is_empty() {
+        true => format!("{shard}"),
+        false => format!("{shard}; not ended yet: {}", left.join(", ")),
+    }
+}
+
 fn json(report: &SyncReport) -> serde_json::Value {
     serde_json::json!({
         "entries": report.entries,
@@ -163,6 +179,7 @@ fn json(report: &SyncReport) -> serde_json::Value {
         "failed": report.failed,
         "vanished": report.vanished,
         "elapsed_s": report.elapsed.as_secs_f64(),
+        "shards_left": report.shards_left,
         "threads": report.threads,
         "utilisation": report.utilisation,
     })

@@ -352,7 +352,7 @@ impl Work<'_, '_> {
             None => self.seal(t),
         };
         match (&outcome, t.group) {
-            (Ok(key), Some(group)) => self.made(buffers, &t.dir, &t.name, group, *key),
+            (Ok(key), Some(_)) => self.made(buffers, &t.dir, &t.name, &t.meta.stat, *key),
             (Err(_), Some(group)) => self.not_made(group),
             (_, None) => {}
         }

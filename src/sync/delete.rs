@@ -96,7 +96,13 @@ impl Work<'_, '_> {
         })
     }
 
-    fn unlink(&self, dir: BorrowedFd<'_>, name: &Name, path: &RelPath, stat: &Stat) -> Result<()> {
+    pub(super) fn unlink(
+        &self,
+        dir: BorrowedFd<'_>,
+        name: &Name,
+        path: &RelPath,
+        stat: &Stat,
+    ) -> Result<()> {
         if (stat.immutable || stat.append)
             && stat.kind() == FileType::RegularFile
             && !self.job.config.dry_run

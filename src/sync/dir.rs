@@ -49,6 +49,11 @@ pub(super) struct Dir {
 }
 
 impl Dir {
+    /// What src's directory is.
+    pub(super) fn src_stat(&self) -> &Stat {
+        &self.meta.stat
+    }
+
     /// Something more has to be done before the directory is finished.
     pub(super) fn hold(&self, n: usize) {
         self.left.fetch_add(n, Relaxed);
@@ -106,6 +111,13 @@ impl Located for At<'_> {
 impl Work<'_, '_> {
     /// Opens a directory on both sides and does its first batch.
     pub(super) fn dir(&self, buffers: &mut Buffers, place: &Place, fresh: bool, shallow: bool) {
+        if self.is_others(&place.path) {
+            if !shallow {
+                self.pass(buffers, place);
+            }
+            return;
+        }
+        let fresh = fresh || self.would_be_made(place);
         match self.open(buffers, place, fresh) {
             Ok(dir) if shallow => self.done(buffers, &Arc::new(dir), 1),
             Ok(dir) => self.batch(buffers, &Arc::new(dir), 0),
@@ -124,6 +136,7 @@ impl Work<'_, '_> {
         let src = roots.open_src(place).on("openat2", Side::Src, path)?;
         let stat = stat_fd(src.as_fd()).on("statx", Side::Src, path)?;
         self.job.totals.src_took(begin.elapsed());
+        self.entered(&stat, path);
         let meta = self.capture(Target::Open(src.as_fd()), stat, path)?;
         let dst = match self.job.config.dry_run && fresh {
             // Never looked at: nothing is in a directory that would be made.
@@ -131,7 +144,7 @@ impl Work<'_, '_> {
             false => self.open_dst(place)?,
         };
         let now = stat_fd(dst.as_fd()).on("statx", Side::Dst, path)?;
-        if now.mount_root {
+        if now.mount_root || self.job.shards.is_some() {
             let noted = self.job.on_device(now.key.dev, dst.as_fd());
             noted.on("dup", Side::Dst, path)?;
         }
@@ -180,6 +193,9 @@ impl Work<'_, '_> {
     }
 
     fn open_dst(&self, place: &Place) -> Result<OwnedFd> {
+        if self.job.shards.is_some() {
+            return self.open_owned(place);
+        }
         self.job
             .roots
             .open_dst(place)
@@ -312,6 +328,9 @@ impl Work<'_, '_> {
 
     /// The dst directory of that name; true when it was not there.
     fn make_dir(&self, dir: &Dir, name: &Name) -> Result<bool> {
+        if self.job.shards.is_some() && !self.job.config.dry_run {
+            return self.make_shared(dir, name);
+        }
         match dir.dst_stat(name)? {
             Some(stat) if stat.is_dir() => return Ok(false),
             Some(_) if self.job.config.ignore_existing => {

@@ -135,7 +135,7 @@ impl Work<'_, '_> {
         }
         let size = now.size != meta.stat.size;
         let time = now.mtime != meta.stat.mtime;
-        let alone = self.job.groups.may_stand_for(&now, meta.stat.key);
+        let alone = self.may_stand(dir, &now, &meta.stat)?;
         let looks_same = !size && (!time || config.size_only || config.checksum);
         let mut dst = None;
         let mut same = alone && looks_same && !config.ignore_times;
@@ -218,7 +218,8 @@ impl Work<'_, '_> {
         }
         let root = self.job.roots.dst.as_fd();
         let sync = self.job.config.fsync != Fsync::Never;
-        let recorded = meta.stat.size == 0 || self.job.record.begin(root, sync)?;
+        let recorded =
+            meta.stat.size == 0 || self.job.record.begin(root, self.job.round(), sync)?;
         let temp = (!dir.is_ours() || now.is_some()).then(|| self.job.temp_name());
         let (dst, born) = self.born(dir, temp.as_ref().unwrap_or(name), &meta)?;
         let sparse = meta.stat.is_sparse();
@@ -344,7 +345,7 @@ impl Work<'_, '_> {
     }
 
     /// The bytes of both files are equal (`--checksum`).
-    fn same_bytes(
+    pub(super) fn same_bytes(
         &self,
         buffers: &mut Buffers,
         src: &OwnedFd,

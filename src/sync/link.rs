@@ -52,9 +52,17 @@ impl Work<'_, '_> {
                 return self.link(dir, name, stat.kind(), stat.key, &stand_in);
             }
         }
+        match self.join(buffers, dir, name, stat) {
+            Ok(None) => {}
+            joined => {
+                // The names that waited join it as well.
+                self.not_made(stat.key);
+                return joined.map(|step| step.unwrap_or(Step::Elsewhere));
+            }
+        }
         match make(buffers, Some(stat.key)) {
             Ok(Step::Done(key)) => {
-                self.made(buffers, dir, name, stat.key, key);
+                self.made(buffers, dir, name, stat, key);
                 Ok(Step::Done(key))
             }
             Ok(Step::Elsewhere) => Ok(Step::Elsewhere),
@@ -102,9 +110,15 @@ impl Work<'_, '_> {
         buffers: &mut Buffers,
         dir: &Arc<Dir>,
         name: &Name,
-        group: FileKey,
+        src: &Stat,
         key: FileKey,
     ) {
+        let group = src.key;
+        match self.share(dir, name, src) {
+            Ok(false) => {}
+            Ok(true) => return self.not_made(group), // They join it, as other shards do.
+            Err(e) => self.fail(&dir.path(name), &e),
+        }
         let stand_in = StandIn {
             path: dir.path(name),
             key,
@@ -132,7 +146,7 @@ impl Work<'_, '_> {
     }
 
     /// One more name for the inode that stands for `group`.
-    fn link(
+    pub(super) fn link(
         &self,
         dir: &Dir,
         name: &Name,
@@ -143,8 +157,10 @@ impl Work<'_, '_> {
         let path = dir.path(name);
         let now = dir.dst_stat(name)?;
         if let Some(now) = now {
-            // Counts the name; the inode is compared with the stand-in right below.
-            let _ = self.job.groups.may_stand_for(&now, group); // Only counts the name.
+            if self.job.shards.is_none() {
+                // The inode is compared with the stand-in right below.
+                let _ = self.job.groups.may_stand_for(&now, group); // Only counts the name.
+            }
             if now.key == stand_in.key || self.job.config.ignore_existing {
                 self.job.totals.skipped.add(1);
                 self.placed();
@@ -154,11 +170,14 @@ impl Work<'_, '_> {
                 self.remove_other_type(dir, name)?;
             }
         }
-        let note = format!(" => {}", Printable(stand_in.path.to_path().as_os_str()));
-        self.line('h', kind, &path, What::New, &note);
-        self.job.totals.hardlinks.add(1);
-        self.placed();
+        let tell = || {
+            let note = format!(" => {}", Printable(stand_in.path.to_path().as_os_str()));
+            self.line('h', kind, &path, What::New, &note);
+            self.job.totals.hardlinks.add(1);
+            self.placed();
+        };
         if self.job.config.dry_run {
+            tell();
             return Ok(Step::Done(stand_in.key));
         }
         let on = |call, e: Errno| -> Error {
@@ -187,6 +206,7 @@ impl Work<'_, '_> {
         if temp.is_some() {
             self.publish(dir, new, name, now.as_ref())?;
         }
+        tell();
         Ok(Step::Done(stand_in.key))
     }
 

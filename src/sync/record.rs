@@ -22,11 +22,12 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use rustix::fs::{AtFlags, Mode, OFlags};
 use rustix::io::Errno;
 
+use super::round::{self, Round};
 use super::stamp;
 use crate::error::{Context, Result, Side};
 use crate::mark::{CONTROL_DIR, SYNC_RECORD};
 use crate::meta::{self, LATE_FLAGS};
-use crate::sys::name::RelPath;
+use crate::sys::name::{Name, RelPath};
 use crate::sys::stat::{Stat, Time, stat_fd};
 use crate::sys::{fd, host, stat};
 
@@ -42,6 +43,8 @@ pub(super) struct Record {
     /// An earlier run has left it.
     found: bool,
     state: Mutex<State>,
+    /// A shard's own record is in the round's directory, under this name.
+    shard: Option<(OwnedFd, String)>,
     /// The record, flock(2)ed: it is this run's to take away.
     held: Mutex<Option<OwnedFd>>,
     /// The state is not `Absent` any more.
@@ -69,7 +72,7 @@ pub(super) struct End {
 
 impl Record {
     /// Looks for what an earlier run has left in dst.
-    pub(super) fn look(root: BorrowedFd<'_>) -> Result<Record> {
+    pub(super) fn look(root: BorrowedFd<'_>, round: Option<&Round>) -> Result<Record> {
         let ours = host::boot_id()
             .zip(stat::unique_mount(root))
             .map(|(boot, mount)| format!("{boot} {mount}\n"));
@@ -78,25 +81,30 @@ impl Record {
             doubt: None,
             found: false,
             state: Mutex::new(State::Absent),
+            shard: None,
             held: Mutex::default(),
             begun: AtomicBool::new(false),
         };
         let path = path();
-        let file = match fd::open_beneath(root, &path, OFlags::RDONLY) {
+        if let Some(round) = round {
+            let own = host::dup(round.own.as_fd()).on("dup", Side::Dst, &path)?;
+            record.shard = Some((own, round.record()));
+        }
+        let others = round::records(root, round).on("openat", Side::Dst, &path)?;
+        for file in others {
+            record.doubt_since(&file)?;
+        }
+        let file = match record.open(root, OFlags::RDONLY) {
             Ok(file) => file,
             Err(Errno::NOENT) => return Ok(record),
             Err(e) => return Err(e).on("openat2", Side::Dst, &path),
         };
-        let mut text = [0; 256];
-        let len = fd::pread_all(file.as_fd(), &mut text, 0).on("read", Side::Dst, &path)?;
-        if record.ours.as_deref().map(str::as_bytes) != Some(&text[..len]) {
-            let stat = stat_fd(file.as_fd()).on("statx", Side::Dst, &path)?;
-            record.doubt = Some(beginning(&stat));
-        }
+        let before = record.doubt;
+        record.doubt_since(&file)?;
         let ours = host::try_lock(file.as_fd()).is_ok();
         if ours && stat_fd(file.as_fd()).on("statx", Side::Dst, &path)?.nlink == 0 {
             // Whoever was at work has just ended.
-            record.doubt = None;
+            record.doubt = before;
             return Ok(record);
         }
         record.found = true;
@@ -106,20 +114,52 @@ impl Record {
         Ok(record)
     }
 
+    fn open(&self, root: BorrowedFd<'_>, flags: OFlags) -> Result<OwnedFd, Errno> {
+        match &self.shard {
+            None => fd::open_beneath(root, &path(), flags),
+            Some((dir, name)) => {
+                let name = Name::new(name.as_bytes()).ok_or(Errno::INVAL)?;
+                fd::open_at(dir.as_fd(), &name, flags)
+            }
+        }
+    }
+
+    /// Doubts what has changed since a record was made, unless that was in this boot and mount.
+    fn doubt_since(&mut self, record: &OwnedFd) -> Result<()> {
+        let path = path();
+        let mut text = [0; 256];
+        let len = fd::pread_all(record.as_fd(), &mut text, 0).on("read", Side::Dst, &path)?;
+        if self.ours.as_deref().map(str::as_bytes) != Some(&text[..len]) {
+            let stat = stat_fd(record.as_fd()).on("statx", Side::Dst, &path)?;
+            let since = beginning(&stat);
+            self.doubt = Some(self.doubt.map_or(since, |earlier| earlier.min(since)));
+        }
+        Ok(())
+    }
+
     /// True for a dst file whose bytes may be lost, whatever its size and times say.
     pub(super) fn doubts(&self, file: &Stat) -> bool {
         self.doubt.is_some_and(|since| file.ctime >= since)
     }
 
     /// Before the first file: from here on a cut leaves the record. False: dst does not take it.
-    pub(super) fn begin(&self, root: BorrowedFd<'_>, sync: bool) -> Result<bool> {
+    pub(super) fn begin(
+        &self,
+        root: BorrowedFd<'_>,
+        round: Option<&Round>,
+        sync: bool,
+    ) -> Result<bool> {
         // Every file comes here; only the first waits for the disk, and those who come meanwhile.
         let mut state = match self.begun.load(Acquire) {
             true => return Ok(*self.lock() != State::Refused),
             false => self.lock(),
         };
         if *state == State::Absent {
-            *state = match at_root(root, || self.make(root, sync)) {
+            let made = match round {
+                None => at_root(root, || self.make(root, sync)),
+                Some(round) => self.make_shard(root, round, sync),
+            };
+            *state = match made {
                 Ok(()) => State::Here,
                 Err(Errno::ACCESS | Errno::PERM | Errno::ROFS | Errno::NAMETOOLONG) => {
                     State::Refused
@@ -142,17 +182,41 @@ impl Record {
         let flags = flags | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let mode = Mode::RUSR | Mode::WUSR;
         let file = rustix::fs::openat(root, path().as_bytes(), flags, mode)?;
-        host::try_lock(file.as_fd())?;
-        let text = self.ours.as_deref().unwrap_or("").as_bytes();
-        fd::pwrite_all(file.as_fd(), text, 0)?;
+        self.write(&file, sync)?;
         if sync {
-            fd::fsync(file.as_fd())?;
             let control = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
             fd::fsync(rustix::fs::openat(root, CONTROL_DIR, control, Mode::empty())?.as_fd())?;
             fd::fsync(root)?;
         }
         *self.held.lock().unwrap_or_else(PoisonError::into_inner) = Some(file);
         Ok(())
+    }
+
+    fn make_shard(&self, root: BorrowedFd<'_>, round: &Round, sync: bool) -> Result<(), Errno> {
+        let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY;
+        let flags = flags | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let mode = Mode::RUSR | Mode::WUSR;
+        let file = rustix::fs::openat(&round.own, round.record(), flags, mode)?;
+        self.write(&file, sync)?;
+        if sync {
+            round.sync_dirs(root)?;
+        }
+        *self.held.lock().unwrap_or_else(PoisonError::into_inner) = Some(file);
+        Ok(())
+    }
+
+    fn write(&self, file: &OwnedFd, sync: bool) -> Result<(), Errno> {
+        match host::try_lock(file.as_fd()) {
+            // A server that knows no locks: nobody else can hold one either.
+            Ok(()) | Err(Errno::NOLCK | Errno::NOSYS | Errno::OPNOTSUPP) => {}
+            Err(e) => return Err(e),
+        }
+        let text = self.ours.as_deref().unwrap_or("").as_bytes();
+        fd::pwrite_all(file.as_fd(), text, 0)?;
+        match sync {
+            true => fd::fsync(file.as_fd()),
+            false => Ok(()),
+        }
     }
 
     /// The root's times are not to be set while this lives: `begin` keeps them over what it does.
@@ -168,13 +232,17 @@ impl Record {
         if !end.durable && !end.carefree {
             // Writing out failed, and the kernel says so only once: nobody may trust what is
             // cached either. An empty record is nobody's own.
-            let file = fd::open_beneath(root, &path(), OFlags::WRONLY);
+            let file = self.open(root, OFlags::WRONLY);
             let emptied = file.and_then(|f| rustix::fs::ftruncate(f, 0));
             return emptied.on("ftruncate", Side::Dst, path());
         }
         let settled = self.doubt.is_none() || end.whole;
         if !settled || (end.carefree && self.found) {
             return Ok(());
+        }
+        if let Some((dir, name)) = &self.shard {
+            let gone = rustix::fs::unlinkat(dir, name, AtFlags::empty());
+            return gone.on("unlinkat", Side::Dst, path());
         }
         at_root(root, || {
             rustix::fs::unlinkat(root, path().as_bytes(), AtFlags::empty())?;
@@ -206,14 +274,18 @@ fn beginning(record: &Stat) -> Time {
     first
 }
 
-fn path() -> RelPath {
+/// The record of a run that copies all of a tree.
+pub(super) fn path() -> RelPath {
     let text = format!("{CONTROL_DIR}/{SYNC_RECORD}");
     RelPath::from_bytes(text.as_bytes()).unwrap_or_else(|| unreachable!("two valid names"))
 }
 
 /// Changes names in dst's root so that nothing is seen of it after: its times stay, and +i and +a,
 /// which would forbid it.
-fn at_root(root: BorrowedFd<'_>, change: impl FnOnce() -> Result<(), Errno>) -> Result<(), Errno> {
+pub(super) fn at_root(
+    root: BorrowedFd<'_>,
+    change: impl FnOnce() -> Result<(), Errno>,
+) -> Result<(), Errno> {
     let before = stat_fd(root)?;
     let flags = match before.immutable || before.append {
         true => crate::sys::copy::inode_flags(root)?.unwrap_or(0) & LATE_FLAGS,

@@ -147,6 +147,8 @@ pub struct SyncReport {
     pub dst_full: bool,
     /// `--max-delete` was reached: not all was removed.
     pub max_delete_reached: bool,
+    /// Shards of this round that have not ended yet.
+    pub shards_left: Vec<u32>,
     /// The run was stopped from outside; what has a name is whole.
     pub interrupted: bool,
     /// How long it took, the final syncfs included.

@@ -13,7 +13,7 @@ use super::report::Changes;
 use super::{What, Work, stamp};
 use crate::error::{Context, Error, Printable, Result, Side};
 use crate::meta::Meta;
-use crate::sys::name::Name;
+use crate::sys::name::{Name, RelPath};
 use crate::sys::stat::{FileKey, Stat, stat_at};
 use crate::sys::xattr::{self, Target};
 
@@ -67,7 +67,8 @@ impl Work<'_, '_> {
             if now.is_dir() {
                 self.remove_other_type(dir, name)?;
             } else if self.is_same(dir, name, &meta, target.as_deref(), now)? {
-                let (was, changes) = self.special_changes(dir, name, &meta, now)?;
+                let at = Target::At(dir.pair.dst.as_fd(), name);
+                let (was, changes) = self.special_changes(at, &path, &meta, now)?;
                 if !changes.any() {
                     return Ok(self.unchanged(now.key));
                 }
@@ -144,7 +145,7 @@ impl Work<'_, '_> {
         target: Option<&std::ffi::CStr>,
         now: &Stat,
     ) -> Result<bool> {
-        let alone = self.job.groups.may_stand_for(now, meta.stat.key);
+        let alone = self.may_stand(dir, now, &meta.stat)?;
         if !alone || now.kind() != meta.stat.kind() || now.rdev != meta.stat.rdev {
             return Ok(false);
         }
@@ -157,24 +158,22 @@ impl Work<'_, '_> {
     }
 
     /// dst's metadata, and what of it differs.
-    fn special_changes(
+    pub(super) fn special_changes(
         &self,
-        dir: &Dir,
-        name: &Name,
+        dst: Target<'_>,
+        path: &RelPath,
         meta: &Meta,
         now: &Stat,
     ) -> Result<(Meta, Changes)> {
-        let path = dir.path(name);
-        let dst = Target::At(dir.pair.dst.as_fd(), name);
         let mut was = Meta {
             stat: *now,
             xattrs: Vec::new(),
             flags: 0,
             unread: Vec::new(),
         };
-        for attr in xattr::list(dst).on("listxattr", Side::Dst, &path)? {
+        for attr in xattr::list(dst).on("listxattr", Side::Dst, path)? {
             if crate::meta::is_copied(&attr, crate::mark::MarkName::Trusted)
-                && let Some(value) = xattr::get(dst, &attr).on("getxattr", Side::Dst, &path)?
+                && let Some(value) = xattr::get(dst, &attr).on("getxattr", Side::Dst, path)?
             {
                 was.xattrs.push((attr, value));
             }

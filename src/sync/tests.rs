@@ -314,12 +314,12 @@ fn a_run_beside_another_leaves_the_record_to_it() {
     let roots = open_roots(&t.config()).expect("roots").0;
     let dst = roots.dst.as_fd();
     let (first, late) = (
-        Record::look(dst).expect("look"),
-        Record::look(dst).expect("look"),
+        Record::look(dst, None).expect("look"),
+        Record::look(dst, None).expect("look"),
     );
-    assert!(first.begin(dst, true).expect("begin"));
+    assert!(first.begin(dst, None, true).expect("begin"));
     // It looked before there was a record: each of its files is synced by itself.
-    assert!(!late.begin(dst, true).expect("begin"));
+    assert!(!late.begin(dst, None, true).expect("begin"));
     let end = SyncConfig {
         fsync: Fsync::End,
         ..t.config()
@@ -348,10 +348,10 @@ fn a_run_that_was_killed_in_this_boot_is_believed() {
     t.sync();
     fs::write(t.src.join("new"), b"new").expect("write");
     let roots = open_roots(&t.config()).expect("roots").0;
-    let record = Record::look(roots.dst.as_fd()).expect("look");
-    assert!(record.begin(roots.dst.as_fd(), true).expect("begin"));
+    let record = Record::look(roots.dst.as_fd(), None).expect("look");
+    assert!(record.begin(roots.dst.as_fd(), None, true).expect("begin"));
     drop(record);
-    let again = Record::look(roots.dst.as_fd()).expect("look");
+    let again = Record::look(roots.dst.as_fd(), None).expect("look");
     let file = crate::sys::stat::stat_path(&t.dst.join("a/b/large")).expect("stat");
     // Before Linux 6.8 nobody is: the mounts have no numbers of their own.
     let told = crate::sys::stat::unique_mount(roots.dst.as_fd()).is_some();

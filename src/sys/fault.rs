@@ -27,6 +27,10 @@ pub const POINTS: &[&str] = &[
     "finish-links",
     "finish-flags",
     "finish-control",
+    "shard-made",
+    "shard-shared",
+    "shard-ended",
+    "shard-moved",
 ];
 
 /// A fault point: exits when the environment says so.

@@ -4,7 +4,7 @@
 //! longer than PATH_MAX. The number of open pairs is limited; beyond it a pair is reached from the
 //! roots again, in steps (`fd::open_beneath`).
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
@@ -46,12 +46,12 @@ impl Roots {
 
     /// Opens src's directory of a place.
     pub fn open_src(&self, place: &Place) -> Result<OwnedFd> {
-        open(&self.src, place, |p| &p.src)
+        open(&self.src, place, |p| Some(&p.src))
     }
 
     /// Opens dst's directory of a place.
     pub fn open_dst(&self, place: &Place) -> Result<OwnedFd> {
-        open(&self.dst, place, |p| &p.dst)
+        open(&self.dst, place, |p| (!p.half).then_some(&p.dst))
     }
 
     /// Two open directories become a pair.
@@ -62,6 +62,19 @@ impl Roots {
             path,
             src,
             dst,
+            half: false,
+        })
+    }
+
+    /// A directory of which only src is open; `dst` is any directory in dst.
+    pub fn half(self: &Arc<Self>, path: RelPath, src: OwnedFd, dst: OwnedFd) -> Arc<Pair> {
+        self.open.fetch_add(1, Relaxed);
+        Arc::new(Pair {
+            roots: Arc::clone(self),
+            path,
+            src,
+            dst,
+            half: true,
         })
     }
 }
@@ -84,6 +97,8 @@ pub struct Pair {
     pub src: OwnedFd,
     /// dst's directory, open for reading.
     pub dst: OwnedFd,
+    /// `dst` is another directory.
+    half: bool,
 }
 
 impl Pair {
@@ -108,11 +123,16 @@ impl Drop for Pair {
     }
 }
 
-fn open(root: &OwnedFd, place: &Place, side: impl Fn(&Pair) -> &OwnedFd) -> Result<OwnedFd> {
+fn open(
+    root: &OwnedFd,
+    place: &Place,
+    side: impl Fn(&Pair) -> Option<&OwnedFd>,
+) -> Result<OwnedFd> {
     let name = place.path.split_last().map(|(_, name)| name);
     let quiet = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOATIME;
-    let at = |flags| match (&place.parent, &name) {
-        (Some(parent), Some(name)) => fd::open_at(borrow(side(parent)), name, flags),
+    let parent = place.parent.as_deref().and_then(side);
+    let at = |flags| match (parent, &name) {
+        (Some(parent), Some(name)) => fd::open_at(parent.as_fd(), name, flags),
         _ => fd::open_beneath(root.as_fd(), &place.path, flags),
     };
     match at(quiet) {
@@ -120,8 +140,4 @@ fn open(root: &OwnedFd, place: &Place, side: impl Fn(&Pair) -> &OwnedFd) -> Resu
         Err(rustix::io::Errno::PERM) => at(quiet - OFlags::NOATIME),
         other => other,
     }
-}
-
-fn borrow(fd: &OwnedFd) -> BorrowedFd<'_> {
-    fd.as_fd()
 }

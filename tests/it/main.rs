@@ -28,5 +28,6 @@ mod rootless;
 mod scanners;
 mod semantics;
 mod service;
+mod shards;
 mod tidy;
 mod upgrade;

@@ -1,0 +1,403 @@
+//! Round: what the shards of one copy have in common, in dst: `.mirrorfs/shards/`.
+//!
+//! A round begins with the first shard that starts, and is over when each has ended since:
+//!
+//!   (absent) -> round     begin()  `.mirrorfs/shards/` is made; this shard's K.done goes
+//!   round    -> round     end()    this shard's K.done is made
+//!   round    -> (absent)  end()    every K.done is there: anchors and all go, root's times stay
+//!
+//! While a shard works, its own K.done is missing: so nobody ends the round under it. A run without
+//! `--shard` that has looked at everything ends a round that was given up.
+//!
+//! | name | content |
+//! | --- | --- |
+//! | `N/K.done` | shard K of N has ended since the round began: `whole`, or `partial` with errors |
+//! | `N/K.run` | flock(2)ed while shard K works |
+//! | `N/K.sync` | its record (`record`) |
+//! | `links/` | anchors of hard links (`anchor`) |
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::fs::{AtFlags, FileType, Mode, OFlags};
+use rustix::io::Errno;
+
+use super::record::{self, End};
+use super::stamp;
+use crate::config::Shard;
+use crate::error::{Context, Result, Side};
+use crate::mark::{CONTROL_DIR, SHARDS_DIR};
+use crate::meta::LATE_FLAGS;
+use crate::sys::name::{Name, RelPath};
+use crate::sys::{copy, dir as sys_dir, fault, fd, host};
+
+/// Where anchors are, in the round's directory.
+const LINKS: &str = "links";
+
+/// The round's directories in dst, open.
+pub(super) struct Round {
+    shard: Shard,
+    /// `.mirrorfs`.
+    control: OwnedFd,
+    /// `.mirrorfs/shards`.
+    shards: OwnedFd,
+    /// `.mirrorfs/shards/N`.
+    pub(super) own: OwnedFd,
+    /// `.mirrorfs/shards/links`.
+    pub(super) links: OwnedFd,
+    /// `K.run`, flock(2)ed while this process works.
+    _running: OwnedFd,
+}
+
+impl Round {
+    /// Joins the round, or begins it.
+    pub(super) fn begin(root: BorrowedFd<'_>, shard: Shard) -> Result<Round> {
+        // Once more when others have just ended the round that we were about to join.
+        for _ in 0..100 {
+            match Round::join(root, shard) {
+                Ok(Some(round)) => return Ok(round),
+                Ok(None) | Err(Errno::NOENT) => {}
+                Err(e) => return Err(e).on("mkdirat", Side::Dst, path()),
+            }
+        }
+        Err(Errno::AGAIN).on("mkdirat", Side::Dst, path())
+    }
+
+    fn join(root: BorrowedFd<'_>, shard: Shard) -> Result<Option<Round>, Errno> {
+        // The root's times are its owner's business, who has not ended before us.
+        let control = make_dir(root, CONTROL_DIR)?;
+        let shards = make_dir(control.as_fd(), SHARDS_DIR)?;
+        let own = make_dir(shards.as_fd(), &shard.count().to_string())?;
+        ignore_missing(rustix::fs::unlinkat(
+            &own,
+            done(shard.number()),
+            AtFlags::empty(),
+        ))?;
+        let links = make_dir(shards.as_fd(), LINKS)?;
+        let name = format!("{}.run", shard.number());
+        let flags = OFlags::CREATE | OFlags::RDWR | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let running = rustix::fs::openat(&own, name, flags, Mode::RUSR | Mode::WUSR)?;
+        if matches!(host::try_lock(running.as_fd()), Err(Errno::WOULDBLOCK)) {
+            tracing::warn!("shard {shard} is at work elsewhere too: that is safe, and of no use");
+        }
+        let there = rustix::fs::statat(&control, SHARDS_DIR, AtFlags::SYMLINK_NOFOLLOW)?;
+        let ours = rustix::fs::fstat(&shards)?;
+        let joined = (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino)
+            && [&own, &links]
+                .iter()
+                .all(|d| rustix::fs::fstat(d).is_ok_and(|s| s.st_nlink > 0));
+        Ok(joined.then_some(Round {
+            shard,
+            control,
+            shards,
+            own,
+            links,
+            _running: running,
+        }))
+    }
+
+    /// The name of this shard's record.
+    pub(super) fn record(&self) -> String {
+        format!("{}.sync", self.shard.number())
+    }
+
+    /// Makes the round's directories durable, up to the root.
+    pub(super) fn sync_dirs(&self, root: BorrowedFd<'_>) -> Result<(), Errno> {
+        for dir in [
+            self.own.as_fd(),
+            self.shards.as_fd(),
+            self.control.as_fd(),
+            root,
+        ] {
+            fd::fsync(dir)?;
+        }
+        Ok(())
+    }
+
+    /// This shard has seen all of its directories. Ends the round if it is the last one; returns the
+    /// shards that are still to come.
+    pub(super) fn end(&self, root: BorrowedFd<'_>, end: End) -> Result<Vec<u32>> {
+        let ended = self.ended(root, end);
+        ended.on("unlinkat", Side::Dst, path())
+    }
+
+    fn ended(&self, root: BorrowedFd<'_>, end: End) -> Result<Vec<u32>, Errno> {
+        let name = format!("{}.run", self.shard.number());
+        ignore_missing(rustix::fs::unlinkat(&self.own, name, AtFlags::empty()))?;
+        let flags = OFlags::CREATE | OFlags::TRUNC | OFlags::WRONLY | OFlags::NOFOLLOW;
+        let flags = flags | OFlags::CLOEXEC;
+        let mode = Mode::RUSR | Mode::WUSR;
+        let file = rustix::fs::openat(&self.own, done(self.shard.number()), flags, mode)?;
+        let text: &[u8] = if end.whole { b"whole\n" } else { b"partial\n" };
+        fd::pwrite_all(file.as_fd(), text, 0)?;
+        drop(file);
+        fault::point("shard-ended");
+        let left = self.missing(self.own.as_fd())?;
+        if !left.is_empty() {
+            return Ok(left);
+        }
+        if !self.all_whole()? && has_records(self.shards.as_fd())? {
+            return Ok(left); // Some bytes are still doubted: the next round looks at them.
+        }
+        take_away(root, self.control.as_fd(), |old| {
+            // Whoever has started meanwhile took his mark away first, and goes on in what we moved.
+            let own = open_dir(old, &self.shard.count().to_string())?;
+            Ok(self.missing(own.as_fd())?.is_empty())
+        })?;
+        Ok(left)
+    }
+
+    fn missing(&self, own: BorrowedFd<'_>) -> Result<Vec<u32>, Errno> {
+        let mut left = Vec::new();
+        for number in 1..=self.shard.count() {
+            match rustix::fs::statat(own, done(number), AtFlags::SYMLINK_NOFOLLOW) {
+                Ok(_) => {}
+                Err(Errno::NOENT) => left.push(number),
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(left)
+    }
+
+    fn all_whole(&self) -> Result<bool, Errno> {
+        for number in 1..=self.shard.count() {
+            let name = Name::new(done(number).as_bytes()).ok_or(Errno::INVAL)?;
+            let file = fd::open_at(self.own.as_fd(), &name, OFlags::RDONLY)?;
+            let mut text = [0; 16];
+            let len = fd::pread_all(file.as_fd(), &mut text, 0)?;
+            if &text[..len] != b"whole\n" {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+}
+
+/// Records of other runs than `round`'s: files that say that a run began, and is not durable yet.
+pub(super) fn records(root: BorrowedFd<'_>, round: Option<&Round>) -> Result<Vec<OwnedFd>, Errno> {
+    let mut all = Vec::new();
+    if round.is_some() {
+        match fd::open_beneath(root, &record::path(), OFlags::RDONLY) {
+            Ok(file) => all.push(file),
+            Err(Errno::NOENT) => {}
+            Err(e) => return Err(e),
+        }
+    }
+    let Some(shards) = absent(open_path(root))? else {
+        return Ok(all);
+    };
+    let siblings = round.map(|r| r.shard.count().to_string());
+    for count in sys_dir::list(shards.as_fd())? {
+        let theirs = siblings.as_deref().map(str::as_bytes) == Some(count.name.as_bytes());
+        if theirs || count.kind != FileType::Directory || count.name.as_bytes() == LINKS.as_bytes()
+        {
+            continue;
+        }
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY;
+        let Some(dir) = absent(fd::open_at(shards.as_fd(), &count.name, flags))? else {
+            continue;
+        };
+        for entry in sys_dir::list(dir.as_fd())? {
+            if entry.name.as_bytes().ends_with(b".sync")
+                && let Some(file) = absent(fd::open_at(dir.as_fd(), &entry.name, OFlags::RDONLY))?
+            {
+                all.push(file);
+            }
+        }
+    }
+    Ok(all)
+}
+
+/// A run without shards that has looked at everything ends a round that nobody works on any more.
+pub(super) fn give_up(root: BorrowedFd<'_>) -> Result<()> {
+    let gone = || {
+        let Some(shards) = absent(open_path(root))? else {
+            return Ok(());
+        };
+        if is_running(shards.as_fd())? {
+            return Ok(());
+        }
+        let control = open_dir(root, CONTROL_DIR)?;
+        take_away(root, control.as_fd(), |_| Ok(true))
+    };
+    gone().on("unlinkat", Side::Dst, path())
+}
+
+/// Takes the round's directory away, and then all that is in it, if `still` says so of the moved one.
+fn take_away(
+    root: BorrowedFd<'_>,
+    control: BorrowedFd<'_>,
+    still: impl FnOnce(BorrowedFd<'_>) -> Result<bool, Errno>,
+) -> Result<(), Errno> {
+    let old = format!("{SHARDS_DIR}-{:x}", std::process::id());
+    match rustix::fs::renameat(control, SHARDS_DIR, control, &old) {
+        Ok(()) => {}
+        Err(Errno::NOENT) => return Ok(()), // Another one was as fast.
+        Err(e) => return Err(e),
+    }
+    fault::point("shard-moved");
+    let dir = open_dir(control, &old)?;
+    if !still(dir.as_fd())? {
+        return rustix::fs::renameat(control, &old, control, SHARDS_DIR);
+    }
+    // What others left half removed, too.
+    for entry in sys_dir::list(control)? {
+        if entry
+            .name
+            .as_bytes()
+            .starts_with(format!("{SHARDS_DIR}-").as_bytes())
+        {
+            remove_round(control, &entry.name)?;
+        }
+    }
+    record::at_root(root, || {
+        match rustix::fs::unlinkat(root, CONTROL_DIR, AtFlags::REMOVEDIR) {
+            // It also holds other things.
+            Ok(()) | Err(Errno::NOENT | Errno::NOTEMPTY | Errno::EXIST) => Ok(()),
+            Err(e) => Err(e),
+        }
+    })
+}
+
+/// Removes two levels of directories; somebody else may do the same.
+fn remove_round(control: BorrowedFd<'_>, name: &Name) -> Result<(), Errno> {
+    let Some(top) = absent(fd::open_at(
+        control,
+        name,
+        OFlags::RDONLY | OFlags::DIRECTORY,
+    ))?
+    else {
+        return Ok(());
+    };
+    for entry in sys_dir::list(top.as_fd())? {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY;
+        let Some(dir) = absent(fd::open_at(top.as_fd(), &entry.name, flags))? else {
+            continue;
+        };
+        for file in sys_dir::list(dir.as_fd())? {
+            unlink_anchor(dir.as_fd(), &file)?;
+        }
+        let gone = rustix::fs::unlinkat(&top, entry.name.as_cstr(), AtFlags::REMOVEDIR);
+        ignore_missing(gone)?;
+    }
+    ignore_missing(rustix::fs::unlinkat(
+        control,
+        name.as_cstr(),
+        AtFlags::REMOVEDIR,
+    ))
+}
+
+/// Removes a name of an inode that may have +i or +a: they stay.
+fn unlink_anchor(dir: BorrowedFd<'_>, entry: &sys_dir::Entry) -> Result<(), Errno> {
+    let unlink = || {
+        ignore_missing(rustix::fs::unlinkat(
+            dir,
+            entry.name.as_cstr(),
+            AtFlags::empty(),
+        ))
+    };
+    match unlink() {
+        Err(Errno::PERM) if entry.kind == FileType::RegularFile => {
+            let file = fd::open_at(dir, &entry.name, OFlags::RDONLY | OFlags::NONBLOCK)?;
+            let flags = copy::inode_flags(file.as_fd())?.unwrap_or(0) & LATE_FLAGS;
+            stamp::clear_flags(file.as_fd(), flags)?;
+            let gone = unlink();
+            stamp::add_flags(file.as_fd(), flags)?;
+            gone
+        }
+        other => other,
+    }
+}
+
+fn is_running(shards: BorrowedFd<'_>) -> Result<bool, Errno> {
+    any_file(shards, |dir, name| {
+        if !name.as_bytes().ends_with(b".run") {
+            return Ok(false);
+        }
+        let Some(file) = absent(fd::open_at(dir, name, OFlags::RDONLY))? else {
+            return Ok(false);
+        };
+        Ok(matches!(
+            host::try_lock(file.as_fd()),
+            Err(Errno::WOULDBLOCK)
+        ))
+    })
+}
+
+fn has_records(shards: BorrowedFd<'_>) -> Result<bool, Errno> {
+    any_file(shards, |_, name| Ok(name.as_bytes().ends_with(b".sync")))
+}
+
+/// True when `is` says so of one file of one shard, of whatever number of shards.
+fn any_file(
+    shards: BorrowedFd<'_>,
+    is: impl Fn(BorrowedFd<'_>, &Name) -> Result<bool, Errno>,
+) -> Result<bool, Errno> {
+    for count in sys_dir::list(shards)? {
+        if count.name.as_bytes() == LINKS.as_bytes() {
+            continue;
+        }
+        let Some(dir) = absent(fd::open_at(shards, &count.name, OFlags::RDONLY))? else {
+            continue;
+        };
+        for entry in sys_dir::list(dir.as_fd())? {
+            if is(dir.as_fd(), &entry.name)? {
+                return Ok(true);
+            }
+        }
+    }
+    Ok(false)
+}
+
+fn done(number: u32) -> String {
+    format!("{number}.done")
+}
+
+/// `.mirrorfs/shards`.
+pub(super) fn path() -> RelPath {
+    let text = format!("{CONTROL_DIR}/{SHARDS_DIR}");
+    RelPath::from_bytes(text.as_bytes()).unwrap_or_else(|| unreachable!("two valid names"))
+}
+
+/// `.mirrorfs/shards/links`.
+pub(super) fn links_path() -> RelPath {
+    let name = Name::new(LINKS.as_bytes()).unwrap_or_else(|| unreachable!("a valid name"));
+    path().join(&name)
+}
+
+fn open_path(root: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {
+    fd::open_beneath(root, &path(), OFlags::RDONLY | OFlags::DIRECTORY)
+}
+
+fn open_dir(at: BorrowedFd<'_>, name: &str) -> Result<OwnedFd, Errno> {
+    let name = Name::new(name.as_bytes()).ok_or(Errno::INVAL)?;
+    fd::open_at(at, &name, OFlags::RDONLY | OFlags::DIRECTORY)
+}
+
+/// A directory for the owner alone, made where it is missing.
+fn make_dir(at: BorrowedFd<'_>, name: &str) -> Result<OwnedFd, Errno> {
+    let mut made = rustix::fs::mkdirat(at, name, Mode::RWXU);
+    if made == Err(Errno::PERM) && name == CONTROL_DIR {
+        // +i and +a of the root: its owner sets them again.
+        stamp::clear_flags(at, LATE_FLAGS)?;
+        made = rustix::fs::mkdirat(at, name, Mode::RWXU);
+    }
+    match made {
+        Ok(()) | Err(Errno::EXIST) => open_dir(at, name),
+        Err(e) => Err(e),
+    }
+}
+
+fn ignore_missing(result: Result<(), Errno>) -> Result<(), Errno> {
+    match result {
+        Err(Errno::NOENT) => Ok(()),
+        other => other,
+    }
+}
+
+fn absent<T>(result: Result<T, Errno>) -> Result<Option<T>, Errno> {
+    match result {
+        Ok(value) => Ok(Some(value)),
+        Err(Errno::NOENT) => Ok(None),
+        Err(e) => Err(e),
+    }
+}
