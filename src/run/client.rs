@@ -57,7 +57,9 @@ pub(super) fn ask(
     let fail = |call: &str, e: std::io::Error| {
         Failure::new(exit::FAILURE, format!("{}: {call}: {e}", quoted(socket)))
     };
-    let mut stream = UnixStream::connect(socket).map_err(|e| fail("connect", e))?;
+    // A daemon that hangs, stopped by a signal or a debugger, has a full queue some day.
+    let stream = local::connect(socket).map_err(|e| fail("connect", e.into()))?;
+    let mut stream = UnixStream::from(stream);
     let timed = stream.set_read_timeout(patience);
     timed.map_err(|e| fail("setsockopt", e))?;
     send(&mut stream, &request.to_call()).map_err(|e| fail("write", e))?;

@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::time::Duration;
 
+use rustix::io::Errno;
 use serde_json::Value;
 
 use super::out::quoted;
@@ -79,9 +80,8 @@ impl Listener {
     pub(crate) fn bind() -> Result<Listener, Failure> {
         let dir = make_run_dir()?;
         for path in sockets(&dir) {
-            if let Err(e) = UnixStream::connect(&path)
-                && e.kind() == ErrorKind::ConnectionRefused
-            {
+            // One that hangs must not keep us.
+            if matches!(local::connect(&path), Err(Errno::CONNREFUSED)) {
                 let _ = std::fs::remove_file(&path); // Another daemon may have been quicker.
             }
         }

@@ -34,6 +34,18 @@ pub fn peer_uid(socket: BorrowedFd<'_>) -> Result<u32> {
     Ok(rustix::net::sockopt::socket_peercred(socket)?.uid.as_raw())
 }
 
+/// Connects to a Unix stream socket without waiting: EAGAIN when so many wait already that nobody
+/// can have been served for long, ECONNREFUSED when nobody listens.
+pub fn connect(path: &Path) -> Result<OwnedFd> {
+    use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let (family, kind) = (AddressFamily::UNIX, SocketType::STREAM);
+    let socket = rustix::net::socket_with(family, kind, flags, None)?;
+    rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?;
+    rustix::io::ioctl_fionbio(&socket, false)?;
+    Ok(socket)
+}
+
 /// Opens a directory without a look at its content (O_PATH); symlinks are followed.
 pub fn open_dir_path(path: &Path) -> Result<OwnedFd> {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;

@@ -618,3 +618,37 @@ fn sync_goes_no_faster_than_its_limit() {
         &crate::compare::manifest(&w.dst),
     );
 }
+
+/// Its queue is full: who connects waits until it takes somebody out, which it never does.
+#[test]
+fn a_daemon_that_hangs_keeps_nobody_from_mounting_or_asking() {
+    use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+    let Some(w) = world() else { return };
+    file(&w, "small", 10);
+    let dir = w.scratch_path("run");
+    fs::create_dir(&dir).unwrap();
+    let socket = |flags| {
+        rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).unwrap()
+    };
+    let at = SocketAddrUnix::new(dir.join("1.sock")).unwrap();
+    let hung = socket(SocketFlags::CLOEXEC);
+    rustix::net::bind(&hung, &at).unwrap();
+    rustix::net::listen(&hung, 1).unwrap();
+    let mut waiting = Vec::new();
+    loop {
+        let client = socket(SocketFlags::CLOEXEC | SocketFlags::NONBLOCK);
+        match rustix::net::connect(&client, &at) {
+            Ok(()) => waiting.push(client),
+            Err(e) => break assert_eq!(e, rustix::io::Errno::AGAIN),
+        }
+    }
+    let env = [("MIRRORFS_RUN_DIR", dir.to_str().unwrap())];
+    let m = w.mount_with(&["--no-background"], &env);
+    assert_eq!(fs::read(m.path("small")).unwrap().len(), 10);
+    let asked = run(mirrorfs()
+        .arg("status")
+        .arg(&m.at)
+        .env("MIRRORFS_RUN_DIR", &dir));
+    assert!(asked.expect_code(0).out.contains("PAUSED"));
+    assert!(dir.join("1.sock").exists(), "it may come to itself");
+}
