@@ -184,6 +184,7 @@ class Run:
         self.o, self.rng = o, random.Random(o.seed)
         self.bad, self.rounds = [], {'fio': 0, 'stress': 0}
         self.work = lab.scratch('mirrorfs-load.')
+        os.environ['MIRRORFS_RUN_DIR'] = self.work + '/run'
         self.fs = lab.make_fs(fs, self.work, 6 << 30)
         self.src, self.dst, self.at = self.fs + '/src', self.fs + '/dst', self.work + '/mnt'
         for d in (self.src, self.dst, self.at):
@@ -354,6 +355,7 @@ def table(samples):
 def many(o):
     """Memory over the number of files: empty ones, 1,000 in a directory."""
     work = lab.scratch('mirrorfs-many.')
+    os.environ['MIRRORFS_RUN_DIR'] = work + '/run'
     fs = lab.make_fs(o.fs[0], work, 24 << 30)
     src, dst, at = fs + '/src', fs + '/dst', work + '/mnt'
     for d in (src, dst, at):

@@ -16,8 +16,8 @@ use mirrorfs::sys::fault::POINTS;
 
 use crate::compare::{self, Ignore};
 use crate::fixture::{
-    CONTROL, LARGE, LIMIT, LoopFs, MARK, Mounted, Output, Scratch, World, bytes, can_mount_on,
-    find_program, kit, mirrorfs, need, run, run_for, wait_dead,
+    CONTROL, LARGE, LIMIT, LoopFs, MARK, Mounted, Output, World, bytes, can_mount_on, find_program,
+    kit, mirrorfs, need, run, run_for, wait_dead,
 };
 use crate::nasty::{self, At};
 use crate::raw;
@@ -474,7 +474,9 @@ fn power_cuts(what: &str, states: u32, env: &[(&str, &str)]) -> Option<Output> {
     if !able {
         return None;
     }
-    let scratch = Scratch::new();
+    // In memory if possible: each state is synced again and again.
+    let shm = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir());
+    let scratch = shm.unwrap();
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/crash/powercut.sh");
     let mut command = Command::new(script);
     command
