@@ -182,10 +182,16 @@ impl Session {
     /// until the new one does.
     pub fn attach(&self) -> Result<()> {
         let Some(mount) = self.mount.lock().take() else {
+            if self.helper.is_some()
+                && let Ok(root) = local::open_dir_path(&self.mountpoint)
+            {
+                show_root(root.as_fd());
+            }
             return Ok(());
         };
-        let root = stat::stat_fd(mount.as_fd()).on("statx", Side::Host, &self.mountpoint)?;
-        self.mount_id.store(root.mnt_id, Ordering::Relaxed);
+        show_root(mount.as_fd());
+        let id = stat::mount_id(mount.as_fd()).on("statx", Side::Host, &self.mountpoint)?;
+        self.mount_id.store(id, Ordering::Relaxed);
         let attached = match self.dead {
             0 => host::attach(mount.as_fd(), self.on.as_fd()),
             dead => self.replace(mount.as_fd(), dead),
@@ -266,6 +272,15 @@ impl Session {
             }
         }
         result
+    }
+}
+
+/// Until the kernel knows the root's mode it refuses everybody but root (EACCES), and it drops an answer
+/// that crosses a notification (fs/fuse/inode.c, attr_version): so the root is asked for before anything
+/// sends one.
+fn show_root(root: BorrowedFd<'_>) {
+    if let Err(errno) = local::look_from_a_child(root) {
+        tracing::debug!("the first look at the root: {errno}"); // The next one shows it.
     }
 }
 

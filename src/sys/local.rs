@@ -52,6 +52,42 @@ pub fn open_dir_path(path: &Path) -> Result<OwnedFd> {
     rustix::fs::openat(CWD, path, flags, Mode::empty())
 }
 
+/// statx(2) of an inode, by a child that has nothing else open; waits for it. The errno is the child's.
+///
+/// For the server of that file system: a process that waits for its own answer cannot end when it is
+/// killed, because it holds its /dev/fuse open until then.
+pub fn look_from_a_child(at: BorrowedFd<'_>) -> Result<()> {
+    use std::os::fd::AsRawFd;
+    let fd = at.as_raw_fd().cast_unsigned();
+    // SAFETY: between fork and _exit the child makes system calls only: other threads' locks may be
+    // held for ever there, and none is taken.
+    let child = check(libc::c_long::from(unsafe { libc::fork() }))?;
+    if child == 0 {
+        // SAFETY: as above; `stat` is plain data on the child's own stack, and _exit never returns.
+        unsafe {
+            if fd > 0 {
+                libc::syscall(libc::SYS_close_range, 0, fd - 1, 0);
+            }
+            libc::syscall(libc::SYS_close_range, fd + 1, u32::MAX, 0);
+            let mut stat: libc::statx = std::mem::zeroed();
+            let (at, mask) = (fd.cast_signed(), libc::STATX_BASIC_STATS);
+            let done = libc::statx(at, c"".as_ptr(), libc::AT_EMPTY_PATH, mask, &mut stat);
+            libc::_exit(match done {
+                0 => 0,
+                _ => *libc::__errno_location(),
+            });
+        }
+    }
+    let child = rustix::process::Pid::from_raw(child as i32);
+    let ended = rustix::io::retry_on_intr(|| {
+        rustix::process::waitpid(child, rustix::process::WaitOptions::empty())
+    })?;
+    match ended.and_then(|(_, status)| status.exit_status()) {
+        Some(0) => Ok(()),
+        errno => Err(errno.map_or(Errno::INTR, Errno::from_raw_os_error)),
+    }
+}
+
 /// Runs `f` in a thread with a private copy of the mount namespace: what it unmounts there stays
 /// mounted for everybody else. Directories that it opens stay usable: they are in detached mounts
 /// once the copy is gone. Needs CAP_SYS_ADMIN; EINVAL when `/` is no mount point (a plain chroot).

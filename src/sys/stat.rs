@@ -139,6 +139,12 @@ pub fn stat_path(path: &std::path::Path) -> Result<Stat> {
     rustix::fs::statx(rustix::fs::CWD, path, flags, want()).map(|x| from_statx(&x))
 }
 
+/// The mount that an open fd came through, as in /proc/self/mountinfo. No server is asked.
+pub fn mount_id(fd: BorrowedFd<'_>) -> Result<u64> {
+    let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+    rustix::fs::statx(fd, c"", flags, StatxFlags::MNT_ID).map(|x| x.stx_mnt_id)
+}
+
 /// The mount that an open fd came through, by a number that is not used again while the machine
 /// runs (STATX_MNT_ID_UNIQUE); `None` before Linux 6.8.
 pub fn unique_mount(fd: BorrowedFd<'_>) -> Option<u64> {
