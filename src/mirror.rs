@@ -15,6 +15,7 @@ mod carry;
 mod commit;
 mod control;
 mod crowd;
+mod ctime;
 mod file;
 mod finish;
 

@@ -24,8 +24,34 @@ impl MirrorFs {
         }
     }
 
+    /// From now on users see what is on the disk of the inodes that the request may change.
+    fn note_change(&self, ino: u64, op: &Op<'_>) {
+        let other = match op {
+            Op::Open { flags } if is_reading(user_flags(*flags)) => return,
+            Op::Link { ino, .. } => *ino,
+            Op::Rename { to_dir, .. } => *to_dir,
+            Op::Open { .. }
+            | Op::Setattr { .. }
+            | Op::Setxattr { .. }
+            | Op::Removexattr(_)
+            | Op::Symlink { .. }
+            | Op::Mknod { .. }
+            | Op::Mkdir { .. }
+            | Op::Create { .. }
+            | Op::Unlink(_)
+            | Op::Rmdir(_) => ino,
+            _ => return,
+        };
+        for ino in [ino, other] {
+            if let Some(node) = self.shared.mirror.nodes().find(ino) {
+                node.ctime().is_users();
+            }
+        }
+    }
+
     fn act(&self, header: &Header, op: Op<'_>, channel: Channel) {
         let ino = header.node;
+        self.note_change(ino, &op);
         match op {
             Op::Lookup(name) => self.lookup(ino, name, reply(header, channel)),
             Op::Getattr => self.getattr(ino, reply(header, channel)),
@@ -158,6 +184,10 @@ impl MirrorFs {
 
 fn reply<T: Answer>(header: &Header, channel: Channel) -> Reply<T> {
     Reply::new(header.unique, channel)
+}
+
+fn is_reading(flags: OFlags) -> bool {
+    flags & (OFlags::ACCMODE | OFlags::TRUNC) == OFlags::RDONLY
 }
 
 /// The flags of a user's open(2).

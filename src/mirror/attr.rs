@@ -7,6 +7,7 @@
 use std::ffi::CStr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use rustix::fs::{AtFlags, FileType, Gid, OFlags, Timespec, Timestamps, Uid, XattrFlags};
 use rustix::io::Errno;
@@ -89,8 +90,14 @@ impl Mirror {
             } else if stat.nlink > 1 {
                 stat.nlink = self.anchors.nlink(&stat);
             }
+            self.steady_ctime(node, &mut stat);
             return Ok(Some(Attr { stat }));
         }
+    }
+
+    fn steady_ctime(&self, node: &Node, stat: &mut Stat) {
+        let complete = self.progress.complete.load(Ordering::Relaxed);
+        stat.ctime = node.ctime().show(stat.ctime, complete);
     }
 
     /// `None` when the file stopped being pending meanwhile.
@@ -121,6 +128,7 @@ impl Mirror {
         if stat.nlink > 1 {
             stat.nlink = self.anchors.nlink(&stat);
         }
+        self.steady_ctime(node, &mut stat);
         Ok(Some(Attr { stat }))
     }
 

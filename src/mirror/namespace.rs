@@ -248,6 +248,7 @@ impl Mirror {
         let Some(node) = self.nodes.find(stat.key.ino) else {
             return Ok(());
         };
+        node.ctime().is_users();
         if stat.nlink > 1 && node.is_pending_file() {
             self.pin_origin(&node, dir, name)?;
         }
@@ -287,6 +288,7 @@ impl Mirror {
             match mirror.child(parent, &name) {
                 Err(_) => then(Ok(())),
                 Ok(node) => {
+                    node.ctime().is_users();
                     let ino = node.ino;
                     let again = Arc::clone(&mirror);
                     let done = move |ready| {
@@ -440,12 +442,8 @@ impl Mirror {
         };
         fault::point("rename-done");
         if result.is_ok() {
-            if let Some(node) = &moved {
-                node.set_place(to.0, &to.1);
-            }
-            if let Some(node) = &other {
-                node.set_place(from.0, &from.1);
-            }
+            moved.iter().for_each(|n| n.set_place(to.0, &to.1));
+            other.iter().for_each(|n| n.set_place(from.0, &from.1));
         }
         for node in [moved, other].into_iter().flatten() {
             self.nodes.forget(node.ino, 1);

@@ -22,6 +22,7 @@ use rustix::fs::{FileType, OFlags};
 use rustix::io::Errno;
 
 use super::anchor::Anchor;
+use super::ctime::SteadyCtime;
 use crate::sys::fd;
 use crate::sys::name::{Name, RelPath};
 use crate::sys::stat::{self, Stat};
@@ -106,6 +107,7 @@ pub struct Node {
     lookups: AtomicU64,
     /// The inode, open, since its last name went.
     kept: Mutex<Option<OwnedFd>>,
+    ctime: SteadyCtime,
 }
 
 impl Node {
@@ -127,7 +129,13 @@ impl Node {
             place: Mutex::new(place),
             lookups: AtomicU64::new(0),
             kept: Mutex::new(None),
+            ctime: SteadyCtime::default(),
         }
+    }
+
+    /// The ctime that users see.
+    pub fn ctime(&self) -> &SteadyCtime {
+        &self.ctime
     }
 
     /// Its last name has gone. It stays, and its number its own, for as long as the kernel holds it.
@@ -175,12 +183,13 @@ impl Node {
         self.place.lock().clone()
     }
 
-    /// Notes that it is at this place now.
+    /// Notes that it is at this place now: a user has renamed it.
     pub fn set_place(&self, parent: Ino, name: &Name) {
         *self.place.lock() = Some(Place {
             parent,
             name: name.clone(),
         });
+        self.ctime.is_users();
     }
 
     /// For messages: the last name.

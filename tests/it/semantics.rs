@@ -773,6 +773,37 @@ fn times_before_1970_and_after_2038_can_be_set_through_the_mount() {
 }
 
 #[test]
+fn what_is_copied_meanwhile_has_not_changed_for_who_looks_until_a_user_changes_it() {
+    let Some(w) = world(some_files) else { return };
+    let m = w.mount_lazy();
+    let ctime = |path: &Path| {
+        let stat = fs::metadata(path).unwrap();
+        (stat.ctime(), stat.ctime_nsec())
+    };
+    // After a read the kernel asks for the attributes again.
+    let look = |name: &str| {
+        let path = m.path(name);
+        match path.is_dir() {
+            true => assert!(fs::read_dir(&path).unwrap().count() > 0),
+            false => assert!(!fs::read(&path).unwrap().is_empty()),
+        }
+        ctime(&path)
+    };
+    for name in ["f", "large", "dir"] {
+        let (shown, raw) = (m.path(name), w.dst.join(name));
+        let before = ctime(&shown);
+        assert_eq!(look(name), before, "{name}");
+        let done = || ctime(&raw) != before && (raw.is_dir() || !is_marked(&raw));
+        wait_until("it is here", LIMIT, done);
+        assert_eq!(look(name), before, "{name} after it was copied");
+        fs::set_permissions(&shown, fs::Permissions::from_mode(0o750)).unwrap();
+        assert!(look(name) > before, "{name} after chmod");
+        wait_until("dst's own", LIMIT, || look(name) == ctime(&raw));
+    }
+    m.finish_rest();
+}
+
+#[test]
 fn writing_a_pending_file_gives_it_a_new_time_and_reading_does_not() {
     let Some(w) = world(some_files) else { return };
     let m = w.mount_lazy();
