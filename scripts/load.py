@@ -356,7 +356,8 @@ def many(o):
     """Memory over the number of files: empty ones, 1,000 in a directory."""
     work = lab.scratch('mirrorfs-many.')
     os.environ['MIRRORFS_RUN_DIR'] = work + '/run'
-    fs = lab.make_fs(o.fs[0], work, 24 << 30)
+    # ext4 makes one inode for each 16 KiB: both trees need theirs.
+    fs = lab.make_fs(o.fs[0], work, max(4 << 30, 5 * o.many * (16 << 10) // 2))
     src, dst, at = fs + '/src', fs + '/dst', work + '/mnt'
     for d in (src, dst, at):
         os.mkdir(d)
