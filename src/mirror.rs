@@ -9,6 +9,7 @@
 mod ahead;
 mod anchor;
 mod aside;
+mod asker;
 mod attr;
 mod barrier;
 mod carry;
@@ -55,6 +56,7 @@ use rustix::io::Errno;
 
 pub use ahead::Stream;
 pub use anchor::Anchor;
+pub use asker::{Asker, asking};
 pub use attr::{Attr, Change, Stamp};
 pub use carry::{Carrier, Placed};
 pub use commit::DoneDir;

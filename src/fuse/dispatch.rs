@@ -9,7 +9,7 @@ use super::MirrorFs;
 use super::answer::{Answer, Done, Statfs, decode_dev};
 use super::reply::{Channel, Reply};
 use super::request::{self, Header, Op};
-use crate::mirror::{Caller, Creator, Make};
+use crate::mirror::{Asker, Caller, Creator, Make, asking};
 
 impl MirrorFs {
     /// Answers one request, now or later from another thread.
@@ -19,7 +19,13 @@ impl MirrorFs {
         let progress = self.shared.mirror.progress();
         progress.requests.count(header.opcode);
         match request::parse(header.opcode, fields, rest) {
-            Some(op) => self.act(header, op, channel),
+            Some(op) => {
+                let asker = Asker {
+                    request: header.unique,
+                    tid: header.pid,
+                };
+                asking(Some(asker), || self.act(header, op, channel));
+            }
             None => reply::<Done>(header, channel).error(Errno::INVAL),
         }
     }
@@ -119,6 +125,10 @@ impl MirrorFs {
                     self.shared.mirror.nodes().forget(ino, times);
                 }
             }
+            // Nor to this. One that comes before its request is kept, not sent back: the kernel takes
+            // it back only where it was read with its request (/dev/fuse has clones, and io_uring is
+            // another place).
+            Op::Interrupt(request) => self.shared.mirror.signalled(request),
             Op::Destroy => reply(header, channel).ok(Done),
             // ENOSYS: the kernel does not ask again, for what it can do without us.
             Op::Unknown => reply::<Done>(header, channel).error(Errno::NOSYS),

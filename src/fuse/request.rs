@@ -134,6 +134,8 @@ pub(super) enum Op<'a> {
         len: u64,
     },
     Destroy,
+    /// A signal has reached who waits for the answer to this request.
+    Interrupt(u64),
     /// Nothing that we have: ENOSYS.
     Unknown,
 }
@@ -260,6 +262,7 @@ pub(super) fn parse<'a>(code: u32, fields: &'a [u8], rest: &'a [u8]) -> Option<O
                 len: f.u64()?,
             }
         }
+        opcode::INTERRUPT => Op::Interrupt(f.u64()?),
         opcode::DESTROY => Op::Destroy,
         _ => Op::Unknown,
     })

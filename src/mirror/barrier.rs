@@ -7,6 +7,7 @@
 use std::sync::Arc;
 
 use super::Mirror;
+use super::asker;
 use super::node::{Ino, Node};
 use super::populate::{Access, Waiter};
 
@@ -27,13 +28,13 @@ impl Mirror {
         let mirror = Arc::clone(self);
         // The walker hears of it and brings nothing more for the next syncfs.
         self.progress.barriers.add(1);
-        let again = move |ready| {
+        let again = asker::kept(move |ready| {
             mirror.progress.barriers.sub(1);
             match ready {
                 Ok(()) => mirror.when_published(ino, then),
                 Err(e) => then(Err(e)),
             }
-        };
+        });
         self.commit.when_published(gated, Box::new(again));
     }
 

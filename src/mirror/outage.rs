@@ -158,6 +158,12 @@ impl Mirror {
         })
     }
 
+    /// A signal has reached who asked this (`Asker::request`): if it ends him he waits no longer.
+    pub fn signalled(&self, request: u64) {
+        self.patience.signalled(request);
+        self.outage.wake.notify_all();
+    }
+
     /// Puts off what has failed: `then` is called on a pool thread after the pause, when src answers.
     pub(super) fn later(&self, pause: Duration, then: impl FnOnce(Again) + Send + 'static) {
         self.outage.hold(pause, Box::new(then));

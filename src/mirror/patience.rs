@@ -1,10 +1,12 @@
-//! Patience: how long an access waits for src before it hears EIO (`--on-error fail`).
+//! Patience: how long an access waits for src: until it has its answer, until its time is over
+//! (`--on-error fail`), or until a signal ends who asked.
 //!
 //!   limit()    wraps what is to be called with the answer: called once, by whoever is first
-//!   expire()   calls what has waited too long with ETIMEDOUT, whatever src does with the request
+//!   expire()   calls what has waited too long with ETIMEDOUT, whatever src does with the request;
+//!              and what waits for somebody who is ending with EINTR
 //!
-//! With `--on-error wait` everything waits as long as it takes, and nothing here is used. The work
-//! itself goes on: who comes later may find it done. Lock order: `open`, then nothing.
+//! The work itself goes on: who comes later may find it done. Lock order: `open`, then nothing; the
+//! table of signals the same.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -13,25 +15,29 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
+use super::asker::{self, End, Signals};
 use crate::config::OnError;
 use crate::error::{Errno, Error, Result, Side};
+use crate::sys::process;
 
 /// What is told an answer.
 pub(super) type Told<T> = Box<dyn FnOnce(Result<T>) + Send>;
 
-type Expire = Box<dyn FnOnce() + Send>;
+/// How often who had a signal that did not end him is looked at again.
+const WATCH: Duration = Duration::from_millis(100);
 
-/// All accesses with a limit.
+/// All accesses that wait and may not have to.
 pub(super) struct Patience {
     limit: Option<Duration>,
     open: Mutex<Open>,
+    signals: Signals,
 }
 
 #[derive(Default)]
 struct Open {
     next: u64,
     /// By deadline.
-    waits: BTreeMap<(Instant, u64), Expire>,
+    waits: BTreeMap<(Instant, u64), End>,
 }
 
 impl Patience {
@@ -39,12 +45,18 @@ impl Patience {
         Arc::new(Patience {
             limit: (on_error == OnError::Fail).then_some(timeout),
             open: Mutex::default(),
+            signals: Signals::default(),
         })
     }
 
     /// How often `expire` has to be called.
     pub(super) fn tick(&self) -> Duration {
         let tick = self.limit.map_or(Duration::MAX, |l| l / 4);
+        let tick = if self.signals.is_watching() {
+            tick.min(WATCH)
+        } else {
+            tick
+        };
         tick.clamp(Duration::from_millis(50), Duration::from_secs(1))
     }
 
@@ -53,51 +65,64 @@ impl Patience {
         self.limit.is_some_and(|limit| began.elapsed() > limit)
     }
 
-    /// `then`, called at the latest when the limit is reached. `late`: for how long src has been away.
+    /// `then`, called at the latest when the limit is reached, or when a signal has ended who asked.
+    /// `late`: for how long src has been away.
     pub(super) fn limit<T: Send + 'static>(
         self: &Arc<Self>,
         path: PathBuf,
         late: Duration,
         then: impl FnOnce(Result<T>) + Send + 'static,
     ) -> Told<T> {
-        let Some(limit) = self.limit else {
+        let asker = asker::current();
+        if self.limit.is_none() && asker.is_none() {
             return Box::new(then);
-        };
+        }
         let slot = Arc::new(Mutex::new(Some(then)));
-        let taken = Arc::clone(&slot);
-        let expire: Expire = Box::new(move || {
-            let then = taken.lock().take();
-            if let Some(then) = then {
-                then(Err(Error::Call {
-                    call: "wait",
-                    side: Side::Src,
-                    path,
-                    errno: Errno::TIMEDOUT,
-                }));
-            }
-        });
-        // Who comes when src has been away for long does not wait all of it again.
-        let due = Instant::now() + limit.saturating_sub(late);
-        let key = {
+        let end = |side, errno| -> End {
+            let (slot, path) = (Arc::clone(&slot), path.clone());
+            Arc::new(move || {
+                let then = slot.lock().take();
+                if let Some(then) = then {
+                    then(Err(Error::Call {
+                        call: "wait",
+                        side,
+                        path: path.clone(),
+                        errno,
+                    }));
+                }
+            })
+        };
+        let due = self.limit.map(|limit| {
+            // Who comes when src has been away for long does not wait all of it again.
+            let due = Instant::now() + limit.saturating_sub(late);
             let mut open = self.open.lock();
             open.next += 1;
             let key = (due, open.next);
-            open.waits.insert(key, expire);
+            open.waits.insert(key, end(Side::Src, Errno::TIMEDOUT));
             key
+        });
+        let parked = asker.map(|asker| {
+            let id = self.signals.park(asker, end(Side::Host, Errno::INTR));
+            (asker.request, id)
+        });
+        let waiting = Waiting {
+            patience: Arc::clone(self),
+            due,
+            parked,
+            slot,
         };
-        let patience = Arc::clone(self);
         Box::new(move |result| {
-            let then = slot.lock().take();
-            let gone = patience.open.lock().waits.remove(&key);
-            drop(gone); // Not under the lock: it holds what `then` held.
+            let then = waiting.slot.lock().take();
+            drop(waiting);
             if let Some(then) = then {
-                then(result);
+                asker::asking(asker, || then(result));
             }
         })
     }
 
     /// Tells all whose time is over.
     pub(super) fn expire(&self) {
+        self.signals.look(process::is_ending);
         loop {
             let expire = {
                 let mut open = self.open.lock();
@@ -108,6 +133,34 @@ impl Patience {
             };
             expire();
         }
+    }
+
+    /// A signal has reached who asked this.
+    pub(super) fn signalled(&self, request: u64) {
+        self.signals.signalled(request);
+        self.signals.look(process::is_ending);
+    }
+}
+
+/// An access that waits. Dropped without an answer it is over too: what it holds is dropped.
+struct Waiting<F> {
+    patience: Arc<Patience>,
+    due: Option<(Instant, u64)>,
+    parked: Option<(u64, u64)>,
+    slot: Arc<Mutex<Option<F>>>,
+}
+
+impl<F> Drop for Waiting<F> {
+    fn drop(&mut self) {
+        if let Some(due) = self.due {
+            let gone = self.patience.open.lock().waits.remove(&due);
+            drop(gone); // Not under the lock: it holds what `then` held.
+        }
+        if let Some((request, id)) = self.parked {
+            self.patience.signals.forget(request, id);
+        }
+        let left = self.slot.lock().take();
+        drop(left); // Not under the lock, as above.
     }
 }
 
@@ -150,5 +203,22 @@ mod tests {
         assert!(rx.try_recv().is_err());
         then(Ok(1));
         assert!(matches!(rx.recv(), Ok(Ok(1))));
+    }
+
+    #[test]
+    fn an_answer_that_never_comes_is_no_leak() {
+        let patience = Patience::new(OnError::Wait, Duration::ZERO);
+        let me = asker::Asker { request: 2, tid: 0 };
+        let (then, rx) = asker::asking(Some(me), || told(&patience, Duration::ZERO));
+        drop(then);
+        assert!(rx.recv().is_err(), "what was to be called is gone");
+        patience.signalled(2);
+        assert!(!patience.signals.is_watching());
+        let (then, rx) = asker::asking(Some(me), || told(&patience, Duration::ZERO));
+        patience.expire();
+        let errno = rx.recv().expect("told").map_err(|e| e.errno());
+        assert_eq!(errno, Err(Errno::INTR), "the signal came before the wait");
+        then(Ok(1));
+        assert!(rx.recv().is_err(), "nobody is told twice");
     }
 }

@@ -155,7 +155,11 @@ impl Mirror {
     }
 
     /// Somebody waits for a directory: it is shown until he hears.
-    fn waiting_for(&self, node: &Node, then: Waiter) -> Waiter {
+    pub fn waiting_for<T: Send + 'static>(
+        &self,
+        node: &Node,
+        then: impl FnOnce(Result<T>) + Send + 'static,
+    ) -> Box<dyn FnOnce(Result<T>) + Send> {
         let origin = node.origin().map(|o| o.path().to_path());
         self.waiting(origin.unwrap_or_default(), then)
     }

@@ -23,6 +23,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Mirror;
 use super::anchor::Anchor;
+use super::asker;
 use super::control::Control;
 use super::hydrate::Stage;
 use super::node::{Ino, Node, Origin, Phase, Place};
@@ -195,10 +196,10 @@ impl Mirror {
         self: &Arc<Self>,
         work: impl FnOnce(&Arc<Mirror>, T) + Send + 'static,
     ) -> impl FnOnce(T) + Send + 'static {
-        let mirror = Arc::clone(self);
+        let (mirror, again) = (Arc::clone(self), Arc::clone(self));
         move |ready| {
-            let again = Arc::clone(&mirror);
-            mirror.requests.pass(move || work(&again, ready));
+            let work = asker::kept(move |ready| work(&again, ready));
+            mirror.requests.pass(move || work(ready));
         }
     }
 

@@ -21,11 +21,11 @@ use crate::fixture::{
 use crate::raw;
 
 /// How long something that must not happen is waited for.
-const NOT_YET: Duration = Duration::from_millis(700);
+pub(crate) const NOT_YET: Duration = Duration::from_millis(700);
 
 /// A view of `real` that misbehaves on demand, at `at`.
 pub(crate) struct BadSrc {
-    real: PathBuf,
+    pub(crate) real: PathBuf,
     at: PathBuf,
     ctl: PathBuf,
     child: Option<Child>,
@@ -185,12 +185,12 @@ fn errno<T>(result: io::Result<T>) -> i32 {
 }
 
 #[track_caller]
-fn expect_copy(bad: &BadSrc, w: &World) {
+pub(crate) fn expect_copy(bad: &BadSrc, w: &World) {
     w.expect_no_trace();
     compare::expect_equal(&compare::manifest(&bad.real), &compare::manifest(&w.dst));
 }
 
-fn tree(bad: &BadSrc) {
+pub(crate) fn tree(bad: &BadSrc) {
     for n in 0..30_u64 {
         bad.write(&format!("d{}/f{n}", n % 3), &bytes(n, 3000 + n as usize));
     }

@@ -29,5 +29,6 @@ mod scanners;
 mod semantics;
 mod service;
 mod shards;
+mod signals;
 mod tidy;
 mod upgrade;

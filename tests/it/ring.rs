@@ -19,7 +19,7 @@ use crate::fixture::{self, LoopFs, Mounted, World, bytes, can_mount, need, wait_
 const URING: [&str; 3] = ["--no-background", "-o", "transport=uring"];
 
 /// True when mounts through io_uring can be made here.
-fn can_ring() -> bool {
+pub(crate) fn can_ring() -> bool {
     let setting = Path::new("/sys/module/fuse/parameters/enable_uring");
     can_mount()
         && need(setting.exists(), "FUSE over io_uring (Linux 6.14)")

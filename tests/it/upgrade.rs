@@ -32,7 +32,7 @@ fn try_upgrade(m: &Mounted, binary: &Path) -> Output {
 }
 
 #[track_caller]
-fn upgrade(m: &Mounted) -> String {
+pub(crate) fn upgrade(m: &Mounted) -> String {
     let out = try_upgrade(m, &program());
     assert_eq!(out.code(), 0, "{}{}\n{}", out.out, out.err, m.log());
     out.out
