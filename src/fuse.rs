@@ -33,8 +33,7 @@ use crate::error::Result;
 use crate::mirror::{Caller, Change, Creator, Ino, Make, Node};
 use crate::sys::name::Name;
 pub(crate) use abi::request_name;
-use answer::{Attributes, Bytes, Count, Created, Done, Entry, Offset, Opened, Xattr};
-use passthrough::IoMode;
+use answer::{Attributes, Bytes, Count, Created, Done, Entry, Found, Offset, Opened, Xattr};
 use reply::{Reply, errno, reply_empty, reply_raw, reply_xattr};
 use request::At;
 use shared::Shared;
@@ -75,13 +74,13 @@ impl MirrorFs {
             });
     }
 
-    fn lookup(&self, parent: Ino, name: &[u8], reply: Reply<Entry>) {
+    fn lookup(&self, parent: Ino, name: &[u8], reply: Reply<Found>) {
         let Some(name) = Name::new(name) else {
             return reply.error(Errno::NOENT);
         };
         let shared = Arc::clone(&self.shared);
         self.shared.mirror.lookup(parent, name, move |found| {
-            shared.reply_entry("lookup", found, reply);
+            shared.reply_found(parent, found, reply);
         });
     }
 
@@ -223,10 +222,7 @@ impl MirrorFs {
                 let opened = ready
                     .map_err(|e| errno("opendir", &e))
                     .and_then(|stream| shared.open_listing(ino, stream));
-                reply.send(opened.map(|handle| Opened {
-                    handle,
-                    mode: IoMode::Cached,
-                }));
+                reply.send(opened);
             });
         });
     }

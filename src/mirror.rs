@@ -6,6 +6,7 @@
 //! Lock order, outermost first: `moves`, a mark lock, a hydration's state, everything else is a
 //! leaf. No lock is held across a copy, an fsync or a waiter (I8).
 
+mod absent;
 mod ahead;
 mod anchor;
 mod aside;

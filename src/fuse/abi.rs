@@ -129,6 +129,10 @@ pub(super) mod fattr {
     pub(crate) const MTIME_NOW: u32 = 1 << 8;
 }
 
+/// The reply to an open: what is cached of the file, or of a listing, is still right.
+pub(super) const FOPEN_KEEP_CACHE: u32 = 1 << 1;
+/// The reply to an opendir: what is listed may be kept.
+pub(super) const FOPEN_CACHE_DIR: u32 = 1 << 3;
 /// The reply to an open: reads and writes go to the backing file.
 pub(super) const FOPEN_PASSTHROUGH: u32 = 1 << 7;
 /// fsync_flags: the data, not the metadata.

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::abi::FOPEN_PASSTHROUGH;
+use super::abi::{FOPEN_CACHE_DIR, FOPEN_KEEP_CACHE, FOPEN_PASSTHROUGH};
 use super::passthrough::IoMode;
 use crate::mirror::{Attr, Ino};
 use crate::sys::dir::Entry as DirEntry;
@@ -109,6 +109,26 @@ impl Answer for Entry {
     }
 }
 
+/// What a name is: an inode, or nothing for so long. The kernel takes a name that is made through the
+/// mount for what it is then.
+pub(super) enum Found {
+    Entry(Entry),
+    Nothing(Duration),
+}
+
+impl Answer for Found {
+    fn fixed(&self, out: &mut Fixed) {
+        match self {
+            Found::Entry(entry) => entry.fixed(out),
+            // Inode 0: there is none.
+            Found::Nothing(ttl) => {
+                out.u64(0).u64(0).u64(ttl.as_secs()).u64(0);
+                out.u32(ttl.subsec_nanos()).u32(0).put(&[0; 88]);
+            }
+        }
+    }
+}
+
 /// struct fuse_attr_out.
 pub(super) struct Attributes {
     pub(super) ino: Ino,
@@ -128,14 +148,25 @@ impl Answer for Attributes {
 /// struct fuse_open_out: a handle, and how the kernel uses it.
 pub(super) struct Opened {
     pub(super) handle: u64,
-    pub(super) mode: IoMode,
+    pub(super) how: How,
+}
+
+/// How the kernel uses an open file, or an open directory.
+pub(super) enum How {
+    File(IoMode),
+    /// `complete`: the kernel may keep what is listed, until it changes a name there itself.
+    Dir {
+        complete: bool,
+    },
 }
 
 impl Answer for Opened {
     fn fixed(&self, out: &mut Fixed) {
-        let (flags, backing) = match &self.mode {
-            IoMode::Cached => (0, 0),
-            IoMode::Passthrough(id) => (FOPEN_PASSTHROUGH, id.number()),
+        let (flags, backing) = match &self.how {
+            How::File(IoMode::Cached { keep: false }) | How::Dir { complete: false } => (0, 0),
+            How::File(IoMode::Cached { keep: true }) => (FOPEN_KEEP_CACHE, 0),
+            How::Dir { complete: true } => (FOPEN_KEEP_CACHE | FOPEN_CACHE_DIR, 0),
+            How::File(IoMode::Passthrough(id)) => (FOPEN_PASSTHROUGH, id.number()),
         };
         out.u64(self.handle).u32(flags).u32(backing.cast_unsigned());
     }
@@ -330,7 +361,7 @@ mod tests {
         };
         let opened = Opened {
             handle: 1,
-            mode: IoMode::Cached,
+            how: How::Dir { complete: true },
         };
         assert_eq!(len(&opened), 16);
         assert_eq!(len(&Count(3)), 8);
@@ -353,6 +384,7 @@ mod tests {
             attr_ttl: ttl,
         };
         assert_eq!(len(&entry()), 128);
+        assert_eq!(len(&Found::Nothing(ttl)), 128);
         assert_eq!(len(&Created(entry(), opened)), FIXED_MAX);
     }
 }

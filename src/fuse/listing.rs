@@ -12,7 +12,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use rustix::io::Errno;
 
-use super::answer::{self, Dirent, Entries};
+use super::answer::{self, Answer, Dirent, Entries, How, Opened};
 use super::handles::{Ahead, Listing};
 use super::reply::{Reply, errno};
 use super::request::At;
@@ -31,15 +31,20 @@ const DOTDOT: u64 = 2;
 const AHEAD_MAX: usize = 512;
 
 impl Shared {
-    pub(super) fn open_listing(&self, ino: Ino, stream: Option<Stream>) -> Result<u64, Errno> {
+    /// Whoever may list a directory that has all its names finds in the kernel what was listed before:
+    /// only through the mount do they change.
+    pub(super) fn open_listing(&self, ino: Ino, stream: Option<Stream>) -> Result<Opened, Errno> {
         let node = self.node(ino)?;
         let dir = self.mirror.open_listing(&node)?;
-        Ok(self.listings.insert(Listing {
+        let complete = stream.is_none() && !node.is_pending_dir() && !self.entry_ttl().is_zero();
+        let handle = self.listings.insert(Listing {
             node,
             dir,
             stream: Mutex::new(stream.map(Arc::new)),
             ahead: Default::default(),
-        }))
+        });
+        let how = How::Dir { complete };
+        Ok(Opened { handle, how })
     }
 
     /// The entries from `offset` on, from what was read ahead or from dst.
@@ -93,45 +98,61 @@ impl Shared {
         listing.stream.lock().is_some()
     }
 
+    /// Calls `then` with the entries from an offset on: now, or on a pool thread where src is listed.
+    fn when_entries(
+        shared: &Arc<Shared>,
+        listing: &Arc<Listing>,
+        offset: u64,
+        then: impl FnOnce(Result<Vec<Entry>, Errno>) + Send + 'static,
+    ) {
+        let (from, streamed) = (first_real(offset), Self::is_streamed(listing, offset));
+        if !streamed {
+            return then(shared.entries(listing, from));
+        }
+        let told = move |entries: Result<Result<Vec<Entry>, Errno>>| {
+            then(entries.map_err(|e| errno("readdir", &e)).flatten());
+        };
+        let told = shared.mirror.waiting_for(&listing.node, told);
+        let (again, listing) = (Arc::clone(shared), Arc::clone(listing));
+        let task = move || told(Ok(again.entries(&listing, from)));
+        shared.mirror.run_demand(Priority::Demand, Box::new(task));
+    }
+
     pub(super) fn readdir(shared: &Arc<Shared>, at: At, reply: Reply<Entries>) {
         let Some(listing) = shared.listings.get(at.fh) else {
             return reply.error(Errno::BADF);
         };
-        if !Self::is_streamed(&listing, at.offset) {
-            return shared.readdir_now(&listing, &at, reply);
-        }
-        let again = Arc::clone(shared);
-        let task = move || again.readdir_now(&listing, &at, reply);
-        shared.mirror.run_demand(Priority::Demand, Box::new(task));
-    }
-
-    fn readdir_now(&self, listing: &Listing, at: &At, reply: Reply<Entries>) {
         let mut out = Entries::with_room(at.size);
         let own = Dirent::dir(listing.node.ino, DOT, b".");
         if at.offset == 0 && !out.add(None, &own) {
             return reply.ok(out);
         }
-        let up = Dirent::dir(Self::parent_of(listing), DOTDOT, b"..");
+        let up = Dirent::dir(Self::parent_of(&listing), DOTDOT, b"..");
         if at.offset <= DOT && !out.add(None, &up) {
             return reply.ok(out);
         }
-        let mut from = first_real(at.offset);
-        let entries = match self.entries(listing, from) {
-            Ok(entries) => entries,
-            Err(e) => return reply.error(e),
-        };
+        let held = Arc::clone(&listing);
+        Self::when_entries(shared, &listing, at.offset, move |entries| match entries {
+            Ok(entries) => {
+                Self::add_names(&held, at.offset, entries, &mut out);
+                reply.ok(out);
+            }
+            Err(e) => reply.error(e),
+        });
+    }
+
+    fn add_names(listing: &Listing, offset: u64, entries: Vec<Entry>, out: &mut Entries) {
+        let mut from = first_real(offset);
         let mut rest = entries.into_iter();
         while let Some(entry) = rest.next() {
             let next = entry.next;
             let hidden = Self::is_hidden(listing, &entry);
             if !hidden && !out.add(None, &Dirent::of(&entry, entry.ino)) {
                 let left = std::iter::once(entry).chain(rest).collect();
-                Self::keep_ahead(listing, from, left);
-                break;
+                return Self::keep_ahead(listing, from, left);
             }
             from = next;
         }
-        reply.ok(out);
     }
 
     /// Fills the reply here as long as nothing has to be asked of src; the rest on a pool thread.
@@ -139,20 +160,6 @@ impl Shared {
         let Some(listing) = shared.listings.get(at.fh) else {
             return reply.error(Errno::BADF);
         };
-        if !Self::is_streamed(&listing, at.offset) {
-            return Self::readdirplus_now(shared, listing, &at, reply);
-        }
-        let again = Arc::clone(shared);
-        let task = move || Self::readdirplus_now(&again, listing, &at, reply);
-        shared.mirror.run_demand(Priority::Demand, Box::new(task));
-    }
-
-    fn readdirplus_now(
-        shared: &Arc<Shared>,
-        listing: Arc<Listing>,
-        at: &At,
-        reply: Reply<Entries>,
-    ) {
         let mut out = Entries::with_room(at.size);
         if at.offset <= DOT {
             match shared.add_dots(&listing, at.offset, &mut out) {
@@ -161,19 +168,20 @@ impl Shared {
                 Err(e) => return reply.error(e),
             }
         }
-        let from = first_real(at.offset);
-        let entries = match shared.entries(&listing, from) {
-            Ok(entries) => entries,
-            Err(e) => return reply.error(e),
-        };
-        let fill = Fill {
-            listing,
-            at: from,
-            entries: entries.into_iter(),
-            out,
-            reply,
-        };
-        Shared::fill_asking(shared, fill, Ask::Src);
+        let (again, held) = (Arc::clone(shared), Arc::clone(&listing));
+        Self::when_entries(shared, &listing, at.offset, move |entries| match entries {
+            Err(e) => reply.error(e),
+            Ok(entries) => {
+                let fill = Fill {
+                    listing: held,
+                    at: first_real(at.offset),
+                    entries: entries.into_iter(),
+                    out,
+                    reply,
+                };
+                Shared::fill_asking(&again, fill, Ask::Src);
+            }
+        });
     }
 
     /// Fills the reply; where src has to be asked, it goes on when src has answered.
@@ -184,6 +192,8 @@ impl Shared {
         let again = Arc::clone(shared);
         shared.mirror.with_attr(&node, move |attr| match attr {
             Ok(_) => Shared::fill_asking(&again, fill, Ask::Src),
+            // A signal ends who asks. What is in the reply counts as told, so it is sent.
+            Err(e) if e.errno() == Errno::INTR => fill.end_early(),
             Err(_) => Shared::fill_asking(&again, fill, Ask::Nobody),
         });
     }
@@ -311,4 +321,17 @@ struct Fill {
     entries: std::vec::IntoIter<Entry>,
     out: Entries,
     reply: Reply<Entries>,
+}
+
+impl Fill {
+    /// Sends what there is; nothing would mean the end of the directory.
+    fn end_early(self) {
+        match self.out.data().is_empty() {
+            true => self.reply.error(Errno::INTR),
+            false => {
+                Shared::keep_ahead(&self.listing, self.at, self.entries.collect());
+                self.reply.ok(self.out);
+            }
+        }
+    }
 }

@@ -18,8 +18,9 @@ use crate::sys::fusedev::BackingId;
 /// How a handle was opened.
 #[derive(Debug, Clone)]
 pub(super) enum IoMode {
-    /// Reads and writes come to us.
-    Cached,
+    /// Reads and writes come to us. `keep`: what the kernel has of the file's pages is still right; it
+    /// drops them else, and waits for those that are being read.
+    Cached { keep: bool },
     /// The kernel goes to dst's file.
     Passthrough(Arc<BackingId>),
 }
@@ -77,8 +78,11 @@ impl Backings {
                 return IoMode::Passthrough(id);
             }
         }
+        // Nothing but cached handles has changed the file since its pages were read: src's bytes do not
+        // change, and while it is open this way it is open in no other.
+        let keep = !here || open.cached > 0;
         open.cached += 1;
-        IoMode::Cached
+        IoMode::Cached { keep }
     }
 
     /// Opens may go past the daemon.
@@ -99,7 +103,7 @@ impl Backings {
         let open = table.entry(ino).or_default();
         let Some(number) = number else {
             open.cached += 1;
-            return IoMode::Cached;
+            return IoMode::Cached { keep: false };
         };
         open.through += 1;
         open.through_writers += u32::from(write);
@@ -114,7 +118,7 @@ impl Backings {
             return;
         };
         match mode {
-            IoMode::Cached => open.cached = open.cached.saturating_sub(1),
+            IoMode::Cached { .. } => open.cached = open.cached.saturating_sub(1),
             IoMode::Passthrough(_) => {
                 open.through = open.through.saturating_sub(1);
                 open.through_writers = open.through_writers.saturating_sub(u32::from(write));

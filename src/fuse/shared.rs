@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use rustix::io::Errno;
 
-use super::answer::{Attributes, Created, Entry, Opened};
+use super::answer::{Attributes, Created, Entry, Found, How, Opened};
 use super::dev::Dev;
 use super::handles::{Handles, Listing, OpenFile};
 use super::passthrough::{Backings, IoMode};
@@ -93,6 +93,30 @@ impl Shared {
         reply.send(shown.map_err(|e| errno(what, &e)));
     }
 
+    /// The answer to a lookup. What is not in a directory that has all its names stays so until it is
+    /// made through the mount.
+    pub(super) fn reply_found(
+        &self,
+        parent: Ino,
+        result: Result<mirror::Entry>,
+        reply: Reply<Found>,
+    ) {
+        let ttl = self.entry_ttl();
+        reply.send(match result {
+            Ok(entry) => Ok(Found::Entry(self.entry(&entry.node, entry.attr))),
+            Err(e) => match errno("lookup", &e) {
+                Errno::NOENT if !ttl.is_zero() && self.has_all_names(parent) => {
+                    Ok(Found::Nothing(ttl))
+                }
+                errno => Err(errno),
+            },
+        });
+    }
+
+    fn has_all_names(&self, dir: Ino) -> bool {
+        self.node(dir).is_ok_and(|node| !node.is_pending_dir())
+    }
+
     pub(super) fn reply_attr(
         &self,
         what: &str,
@@ -165,7 +189,8 @@ impl Shared {
             Locate::Here | Locate::Ranged => None,
         };
         let handle = self.insert_file(node, file, src, (mode.clone(), write));
-        reply.ok(Opened { handle, mode });
+        let how = How::File(mode);
+        reply.ok(Opened { handle, how });
     }
 
     pub(super) fn reply_create(&self, entry: &mirror::Entry, file: OwnedFd, reply: Reply<Created>) {
@@ -175,6 +200,7 @@ impl Shared {
         let node = Arc::clone(&entry.node);
         let handle = self.insert_file(node, file, None, (mode.clone(), true));
         let shown = self.entry(&entry.node, entry.attr);
-        reply.ok(Created(shown, Opened { handle, mode }));
+        let how = How::File(mode);
+        reply.ok(Created(shown, Opened { handle, how }));
     }
 }

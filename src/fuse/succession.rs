@@ -91,7 +91,7 @@ impl Session {
                 ino: open.node.ino,
                 fd: kept(open.file.as_fd())?,
                 backing: match &open.mode {
-                    IoMode::Cached => None,
+                    IoMode::Cached { .. } => None,
                     IoMode::Passthrough(id) => Some(id.number()),
                 },
                 write: open.write,

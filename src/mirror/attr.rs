@@ -433,6 +433,12 @@ impl Mirror {
         if self.is_hidden(name) {
             return then(Err(Errno::NODATA));
         }
+        // What is pending gets some of them later.
+        let complete = !node.is_pending_file() && !node.is_pending_dir();
+        if complete && node.absent.has(name) {
+            return then(Err(Errno::NODATA));
+        }
+        let seen = complete.then(|| node.absent.seen());
         let (mirror, held, wanted) = (Arc::clone(self), Arc::clone(node), name.to_owned());
         self.when_xattrs(node, Some(name), false, move |ready| {
             then(ready.map_err(|e| e.errno()).and_then(|()| {
@@ -449,7 +455,12 @@ impl Mirror {
                         }
                         Ok(value)
                     }
-                    (Err(e), _) => Err(e),
+                    (Err(e), _) => {
+                        if let (Errno::NODATA, Some(seen)) = (e, seen) {
+                            held.absent.note(seen, &wanted);
+                        }
+                        Err(e)
+                    }
                 }
             }));
         });
@@ -504,7 +515,10 @@ impl Mirror {
             then(ready.map_err(|e| e.errno()).and_then(|()| {
                 let opened = mirror.nodes.open(&held, OFlags::PATH)?;
                 let flags = XattrFlags::from_bits_truncate(flags.cast_unsigned());
-                xattr::set_flags(Target::Fd(opened.as_fd()), &wanted, &value, flags)?;
+                held.absent.forget();
+                let set = xattr::set_flags(Target::Fd(opened.as_fd()), &wanted, &value, flags);
+                held.absent.forget();
+                set?;
                 match wanted.as_c_str() == ACCESS_ACL {
                     true => mirror.acl_was_set(&held, opened.as_fd()),
                     false => Ok(()),

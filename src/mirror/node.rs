@@ -21,6 +21,7 @@ use parking_lot::{Mutex, RwLock};
 use rustix::fs::{FileType, OFlags};
 use rustix::io::Errno;
 
+use super::absent::Absent;
 use super::anchor::Anchor;
 use super::ctime::SteadyCtime;
 use crate::sys::fd;
@@ -108,6 +109,8 @@ pub struct Node {
     /// The inode, open, since its last name went.
     kept: Mutex<Option<OwnedFd>>,
     ctime: SteadyCtime,
+    /// Xattrs that it does not have.
+    pub(super) absent: Absent,
 }
 
 impl Node {
@@ -130,6 +133,7 @@ impl Node {
             lookups: AtomicU64::new(0),
             kept: Mutex::new(None),
             ctime: SteadyCtime::default(),
+            absent: Absent::default(),
         }
     }
 

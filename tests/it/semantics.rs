@@ -584,6 +584,78 @@ fn every_kind_of_entry_can_be_made_in_a_pending_directory() {
 }
 
 #[test]
+fn what_was_listed_or_was_not_there_is_seen_anew_as_soon_as_it_changes() {
+    let fill = |at: &At| {
+        let (d, e) = (at.dir("d"), at.dir("e"));
+        for n in 0..40 {
+            d.file(format!("f{n:02}"), b"some");
+        }
+        e.file("x", b"x");
+    };
+    same_as_plain(fill, |root| {
+        let (d, e) = (root.join("d"), root.join("e"));
+        let mut open = rustix::fs::Dir::new(File::open(&d).unwrap()).unwrap();
+        let mut said = String::new();
+        let mut look = |what: &str| {
+            said += &format!("{what}:");
+            // By a handle that stays open, and by a new one: from the kernel's memory the second time.
+            open.rewind();
+            let mut again: Vec<String> = (&mut open)
+                .map(|e| e.unwrap().file_name().to_string_lossy().into_owned())
+                .filter(|n| !n.starts_with('.'))
+                .collect();
+            again.sort();
+            for _ in 0..2 {
+                let mut listed: Vec<String> = fs::read_dir(&d)
+                    .unwrap()
+                    .map(|e| e.unwrap().file_name().into_string().unwrap())
+                    .collect();
+                listed.sort();
+                assert_eq!(listed, again, "{what}");
+            }
+            said += &again.join(" ");
+            for name in ["new", "made", "link", "sym", "f01", "f02", "x", "moved"] {
+                let found = d.join(name).symlink_metadata().map(|m| m.is_dir());
+                said += &format!(" {name}={}", told(found));
+            }
+            said.push('\n');
+        };
+        look("at first");
+        fs::write(d.join("new"), b"n").unwrap();
+        look("a file");
+        fs::create_dir(d.join("made")).unwrap();
+        fs::hard_link(d.join("f00"), d.join("link")).unwrap();
+        symlink("f00", d.join("sym")).unwrap();
+        look("a directory and links");
+        fs::remove_file(d.join("f01")).unwrap();
+        fs::rename(d.join("f02"), e.join("f02")).unwrap();
+        fs::rename(e.join("x"), d.join("x")).unwrap();
+        look("removed, and moved out and in");
+        let (dir, x) = (File::open(&d).unwrap(), "x");
+        rustix::fs::renameat_with(&dir, "made", &dir, x, RenameFlags::EXCHANGE).unwrap();
+        look("exchanged");
+        fs::rename(d.join("made"), d.join("moved")).unwrap();
+        fs::write(d.join("made"), b"again").unwrap();
+        look("a name that was free again");
+        fs::remove_file(d.join("made")).unwrap();
+        fs::remove_file(d.join("new")).unwrap();
+        look("removed again");
+        // Xattrs that are asked for all the time.
+        let (file, acl) = (d.join("f03"), "system.posix_acl_access");
+        for value in [None, Some(named_acl()), None, Some(named_acl())] {
+            let set = match value {
+                Some(value) => rustix::fs::setxattr(&file, acl, &value, XattrFlags::empty()),
+                None => rustix::fs::removexattr(&file, acl).or(Ok(())),
+            };
+            let mut buf = [0; 128];
+            let got = [(); 2].map(|()| rustix::fs::getxattr(&file, acl, &mut buf));
+            said += &format!("{set:?} {got:?}\n");
+        }
+        said
+    });
+}
+
+#[test]
 fn deleting_pending_entries_never_brings_them_back() {
     same_as_plain(some_files, |at| {
         fs::remove_file(at.join("f")).unwrap();
