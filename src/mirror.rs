@@ -35,6 +35,7 @@ mod place;
 mod populate;
 mod prefetch;
 mod ranged;
+mod recent;
 mod running;
 mod salvage;
 mod settle;
@@ -168,6 +169,7 @@ pub struct Mirror {
     aside: aside::Aside,
     spoiled: salvage::Spoiled,
     patience: Arc<Patience>,
+    recent: recent::Recent,
     source_timeout: Duration,
     large_file_bytes: u64,
     allowance: Allowance,
@@ -292,6 +294,7 @@ impl Mirror {
             aside: aside::Aside::default(),
             spoiled: salvage::Spoiled::default(),
             patience: Patience::new(config.on_error, config.source_timeout),
+            recent: Default::default(),
             source_timeout: config.source_timeout,
             large_file_bytes: config.large_file_bytes,
             allowance: Allowance::new(config.cache),

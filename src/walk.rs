@@ -12,6 +12,8 @@
 //! marked was moved since the pass began (`Mirror::epoch`), and then another pass follows. Memory is
 //! bounded by the depth of the tree times `CHUNK`, not by its size.
 
+mod stack;
+
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -27,6 +29,7 @@ use crate::mirror::{Carrier, DirRef, DoneDir, FileRef, Mirror, Need, Origin, Pla
 use crate::sys::dir::{self, Entry};
 use crate::sys::host;
 use crate::throttle::Background;
+use stack::Stack;
 
 /// Entries of one directory that are looked at before its subdirectories are walked.
 const CHUNK: usize = 1024;
@@ -56,7 +59,7 @@ pub struct Walker {
 
 struct Shared {
     mirror: Arc<Mirror>,
-    stack: Mutex<Vec<Step>>,
+    stack: Mutex<Stack<Step>>,
     /// Threads that have no step.
     idle: AtomicUsize,
     /// Threads that take steps.
@@ -108,7 +111,7 @@ impl Walker {
         let workers = (THREADS_PER_CPU * host::cpus().len()).clamp(THREADS.0, THREADS.1);
         let shared = Arc::new(Shared {
             mirror,
-            stack: Mutex::new(Vec::new()),
+            stack: Mutex::default(),
             idle: AtomicUsize::new(0),
             workers: AtomicUsize::new(0),
             workers_fast: workers,
@@ -286,7 +289,11 @@ impl Shared {
     fn push(self: &Arc<Self>, steps: Vec<Step>) {
         self.steps.fetch_add(steps.len(), Ordering::Relaxed);
         self.add_workers(steps.len());
-        self.stack.lock().extend(steps);
+        let mut stack = self.stack.lock();
+        for step in steps {
+            stack.push(step.task.dir.ino, step);
+        }
+        drop(stack);
         self.wake.notify_all();
     }
 
@@ -321,7 +328,7 @@ impl Shared {
                         return;
                     }
                     if self.may_work(n)
-                        && let Some(step) = stack.pop()
+                        && let Some(step) = stack.pop(&self.mirror.used_dirs())
                     {
                         break step;
                     }
