@@ -23,6 +23,7 @@ impl MirrorFs {
                 let asker = Asker {
                     request: header.unique,
                     tid: header.pid,
+                    told: matches!(channel, Channel::Dev(_)),
                 };
                 asking(Some(asker), || self.act(header, op, channel));
             }

@@ -39,19 +39,18 @@ impl Absent {
         let Some(bit) = bit_of(name) else {
             return;
         };
-        let add = |now: u32| (now >> BITS == seen.0 >> BITS).then_some(now | bit);
-        // Changed meanwhile: nothing is known.
-        let _ = self
-            .0
-            .fetch_update(Ordering::AcqRel, Ordering::Acquire, add); // See above.
+        self.change(|now| (now >> BITS == seen.0 >> BITS).then_some(now | bit));
     }
 
     /// Before an xattr is set, and once more after it.
     pub(super) fn forget(&self) {
-        let next = |now: u32| Some(((now >> BITS) + 1) << BITS);
-        let _ = self
-            .0
-            .fetch_update(Ordering::AcqRel, Ordering::Acquire, next); // Always `Some`.
+        self.change(|now| Some(((now >> BITS) + 1) << BITS));
+    }
+
+    /// `None` changes nothing.
+    fn change(&self, next: impl Fn(u32) -> Option<u32>) {
+        let (set, get) = (Ordering::AcqRel, Ordering::Acquire);
+        let _ = self.0.fetch_update(set, get, next); // What it was is not asked for.
     }
 }
 

@@ -21,6 +21,9 @@ pub struct Asker {
     pub request: u64,
     /// His thread; 0 when it cannot be seen from here (another pid namespace).
     pub tid: u32,
+    /// `signalled` is called for each signal of his. Else he is looked at as long as he waits: over
+    /// io_uring the kernel keeps a signal to itself that comes before we have seen the request.
+    pub told: bool,
 }
 
 thread_local! {
@@ -77,6 +80,7 @@ struct Table {
 
 struct Waits {
     tid: u32,
+    told: bool,
     ends: Vec<(u64, End)>,
 }
 
@@ -88,11 +92,15 @@ impl Signals {
         let id = table.next;
         let waits = table.waits.entry(asker.request).or_insert_with(|| Waits {
             tid: asker.tid,
+            told: asker.told,
             ends: Vec::new(),
         });
         waits.ends.push((id, end));
         if let Some(at) = table.early.iter().position(|r| *r == asker.request) {
             table.early.remove(at);
+            table.watched.insert(asker.request);
+        }
+        if !asker.told && asker.tid != 0 {
             table.watched.insert(asker.request);
         }
         id
@@ -104,10 +112,11 @@ impl Signals {
         let Some(waits) = table.waits.get_mut(&request) else {
             return;
         };
+        let told = waits.told;
         waits.ends.retain(|(other, _)| *other != id);
         if waits.ends.is_empty() {
             table.waits.remove(&request);
-            if table.watched.remove(&request) {
+            if table.watched.remove(&request) && told {
                 table.remember(request);
             }
         }
@@ -122,9 +131,9 @@ impl Signals {
         }
     }
 
-    /// True while somebody has to be looked at again.
-    pub(super) fn is_watching(&self) -> bool {
-        !self.0.lock().watched.is_empty()
+    /// How many have to be looked at again.
+    pub(super) fn watching(&self) -> usize {
+        self.0.lock().watched.len()
     }
 
     /// Ends the waits of those who had a signal that ends them.
@@ -135,6 +144,7 @@ impl Signals {
             table.watched.iter().filter_map(tid).collect()
         };
         for (request, tid) in watched {
+            // Who cannot be seen, and had a signal, is taken for ending.
             if tid != 0 && !is_ending(tid) {
                 continue;
             }
@@ -166,7 +176,11 @@ mod tests {
 
     use super::*;
 
-    const ME: Asker = Asker { request: 8, tid: 7 };
+    const ME: Asker = Asker {
+        request: 8,
+        tid: 7,
+        told: true,
+    };
 
     fn counting() -> (End, Arc<AtomicU32>) {
         let count = Arc::new(AtomicU32::new(0));
@@ -182,21 +196,20 @@ mod tests {
         let signals = Signals::default();
         let ((mine, me), (others, other)) = (counting(), counting());
         signals.park(ME, mine);
-        signals.park(
-            Asker {
-                request: 10,
-                tid: 9,
-            },
-            others,
-        );
+        let them = Asker {
+            request: 10,
+            tid: 9,
+            ..ME
+        };
+        signals.park(them, others);
         signals.look(|_| true);
         assert_eq!(me.load(Ordering::Relaxed), 0, "no signal");
         signals.signalled(ME.request);
         signals.look(|_| false);
         assert_eq!(me.load(Ordering::Relaxed), 0, "it did not end him");
-        assert!(signals.is_watching());
+        assert_eq!(signals.watching(), 1);
         signals.look(|tid| tid == 7);
-        assert!(!signals.is_watching());
+        assert_eq!(signals.watching(), 0);
         signals.look(|_| true);
         let counts = (me.load(Ordering::Relaxed), other.load(Ordering::Relaxed));
         assert_eq!(counts, (1, 0));
@@ -210,9 +223,24 @@ mod tests {
         let id = signals.park(ME, first);
         signals.look(|_| false);
         signals.forget(ME.request, id);
-        assert!(!signals.is_watching());
+        assert_eq!(signals.watching(), 0);
         signals.park(ME, second);
         signals.look(|_| true);
+        let counts = (one.load(Ordering::Relaxed), two.load(Ordering::Relaxed));
+        assert_eq!(counts, (0, 1));
+    }
+
+    #[test]
+    fn whose_signals_nobody_tells_of_is_looked_at_while_he_waits() {
+        let signals = Signals::default();
+        let ((first, one), (second, two)) = (counting(), counting());
+        let untold = Asker { told: false, ..ME };
+        let id = signals.park(untold, first);
+        signals.look(|_| false);
+        signals.forget(ME.request, id);
+        assert_eq!((signals.watching(), signals.0.lock().early.len()), (0, 0));
+        signals.park(untold, second);
+        signals.look(|tid| tid == 7);
         let counts = (one.load(Ordering::Relaxed), two.load(Ordering::Relaxed));
         assert_eq!(counts, (0, 1));
     }
@@ -236,7 +264,7 @@ mod tests {
     fn what_is_put_off_is_done_for_who_asked() {
         let seen = asking(Some(ME), || kept(|()| assert_eq!(current(), Some(ME))));
         assert_eq!(current(), None);
-        asking(Some(Asker { request: 1, tid: 1 }), || seen(()));
+        asking(Some(Asker { request: 1, ..ME }), || seen(()));
         assert_eq!(current(), None);
     }
 }
