@@ -64,7 +64,7 @@ def write_synced(path, data, flags=os.O_CREAT | os.O_EXCL):
 # the random generator alone, so the checker can tell what there must be.
 
 class Mail:
-    """A maildir: each message is in exactly one of new and cur, whole; or deleted, for good."""
+    """A maildir: each message is whole and where it was put last; or deleted, for good."""
 
     def letter(self, i):
         return lab.data('mail %s' % i, 500 + i * 7919 % 30_000)
@@ -120,7 +120,8 @@ class Mail:
         for i in sorted(states[-1]):
             found = [d for d in ('new', 'cur') if os.path.lexists('%s/%s/m%d' % (top, d, i))]
             may = {s.get(i) for s in states[acked:]}
-            if len(found) > 1 or (found[0] if found else None) not in may:
+            # Moved, and only the new directory was synced yet: btrfs itself brings back both names then.
+            if not (set(found) or {None}) <= may:
                 bad.append('message %d is in %s, should be in %s' % (i, found, may))
             elif found and lab.read('%s/%s/m%d' % (top, found[0], i)) != self.letter(i):
                 bad.append('message %d in %s has other bytes' % (i, found[0]))
