@@ -4,7 +4,9 @@
 //! accepted; what we cannot do is refused with a hint (`Sync::config`, `Mount::config`).
 
 mod file;
+mod filters;
 mod mount;
+mod refused;
 mod steer;
 mod sync;
 
@@ -13,9 +15,11 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 pub use file::{ConfigFile, MountFile, SyncFile};
+pub use filters::Filters;
 pub use mount::{Level, Mount, rate, size};
+pub use refused::Refused;
 pub use steer::{Pull, Set, Status, Steer, Upgrade, Wait};
-pub use sync::{AlwaysOn, FsyncArg, ReflinkArg, Refused, Sync};
+pub use sync::{AlwaysOn, FsyncArg, ReflinkArg, Sync};
 
 /// What every command's help ends with.
 pub const EXIT_CODES: &str = "\

@@ -5,6 +5,7 @@
 
 mod shard;
 
+use std::ffi::OsString;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -78,6 +79,10 @@ pub struct MountConfig {
     pub mountpoint: PathBuf,
     /// A dst that is not empty is taken over: what is equal counts as hydrated.
     pub adopt: bool,
+    /// With `adopt`: only what has the same bytes counts as copied.
+    pub adopt_checksum: bool,
+    /// With `adopt`: what dst has and src has not is removed.
+    pub adopt_delete: bool,
     /// The walker pulls what nobody asks for.
     pub background: bool,
     /// Stay in front and show progress, instead of becoming a daemon.
@@ -142,6 +147,8 @@ impl MountConfig {
             mountpoint: dst.clone(),
             dst,
             adopt: false,
+            adopt_checksum: false,
+            adopt_delete: false,
             background: true,
             foreground: false,
             large_file_bytes: LARGE_FILE_BYTES,
@@ -178,6 +185,9 @@ impl MountConfig {
         in_range("--jobs", self.jobs.unwrap_or(1))?;
         if self.source_timeout < Duration::from_millis(100) {
             return Err("--source-timeout: not below 100ms".into());
+        }
+        if (self.adopt_checksum || self.adopt_delete) && !self.adopt {
+            return Err("--checksum and --delete are about what --adopt takes over".into());
         }
         if self.finish && !self.background {
             return Err("--finish needs the background that --no-background switches off".into());
@@ -309,6 +319,20 @@ pub struct SyncConfig {
     pub size_only: bool,
     /// Leave alone whatever is there.
     pub ignore_existing: bool,
+    /// Leave alone what is not there yet: nothing is made.
+    pub existing: bool,
+    /// What is not copied, and not removed: rsync's rules, in their order.
+    pub filters: Vec<FilterArg>,
+    /// What the rules leave out of the copy is removed from dst.
+    pub delete_excluded: bool,
+    /// Only what this file names, below src; `-`: standard input.
+    pub files_from: Option<PathBuf>,
+    /// Lines of files with names or rules end with NUL.
+    pub from0: bool,
+    /// With `files_from`: a directory means all that is in it.
+    pub recursive: bool,
+    /// Access times are compared, and told when they differ.
+    pub atimes: bool,
     /// Do not descend into other file systems mounted below src.
     pub one_file_system: bool,
     /// Which part of the tree is this process's; `None`: all of it.
@@ -335,6 +359,31 @@ pub struct SyncConfig {
     pub quiet: bool,
     /// Live progress.
     pub progress: bool,
+    /// What is done and what failed is written to this file too.
+    pub log_file: Option<PathBuf>,
+    /// The paths that failed are written to this file.
+    pub error_file: Option<PathBuf>,
+    /// The run ends after so long.
+    pub stop_after: Option<Duration>,
+    /// Entries that vanish from src are no failure.
+    pub ignore_vanished: bool,
+}
+
+/// One option that selects names.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum FilterArg {
+    /// `--exclude`.
+    Exclude(OsString),
+    /// `--include`.
+    Include(OsString),
+    /// `--exclude-from`.
+    ExcludeFrom(PathBuf),
+    /// `--include-from`.
+    IncludeFrom(PathBuf),
+    /// `--filter`.
+    Rule(OsString),
+    /// `-F`: the rules of `.rsync-filter` in each directory; once more: that file is left out.
+    PerDir,
 }
 
 impl SyncConfig {
@@ -352,6 +401,13 @@ impl SyncConfig {
             update: false,
             size_only: false,
             ignore_existing: false,
+            existing: false,
+            filters: Vec::new(),
+            delete_excluded: false,
+            files_from: None,
+            from0: false,
+            recursive: false,
+            atimes: false,
             one_file_system: false,
             shard: None,
             fsync: Fsync::End,
@@ -365,6 +421,10 @@ impl SyncConfig {
             verbose: 0,
             quiet: false,
             progress: false,
+            log_file: None,
+            error_file: None,
+            stop_after: None,
+            ignore_vanished: false,
         }
     }
 
@@ -376,6 +436,15 @@ impl SyncConfig {
         }
         if self.shard.is_some() && self.verify {
             return Err("--verify with --shard would compare what others still copy".into());
+        }
+        let selects = !self.filters.is_empty() || self.files_from.is_some();
+        if self.shard.is_some() && (selects || self.existing) {
+            return Err(
+                "--shard is for whole trees: not with filters, --files-from, --existing".into(),
+            );
+        }
+        if self.verify && selects {
+            return Err("--verify compares whole trees: not with filters or --files-from".into());
         }
         Ok(self)
     }

@@ -63,6 +63,15 @@ pub enum Error {
         /// The path in dst.
         path: PathBuf,
     },
+    /// Filter rules of a directory cannot be read: nobody knows what they say.
+    Rules {
+        /// Whose directory.
+        side: Side,
+        /// The directory.
+        path: PathBuf,
+        /// Which file, and what is wrong with it.
+        why: String,
+    },
     /// The engine or the mount is shutting down; nothing was lost, the entry is still pending.
     Stopped,
     /// Usage or configuration: one line that says what is wrong.
@@ -79,6 +88,7 @@ impl Error {
             Error::SrcChanged { .. } => Errno::IO,
             Error::SrcPending { .. } => Errno::IO,
             Error::WrongType { .. } => Errno::IO,
+            Error::Rules { .. } => Errno::INVAL,
             Error::Stopped => Errno::NOTCONN,
             Error::Usage(_) => Errno::INVAL,
             Error::Unusable(_) => Errno::IO,
@@ -91,6 +101,7 @@ impl Error {
             Error::Call { side, .. } => *side,
             Error::SrcChanged { .. } | Error::SrcPending { .. } => Side::Src,
             Error::WrongType { .. } => Side::Dst,
+            Error::Rules { side, .. } => *side,
             Error::Stopped | Error::Usage(_) | Error::Unusable(_) => Side::Host,
         }
     }
@@ -102,6 +113,7 @@ impl Error {
             Error::SrcChanged { .. } => "changed",
             Error::SrcPending { .. } => "pending",
             Error::WrongType { .. } => "type",
+            Error::Rules { .. } => "rules",
             Error::Stopped => "stopped",
             Error::Usage(_) => "usage",
             Error::Unusable(_) => "unusable",
@@ -190,6 +202,11 @@ impl fmt::Display for Error {
                     Printable(path.as_os_str())
                 )
             }
+            Error::Rules { side, path, why } => write!(
+                f,
+                "{side} \"{}\": filter rules: {why}; left as it is",
+                Printable(path.as_os_str())
+            ),
             Error::Stopped => f.write_str("stopped; run again to continue"),
             Error::Usage(s) | Error::Unusable(s) => f.write_str(s),
         }

@@ -9,6 +9,7 @@ pub mod cli;
 pub mod config;
 pub mod crew;
 pub mod error;
+pub mod filter;
 pub mod gate;
 mod locks;
 pub mod progress;

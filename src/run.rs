@@ -20,6 +20,7 @@ mod out;
 mod preflight;
 mod pull;
 mod rate;
+mod records;
 mod report;
 mod status;
 mod steer;
@@ -109,7 +110,7 @@ impl From<Error> for Failure {
                 side: Side::Host, ..
             } => exit::FAILURE,
             Error::SrcChanged { .. } => exit::VANISHED,
-            Error::WrongType { .. } => exit::SOME_FAILED,
+            Error::WrongType { .. } | Error::Rules { .. } => exit::SOME_FAILED,
             Error::Stopped => exit::INTERRUPTED,
         };
         Failure::new(exit, error.to_string())
@@ -154,6 +155,9 @@ fn dispatch(command: Command) -> Outcome {
     match command {
         Command::Mount(args) => mount::run(*args),
         Command::Sync(args) => {
+            if let Some(line) = args.refusal() {
+                return Err(Failure::new(exit::FAILURE, line));
+            }
             let file = steer::config_file(args.config.as_deref())?;
             sync::run(args.config_with(&file.sync).map_err(usage)?)
         }

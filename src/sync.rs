@@ -30,6 +30,7 @@ mod link;
 mod record;
 mod report;
 mod round;
+mod select;
 mod shard;
 mod special;
 mod stamp;
@@ -63,6 +64,7 @@ use dir::Dir;
 use record::Record;
 use report::{Changes, Totals};
 use round::Round;
+use select::Selection;
 use shard::Shards;
 
 pub use report::{Event, Line, SyncError, SyncReport};
@@ -99,6 +101,7 @@ pub fn run_throttled(
     on: &mut dyn FnMut(Event),
 ) -> Result<SyncReport> {
     let begin = Instant::now();
+    let selection = Selection::new(config)?;
     let (roots, fresh) = open_roots(config)?;
     let job = Job::new(config, progress, roots, throttle)?;
     let halt = AtomicBool::new(false);
@@ -108,6 +111,7 @@ pub fn run_throttled(
         place: job.roots.root(),
         fresh,
         shallow: false,
+        selection: Box::new(selection),
     };
     let mut depth = Depth::new(job.limits(cpus));
     let shift = Crew::led(
@@ -252,6 +256,8 @@ enum Item {
         place: Place,
         fresh: bool,
         shallow: bool,
+        /// What counts in its parent.
+        selection: Box<Selection>,
     },
     /// The rest of an open directory, from this offset in src.
     More(Arc<Dir>, u64),
@@ -295,7 +301,7 @@ impl<'a> Job<'a> {
             gid: local::gid(),
             umask: local::umask(),
             src_flags: matches!(flags, Ok(Some(_))),
-            lines: config.itemize || config.verbose > 0,
+            lines: config.itemize || config.verbose > 0 || config.log_file.is_some(),
             // 30,000 files on 2 CPUs, 2 and 4 threads: xfs 0.63 s and 0.78 s, btrfs 2.1 s and 2.4 s,
             // but ext4 0.63 s and 0.56 s.
             dst_queues: [host::XFS_MAGIC, host::BTRFS_MAGIC].contains(&dst_fs.magic),
@@ -398,7 +404,8 @@ impl Work<'_, '_> {
                 place,
                 fresh,
                 shallow,
-            } => self.dir(buffers, &place, fresh, shallow),
+                selection,
+            } => self.dir(buffers, &place, &selection, fresh, shallow),
             Item::More(dir, from) => self.batch(buffers, &dir, from),
             Item::Names(dir, names) => self.names(buffers, &dir, names, &mut None),
             Item::Slice(slice) => self.slice(buffers, slice),
@@ -431,6 +438,8 @@ impl Work<'_, '_> {
         }
         let letters = match what {
             What::New => "+".repeat(9),
+            // As rsync: nothing but the name is new.
+            What::Changed(changes) if update == 'h' && !changes.any() => " ".repeat(9),
             What::Changed(changes) => changes.letters(),
         };
         self.crew.tell(Event::Line(Line {

@@ -1,10 +1,11 @@
 //! `mirrorfs sync`: rsync's grammar.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{ArgAction, Args, ValueEnum};
 
-use super::{EXIT_CODES, SyncFile, rate};
+use super::{EXIT_CODES, Filters, Refused, SyncFile, rate};
 use crate::config::{Cache, Fsync, Reflink, Shard, SyncConfig};
 
 pub(super) const ABOUT: &str = "\
@@ -42,12 +43,21 @@ pub struct Sync {
     /// Show live progress
     #[arg(short = 'P', long)]
     pub progress: bool,
+    /// What rsync's flags say: progress2, progress, stats, name, del
+    #[arg(long, value_name = "FLAGS", value_delimiter = ',')]
+    pub info: Vec<String>,
     /// Print totals at the end
     #[arg(long)]
     pub stats: bool,
     /// Print the totals as JSON
     #[arg(long)]
     pub json: bool,
+    /// Write what is done, and what failed, to this file
+    #[arg(long, value_name = "FILE")]
+    pub log_file: Option<PathBuf>,
+    /// Write the paths that failed to this file, as --files-from takes them
+    #[arg(long, value_name = "FILE")]
+    pub error_file: Option<PathBuf>,
 
     /// Stay on SRC's own file system
     #[arg(short = 'x', long, help_heading = "What is copied")]
@@ -67,12 +77,37 @@ pub struct Sync {
     /// Leave alone whatever exists in DST
     #[arg(long, help_heading = "What is copied")]
     pub ignore_existing: bool,
+    /// Make nothing that is not in DST yet
+    #[arg(long, alias = "ignore-non-existing", help_heading = "What is copied")]
+    pub existing: bool,
     /// Remove from DST what SRC does not have
-    #[arg(long, help_heading = "What is copied")]
+    ///
+    /// In each directory, when its new names are there. Nothing is removed from a directory that could
+    /// not be listed whole.
+    #[arg(
+        long,
+        aliases = ["del", "delete-during"],
+        help_heading = "What is copied"
+    )]
     pub delete: bool,
+    /// With --delete: what the filters leave out too
+    #[arg(long, help_heading = "What is copied")]
+    pub delete_excluded: bool,
     /// Remove at most N entries; more is exit code 25
     #[arg(long, value_name = "N", help_heading = "What is copied")]
     pub max_delete: Option<u64>,
+    /// Rules about names.
+    #[command(flatten)]
+    pub filters: Filters,
+    /// Copy only what this file names, below SRC; -: standard input
+    ///
+    /// A directory is made without what is in it; with a slash at its end it comes with its names; with
+    /// -r with all that is in it. -a does not mean -r here.
+    #[arg(long, value_name = "FILE", help_heading = "What is copied")]
+    pub files_from: Option<PathBuf>,
+    /// Lines of such files, and of files with rules, end with NUL
+    #[arg(short = '0', long, help_heading = "What is copied")]
+    pub from0: bool,
 
     /// Copy workers; one for each CPU unless given
     #[arg(short = 'j', long, value_name = "N", help_heading = "How it is copied")]
@@ -113,6 +148,17 @@ pub struct Sync {
         help_heading = "How it is copied"
     )]
     pub fsync: FsyncArg,
+    /// End after so many minutes; exit code 30
+    #[arg(
+        long,
+        value_name = "MINUTES",
+        alias = "time-limit",
+        help_heading = "How it is copied"
+    )]
+    pub stop_after: Option<u64>,
+    /// Entries of SRC that vanish while they are copied are no reason for exit code 24
+    #[arg(long, help_heading = "How it is copied")]
+    pub ignore_vanished: bool,
     /// Compare both trees afterwards, every byte
     #[arg(long, help_heading = "How it is copied")]
     pub verify: bool,
@@ -170,6 +216,9 @@ pub struct AlwaysOn {
     /// Times
     #[arg(short = 't', long)]
     pub times: bool,
+    /// Access times; with -i they are told
+    #[arg(short = 'U', long)]
+    pub atimes: bool,
     /// Group
     #[arg(short = 'g', long)]
     pub group: bool,
@@ -179,6 +228,15 @@ pub struct AlwaysOn {
     /// Devices, fifos and sockets
     #[arg(short = 'D')]
     pub devices_specials: bool,
+    /// Devices
+    #[arg(long, hide = true)]
+    pub devices: bool,
+    /// Fifos and sockets
+    #[arg(long, hide = true)]
+    pub specials: bool,
+    /// Room is always made for a file where an empty directory is
+    #[arg(long, hide = true)]
+    pub force: bool,
     /// Hard links
     #[arg(short = 'H', long)]
     pub hard_links: bool,
@@ -197,26 +255,6 @@ pub struct AlwaysOn {
     /// Owners by number
     #[arg(long)]
     pub numeric_ids: bool,
-}
-
-/// rsync's options that `sync` cannot honour.
-#[derive(Debug, Args)]
-pub struct Refused {
-    /// No network, no compression.
-    #[arg(short = 'z', long, hide = true)]
-    pub compress: bool,
-    /// No remote shell.
-    #[arg(short = 'e', long, value_name = "COMMAND", hide = true)]
-    pub rsh: Option<String>,
-    /// No second tree.
-    #[arg(long, value_name = "DIR", hide = true)]
-    pub link_dest: Option<PathBuf>,
-    /// Files appear complete or not at all.
-    #[arg(long, hide = true)]
-    pub inplace: bool,
-    /// Likewise.
-    #[arg(long, hide = true)]
-    pub partial: bool,
 }
 
 /// `--reflink`.
@@ -276,16 +314,37 @@ impl Sync {
         self.config_with(&SyncFile::default())
     }
 
+    /// What of rsync's is asked for that `sync` does not have: why, and what to do instead.
+    pub fn refusal(&self) -> Option<String> {
+        let lists = self.files_from.iter();
+        let paths = [&self.src, &self.dst].into_iter().chain(lists);
+        let remote = || paths.into_iter().find_map(|p| not_remote(p).err());
+        self.refused.0.clone().or_else(remote)
+    }
+
     /// The configuration; what is not said here is as the file has it.
     pub fn config_with(self, file: &SyncFile) -> Result<SyncConfig, String> {
-        self.refused.check()?;
-        for path in [&self.src, &self.dst] {
-            not_remote(path)?;
+        if let Some(line) = self.refusal() {
+            return Err(line);
         }
         let mut config = SyncConfig::new(self.src, self.dst);
         config.dry_run = self.dry_run;
         config.itemize = self.itemize_changes;
-        config.delete = self.delete;
+        // As in rsync, it means --delete too.
+        config.delete = self.delete || self.delete_excluded;
+        config.delete_excluded = self.delete_excluded;
+        config.filters = self.filters.0;
+        config.files_from = self.files_from;
+        config.from0 = self.from0;
+        config.recursive = self.always.recursive;
+        config.existing = self.existing;
+        config.atimes = self.always.atimes;
+        config.log_file = self.log_file;
+        config.error_file = self.error_file;
+        config.stop_after = self
+            .stop_after
+            .map(|minutes| Duration::from_secs(minutes.saturating_mul(60)));
+        config.ignore_vanished = self.ignore_vanished;
         config.max_delete = self.max_delete;
         config.checksum = self.checksum;
         config.ignore_times = self.ignore_times;
@@ -326,32 +385,24 @@ impl Sync {
             Some(ShardArg::Given(shard)) => Some(shard),
         };
         config.verify = self.verify;
-        config.stats = self.stats;
-        config.json = self.json;
         config.verbose = self.verbose;
-        config.quiet = self.quiet;
         config.progress = self.progress;
+        config.stats = self.stats;
+        for flag in &self.info {
+            match flag.trim_end_matches(|c: char| c.is_ascii_digit()) {
+                "progress" => config.progress = true,
+                "stats" => config.stats = true,
+                "name" | "del" => config.verbose = config.verbose.max(1),
+                other => {
+                    return Err(format!(
+                        "--info={other}: not known; progress2, stats, name and del are (or -P, --stats, -v)"
+                    ));
+                }
+            }
+        }
+        config.json = self.json;
+        config.quiet = self.quiet;
         config.validated()
-    }
-}
-
-impl Refused {
-    fn check(&self) -> Result<(), String> {
-        let hint = if self.compress {
-            "-z: nothing goes over a network here; leave it out"
-        } else if self.rsh.is_some() {
-            "-e: there is no remote side; mount it (NFS, sshfs) and give the path"
-        } else if self.link_dest.is_some() {
-            "--link-dest: not available; on btrfs or xfs --reflink shares extents instead"
-        } else if self.inplace {
-            "--inplace: files appear in DST complete or not at all; leave it out"
-        } else if self.partial {
-            "--partial: a file that was not complete is copied again; leave it out (-P shows \
-             progress)"
-        } else {
-            return Ok(());
-        };
-        Err(hint.to_owned())
     }
 }
 

@@ -11,6 +11,7 @@ use super::live::Screen;
 use super::log::Log;
 use super::out::{bytes, count, duration};
 use super::rate::Rate;
+use super::records::Records;
 use super::{Failure, Outcome, exit, out, preflight};
 use crate::config::{LogLevel, Shard, SyncConfig};
 use crate::progress::Progress;
@@ -49,10 +50,22 @@ pub(super) fn run(config: SyncConfig) -> Outcome {
     let throttle = Arc::new(Throttle::default());
     throttle.set_limit(config.bwlimit);
     let pace = Arc::clone(&throttle);
+    let mut records = Records::open(&config)?;
     let copy = move || {
         let mut tell = |event: Event| match event {
-            Event::Line(line) => out::say(&line.to_string()),
-            Event::Error(error) => out::complain(&error.message),
+            Event::Line(line) => {
+                let text = line.to_string();
+                if job.itemize {
+                    out::say(&text);
+                } else if job.verbose > 0 {
+                    out::say(line.named(&text));
+                }
+                records.line(&text);
+            }
+            Event::Error(error) => {
+                out::complain(&error.message);
+                records.failed(&error);
+            }
         };
         let result = crate::sync::run_throttled(&job, counters, &stopping, &pace, &mut tell);
         let _ = done_in.send(result); // Gone only after a second signal.
@@ -60,6 +73,8 @@ pub(super) fn run(config: SyncConfig) -> Outcome {
     let thread = std::thread::Builder::new().name("sync".into());
     thread.spawn(copy).map_err(fail)?;
 
+    let begin = Instant::now();
+    let mut late = false;
     let mut rate = Rate::default();
     let mut sampled: Option<Instant> = None;
     let result = loop {
@@ -73,6 +88,10 @@ pub(super) fn run(config: SyncConfig) -> Outcome {
         if sampled.is_none_or(|t| t.elapsed() >= Duration::from_secs(1)) {
             sampled = Some(Instant::now());
             rate.sample(Instant::now(), progress.bytes_pulled.get());
+        }
+        if !late && config.stop_after.is_some_and(|t| begin.elapsed() >= t) {
+            late = true;
+            stop.store(true, Relaxed);
         }
         let counts = Counts::of(&progress, &rate, None);
         for signal in signals.pending() {
@@ -96,7 +115,13 @@ pub(super) fn run(config: SyncConfig) -> Outcome {
     if config.progress {
         screen.close("SYNC", &Counts::of(&progress, &rate, None));
     }
-    report(&config, &result?)
+    match (report(&config, &result?), late) {
+        (Err(failure), true) if failure.exit == exit::INTERRUPTED => {
+            let line = "--stop-after: the time is over; the same command goes on where it stopped";
+            Err(Failure::new(exit::STALLED, line))
+        }
+        (outcome, _) => outcome,
+    }
 }
 
 /// The log says what SIGUSR2 has done.
@@ -140,7 +165,7 @@ fn report(config: &SyncConfig, report: &SyncReport) -> Outcome {
         let line = "--max-delete was reached: not all that is extraneous was removed";
         return Err(Failure::new(exit::MAX_DELETE, line));
     }
-    if report.vanished > 0 {
+    if report.vanished > 0 && !config.ignore_vanished {
         let line = format!(
             "{} entries vanished or kept changing",
             count(report.vanished)

@@ -10,8 +10,10 @@ use rustix::fs::{FileType, Mode};
 use rustix::io::Errno;
 
 use super::data::Buffers;
+use super::report::Changes;
+use super::select::Selection;
 use super::stamp;
-use super::{Item, What, Work, delete};
+use super::{Item, What, Work};
 use crate::error::{Context, Error, Located, Result, Side};
 use crate::mark::CONTROL_DIR;
 use crate::meta::{Born, DEFAULT_ACL, LATE_FLAGS, Meta};
@@ -23,7 +25,7 @@ use crate::sys::xattr::{self, Target};
 use crate::sys::{copy, host};
 
 /// Entries that are listed at once.
-const BATCH: usize = 1024;
+pub(super) const BATCH: usize = 1024;
 /// dst names that are remembered to answer "is it there?"; beyond it the kernel is asked.
 const LISTED_MAX: usize = 4096;
 
@@ -34,6 +36,12 @@ pub(super) struct Dir {
     pub(super) fresh: bool,
     /// What src's directory is.
     meta: Meta,
+    /// What dst's directory was before anything was made in it.
+    before: Stat,
+    /// What of it counts.
+    pub(super) selection: Selection,
+    /// What src does not have may be removed.
+    sweeps: bool,
     /// What new inodes in it are born with.
     pub(super) born: Born,
     /// It has a default ACL that new inodes inherit.
@@ -110,7 +118,14 @@ impl Located for At<'_> {
 
 impl Work<'_, '_> {
     /// Opens a directory on both sides and does its first batch.
-    pub(super) fn dir(&self, buffers: &mut Buffers, place: &Place, fresh: bool, shallow: bool) {
+    pub(super) fn dir(
+        &self,
+        buffers: &mut Buffers,
+        place: &Place,
+        selection: &Selection,
+        fresh: bool,
+        shallow: bool,
+    ) {
         if self.is_others(&place.path) {
             if !shallow {
                 self.pass(buffers, place);
@@ -118,14 +133,21 @@ impl Work<'_, '_> {
             return;
         }
         let fresh = fresh || self.would_be_made(place);
-        match self.open(buffers, place, fresh) {
+        match self.open(buffers, place, selection, fresh, shallow) {
             Ok(dir) if shallow => self.done(buffers, &Arc::new(dir), 1),
             Ok(dir) => self.batch(buffers, &Arc::new(dir), 0),
             Err(e) => self.fail(&place.path, &e),
         }
     }
 
-    fn open(&self, buffers: &mut Buffers, place: &Place, fresh: bool) -> Result<Dir> {
+    fn open(
+        &self,
+        buffers: &mut Buffers,
+        place: &Place,
+        of: &Selection,
+        fresh: bool,
+        shallow: bool,
+    ) -> Result<Dir> {
         let roots = &self.job.roots;
         let path = &place.path;
         self.job.totals.dirs.add(1);
@@ -144,6 +166,8 @@ impl Work<'_, '_> {
             false => self.open_dst(place)?,
         };
         let now = stat_fd(dst.as_fd()).on("statx", Side::Dst, path)?;
+        let theirs = (!fresh).then(|| dst.as_fd());
+        let selection = self.selected(of, path, src.as_fd(), theirs)?;
         if now.mount_root || self.job.shards.is_some() {
             let noted = self.job.on_device(now.key.dev, dst.as_fd());
             noted.on("dup", Side::Dst, path)?;
@@ -177,6 +201,9 @@ impl Work<'_, '_> {
             pair: roots.pair(path.clone(), src, dst),
             fresh,
             meta,
+            before: now,
+            sweeps: !fresh && !shallow && selection.sweeps(),
+            selection,
             born: Born {
                 uid: self.job.uid,
                 gid,
@@ -208,17 +235,15 @@ impl Work<'_, '_> {
     pub(super) fn batch(&self, buffers: &mut Buffers, dir: &Arc<Dir>, from: u64) {
         let mut names = Vec::new();
         let mut next = from;
-        let end = sys_dir::read_dir(dir.pair.src.as_fd(), from, &mut buffers.names, |e| {
-            next = e.next;
-            names.push(e);
-            names.len() < BATCH
-        });
-        let all = end.unwrap_or_else(|e| {
-            dir.unsure.store(true, Relaxed);
-            let error: Result<()> = Err(e).on("getdents64", Side::Src, &dir.pair.path);
-            let _ = error.map_err(|e| self.fail(&dir.pair.path, &e)); // Told; the rest goes on.
-            true
-        });
+        let all = match self.picked(dir, from, BATCH) {
+            Some((listed, all)) => {
+                next += BATCH as u64;
+                names = listed;
+                all
+            }
+            None => self.listing(buffers, dir, &mut next, &mut names),
+        };
+        self.choose(dir, &mut names);
         let mut more = (!all).then(|| {
             dir.hold(1);
             Item::More(Arc::clone(dir), next)
@@ -264,6 +289,28 @@ impl Work<'_, '_> {
         self.done(buffers, dir, 1);
     }
 
+    /// A batch of src's names; true at the end.
+    fn listing(
+        &self,
+        buffers: &mut Buffers,
+        dir: &Dir,
+        next: &mut u64,
+        names: &mut Vec<Entry>,
+    ) -> bool {
+        let src = dir.pair.src.as_fd();
+        let end = sys_dir::read_dir(src, *next, &mut buffers.names, |e| {
+            *next = e.next;
+            names.push(e);
+            names.len() < BATCH
+        });
+        end.unwrap_or_else(|e| {
+            dir.unsure.store(true, Relaxed);
+            let error: Result<()> = Err(e).on("getdents64", Side::Src, &dir.pair.path);
+            let _ = error.map_err(|e| self.fail(&dir.pair.path, &e)); // Told; the rest goes on.
+            true
+        })
+    }
+
     /// Takes src's names out of dst's: what is left in the end only dst has.
     fn known(&self, dir: &Dir, names: &[Entry]) {
         let mut extra = dir.extra.lock().unwrap_or_else(PoisonError::into_inner);
@@ -300,20 +347,36 @@ impl Work<'_, '_> {
     fn subdirs(&self, dir: &Arc<Dir>, dirs: Vec<Entry>) {
         let mut items = Vec::with_capacity(dirs.len());
         for entry in dirs {
+            if self.skips_new(dir, &entry.name) {
+                continue;
+            }
             let made = self.shallow(dir, &entry.name).and_then(|shallow| {
                 let fresh = self.make_dir(dir, &entry.name)?;
                 Ok((shallow, fresh))
             });
             match made {
-                Ok((shallow, fresh)) => items.push(Item::Dir {
-                    place: dir.pair.place(&entry.name),
-                    fresh,
-                    shallow,
-                }),
+                Ok((shallow, fresh)) => {
+                    let (selection, empty) = self.below(dir, &entry.name);
+                    items.push(Item::Dir {
+                        place: dir.pair.place(&entry.name),
+                        fresh,
+                        shallow: shallow || empty,
+                        selection: Box::new(selection),
+                    });
+                }
                 Err(e) => self.fail(&dir.path(&entry.name), &e),
             }
         }
         self.crew.push(items);
+    }
+
+    /// True for what is not in dst and is not to be made (`--existing`).
+    fn skips_new(&self, dir: &Dir, name: &Name) -> bool {
+        let skips = self.job.config.existing && matches!(dir.dst_stat(name), Ok(None));
+        if skips {
+            self.job.totals.skipped.add(1);
+        }
+        skips
     }
 
     /// True for a mount point that `-x` keeps us out of.
@@ -407,7 +470,7 @@ impl Work<'_, '_> {
     }
 
     fn finish(&self, buffers: &mut Buffers, dir: &Dir) -> Result<()> {
-        if !dir.fresh && !dir.unsure.load(Relaxed) {
+        if dir.sweeps && !dir.unsure.load(Relaxed) {
             let extra = dir
                 .extra
                 .lock()
@@ -420,6 +483,9 @@ impl Work<'_, '_> {
         let _still = path.is_root().then(|| self.job.record.still());
         self.placed();
         self.job.progress.dirs_populated.add(1);
+        if !dir.selection.counts_itself(path) {
+            return Ok(());
+        }
         if dir.fresh {
             self.line('c', FileType::Directory, path, What::New, "");
             if self.job.config.dry_run {
@@ -439,9 +505,14 @@ impl Work<'_, '_> {
             // +i and +a were cleared when it was opened: compared with the rest, set below.
             let mut changes = stamp::changes(&dir.meta, &now.0, flags, root);
             changes.flags &= (dir.meta.flags ^ now.0.flags) & !LATE_FLAGS != 0;
-            if changes.any() {
+            // What this run did in it has changed its time too: that is nobody's news.
+            let told = Changes {
+                time: dir.meta.stat.mtime != dir.before.mtime,
+                ..changes
+            };
+            if told.any() {
                 self.job.totals.updated.add(1);
-                self.line('.', FileType::Directory, path, What::Changed(changes), "");
+                self.line('.', FileType::Directory, path, What::Changed(told), "");
             } else {
                 self.job.totals.skipped.add(1);
             }
@@ -491,48 +562,6 @@ impl Work<'_, '_> {
             },
             known,
         ))
-    }
-
-    /// Removes what an earlier run left behind and, with `--delete`, what src does not have.
-    fn sweep(&self, buffers: &mut Buffers, dir: &Dir, extra: Option<Vec<Name>>) {
-        let wanted = |name: &Name| {
-            let control = dir.pair.path.is_root() && name.as_bytes() == CONTROL_DIR.as_bytes();
-            let temp = name.as_bytes().starts_with(delete::TEMP.as_bytes());
-            !control && (self.job.config.delete || temp)
-        };
-        if let Some(extra) = extra {
-            for name in extra.iter().filter(|n| wanted(n)) {
-                self.delete(dir, name);
-            }
-            return;
-        }
-        // Too many names to remember: each is asked for in src.
-        let mut from = 0;
-        loop {
-            let mut some = Vec::new();
-            let end = sys_dir::read_dir(dir.pair.dst.as_fd(), from, &mut buffers.names, |e| {
-                from = e.next;
-                if wanted(&e.name)
-                    && matches!(
-                        stat_at(dir.pair.src.as_fd(), e.name.as_cstr()),
-                        Err(Errno::NOENT)
-                    )
-                {
-                    some.push(e.name);
-                }
-                some.len() < BATCH
-            });
-            some.iter().for_each(|name| self.delete(dir, name));
-            match end {
-                Ok(false) if !self.crew.stopping() => {}
-                Ok(_) => return,
-                Err(e) => {
-                    let error: Result<()> = Err(e).on("getdents64", Side::Dst, &dir.pair.path);
-                    let _ = error.map_err(|e| self.fail(&dir.pair.path, &e)); // Told.
-                    return;
-                }
-            }
-        }
     }
 }
 

@@ -71,7 +71,7 @@ impl Work<'_, '_> {
     ) {
         match step {
             Ok(Step::Elsewhere) => return,
-            Ok(Step::Done(_)) => {}
+            Ok(Step::Done(_) | Step::Skipped) => {}
             // Not an error of this entry; the run says that it was interrupted.
             Err(Error::Stopped) => return,
             Err(e) => self.fail(&dir.path(name), &e),
@@ -94,6 +94,9 @@ impl Work<'_, '_> {
             self.job.progress.bytes_seen.add(stat.size);
             let meta = self.capture(Target::Open(src.as_fd()), stat, dir.at(name))?;
             let Some(now) = dir.dst_stat(name)? else {
+                if self.job.config.existing {
+                    return Ok(self.skipped());
+                }
                 return self.create(buffers, dir, name, src, meta, group, None, What::New);
             };
             if self.job.config.ignore_existing {
@@ -108,6 +111,13 @@ impl Work<'_, '_> {
             }
             self.existing(buffers, dir, name, src, meta, group, now)
         })
+    }
+
+    /// What is not in dst stays so (`--existing`).
+    pub(super) fn skipped(&self) -> Step {
+        self.job.totals.skipped.add(1);
+        self.placed();
+        Step::Skipped
     }
 
     fn left_alone(&self, key: FileKey) -> Step {
@@ -146,21 +156,29 @@ impl Work<'_, '_> {
             dst = Some(file);
         }
         let Some(file) = dst.filter(|_| same) else {
-            let changes = Changes {
+            let mut changes = Changes {
                 data: config.checksum || self.job.record.doubts(&now),
                 size,
                 time,
+                atime: config.atimes && now.atime != meta.stat.atime,
                 mode: now.perm() != meta.stat.perm(),
                 owner: now.uid != meta.stat.uid,
                 group: now.gid != meta.stat.gid,
                 ..Changes::default()
             };
+            if self.job.lines {
+                let at = Target::At(dir.pair.dst.as_fd(), name);
+                let was = self.named_meta(at, &path, &now)?;
+                let all = stamp::changes(&meta, &was, false, self.job.uid == 0);
+                (changes.acl, changes.xattr) = (all.acl, all.xattr);
+            }
             let what = What::Changed(changes);
             return self.create(buffers, dir, name, src, meta, group, Some(now), what);
         };
         let (was, flags) = self.dst_meta(file.as_fd(), now, &path)?;
         let root = self.job.uid == 0;
-        let changes = stamp::changes(&meta, &was, flags && self.job.src_flags, root);
+        let mut changes = stamp::changes(&meta, &was, flags && self.job.src_flags, root);
+        changes.atime = config.atimes && now.atime != meta.stat.atime;
         if !changes.any() {
             return Ok(self.left_alone(now.key));
         }

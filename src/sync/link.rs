@@ -10,19 +10,23 @@ use rustix::io::Errno;
 
 use super::data::Buffers;
 use super::dir::Dir;
+use super::report::{AsRsync, Changes};
 use super::{Item, Parked, What, Work, stamp};
-use crate::error::{Context, Error, Printable, Result, Side};
+use crate::error::{Context, Error, Result, Side};
 use crate::links::{Claim, StandIn};
 use crate::meta::LATE_FLAGS;
 use crate::sys::dir::Entry;
 use crate::sys::fd;
 use crate::sys::name::Name;
 use crate::sys::stat::{FileKey, Stat, stat_at};
+use crate::sys::xattr::Target;
 
 /// How far one name came.
 pub(super) enum Step {
     /// In dst, as this inode (in a dry run: as src's).
     Done(FileKey),
+    /// Not in dst, and not to be made.
+    Skipped,
     /// Others finish it: it is parked, or large and being copied.
     Elsewhere,
 }
@@ -66,6 +70,10 @@ impl Work<'_, '_> {
                 Ok(Step::Done(key))
             }
             Ok(Step::Elsewhere) => Ok(Step::Elsewhere),
+            Ok(Step::Skipped) => {
+                self.not_made(stat.key);
+                Ok(Step::Skipped)
+            }
             Err(e) => {
                 self.not_made(stat.key);
                 Err(e)
@@ -156,6 +164,9 @@ impl Work<'_, '_> {
     ) -> Result<Step> {
         let path = dir.path(name);
         let now = dir.dst_stat(name)?;
+        if now.is_none() && self.job.config.existing {
+            return Ok(self.skipped());
+        }
         if let Some(now) = now {
             if self.job.shards.is_none() {
                 // The inode is compared with the stand-in right below.
@@ -170,9 +181,15 @@ impl Work<'_, '_> {
                 self.remove_other_type(dir, name)?;
             }
         }
+        let what = match &now {
+            Some(now) if self.job.lines && now.kind() == kind => {
+                What::Changed(self.changes_of_link(dir, name, now)?)
+            }
+            _ => What::New,
+        };
         let tell = || {
-            let note = format!(" => {}", Printable(stand_in.path.to_path().as_os_str()));
-            self.line('h', kind, &path, What::New, &note);
+            let note = format!(" => {}", AsRsync(stand_in.path.to_path().as_os_str()));
+            self.line('h', kind, &path, what, &note);
             self.job.totals.hardlinks.add(1);
             self.placed();
         };
@@ -208,6 +225,20 @@ impl Work<'_, '_> {
         }
         tell();
         Ok(Step::Done(stand_in.key))
+    }
+
+    /// How dst's entry differs from what takes its name.
+    fn changes_of_link(&self, dir: &Dir, name: &Name, now: &Stat) -> Result<Changes> {
+        let path = dir.path(name);
+        let src = dir.pair.src.as_fd();
+        let stat = stat_at(src, name.as_cstr()).on("statx", Side::Src, &path)?;
+        let meta = self.capture(Target::At(src, name), stat, &path)?;
+        let dst = Target::At(dir.pair.dst.as_fd(), name);
+        let was = self.named_meta(dst, &path, now)?;
+        Ok(Changes {
+            size: stat.is_file() && stat.size != now.size,
+            ..stamp::changes(&meta, &was, false, self.job.uid == 0)
+        })
     }
 
     fn link_once(&self, dir: &Dir, new: &Name, stand_in: &StandIn) -> Result<(), Errno> {

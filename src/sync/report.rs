@@ -1,6 +1,8 @@
 //! Report: what a run says while it works (lines, errors) and at its end (totals).
 
+use std::ffi::OsStr;
 use std::fmt;
+use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
@@ -41,8 +43,47 @@ pub struct Line {
 impl fmt::Display for Line {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let slash = if self.is_dir { "/" } else { "" };
-        let path = Printable(self.path.as_os_str());
+        let path = AsRsync(self.path.as_os_str());
         write!(f, "{} {path}{slash}{}", self.code, self.note)
+    }
+}
+
+/// A name as rsync prints it: `\#ooo` for each byte that is not part of printable text.
+pub(super) struct AsRsync<'a>(pub(super) &'a OsStr);
+
+impl fmt::Display for AsRsync<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let bytes = self.0.as_bytes();
+        let octal = |f: &mut fmt::Formatter<'_>, bytes: &[u8]| {
+            bytes.iter().try_for_each(|b| write!(f, "\\#{b:03o}"))
+        };
+        let mut at = 0;
+        for chunk in bytes.utf8_chunks() {
+            for c in chunk.valid().chars() {
+                let len = c.len_utf8();
+                // What would read as such a byte is one itself.
+                let looks_so = c == '\\'
+                    && bytes.get(at + 1) == Some(&b'#')
+                    && bytes
+                        .get(at + 2..at + 5)
+                        .is_some_and(|d| d.iter().all(u8::is_ascii_digit));
+                match c.is_control() || looks_so {
+                    true => octal(f, &bytes[at..at + len])?,
+                    false => write!(f, "{c}")?,
+                }
+                at += len;
+            }
+            octal(f, chunk.invalid())?;
+            at += chunk.invalid().len();
+        }
+        Ok(())
+    }
+}
+
+impl Line {
+    /// What `text`, the whole line, says without the code.
+    pub fn named<'t>(&self, text: &'t str) -> &'t str {
+        text.get(self.code.len() + 1..).unwrap_or(text)
     }
 }
 
@@ -267,6 +308,8 @@ pub(super) struct Changes {
     pub(super) data: bool,
     pub(super) size: bool,
     pub(super) time: bool,
+    /// Only where somebody asks for it (`-U`).
+    pub(super) atime: bool,
     pub(super) mode: bool,
     pub(super) owner: bool,
     pub(super) group: bool,
@@ -291,7 +334,7 @@ impl Changes {
             on(self.mode, 'p'),
             on(self.owner, 'o'),
             on(self.group, 'g'),
-            '.',
+            on(self.atime, 'u'),
             on(self.acl, 'a'),
             on(self.xattr || self.flags, 'x'),
         ]

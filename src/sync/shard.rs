@@ -142,6 +142,7 @@ impl Work<'_, '_> {
                 place: pair.place(&entry.name),
                 fresh: false,
                 shallow,
+                selection: Box::default(),
             });
         }
         self.crew.push(items);
@@ -211,7 +212,7 @@ impl Work<'_, '_> {
                         path: path.to_path(),
                     });
                 }
-                Ok(stat) => match self.unlink(at, name, path, &stat) {
+                Ok(stat) => match self.unlink(at, name, path, &stat, false) {
                     Err(e) if e.errno() == Errno::ISDIR => {}
                     other => other?,
                 },

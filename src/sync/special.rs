@@ -9,9 +9,9 @@ use rustix::io::Errno;
 use super::data::Buffers;
 use super::dir::Dir;
 use super::link::Step;
-use super::report::Changes;
+use super::report::{AsRsync, Changes};
 use super::{What, Work, stamp};
-use crate::error::{Context, Error, Printable, Result, Side};
+use crate::error::{Context, Error, Result, Side};
 use crate::meta::Meta;
 use crate::sys::name::{Name, RelPath};
 use crate::sys::stat::{FileKey, Stat, stat_at};
@@ -59,6 +59,13 @@ impl Work<'_, '_> {
             _ => None,
         };
         let now = dir.dst_stat(name)?;
+        if now.is_none() && self.job.config.existing {
+            return Ok(self.skipped());
+        }
+        let note = target.as_ref().map_or_else(String::new, |t| {
+            let text = <std::ffi::OsStr as std::os::unix::ffi::OsStrExt>::from_bytes(t.to_bytes());
+            format!(" -> {}", AsRsync(text))
+        });
         let mut what = What::New;
         if let Some(now) = &now {
             if self.job.config.ignore_existing {
@@ -74,7 +81,7 @@ impl Work<'_, '_> {
                 }
                 // Other names may be somebody else's: as with files, those get an inode of their own.
                 if now.nlink < 2 {
-                    return self.amend_special(dir, name, &meta, &was, changes);
+                    return self.amend_special(dir, name, &meta, &was, (changes, &note));
                 }
                 what = What::Changed(changes);
             } else if now.kind() == stat.kind() {
@@ -85,10 +92,6 @@ impl Work<'_, '_> {
                 });
             }
         }
-        let note = target.as_ref().map_or_else(String::new, |t| {
-            let text = <std::ffi::OsStr as std::os::unix::ffi::OsStrExt>::from_bytes(t.to_bytes());
-            format!(" -> {}", Printable(text))
-        });
         self.line('c', stat.kind(), &path, what, &note);
         let count = || {
             self.placed();
@@ -165,6 +168,15 @@ impl Work<'_, '_> {
         meta: &Meta,
         now: &Stat,
     ) -> Result<(Meta, Changes)> {
+        let was = self.named_meta(dst, path, now)?;
+        let mut changes = stamp::changes(meta, &was, false, self.job.uid == 0);
+        let symlink = now.kind() == FileType::Symlink;
+        changes.atime = self.job.config.atimes && !symlink && now.atime != meta.stat.atime;
+        Ok((was, changes))
+    }
+
+    /// What dst has under a name, inode flags aside.
+    pub(super) fn named_meta(&self, dst: Target<'_>, path: &RelPath, now: &Stat) -> Result<Meta> {
         let mut was = Meta {
             stat: *now,
             xattrs: Vec::new(),
@@ -178,8 +190,7 @@ impl Work<'_, '_> {
                 was.xattrs.push((attr, value));
             }
         }
-        let changes = stamp::changes(meta, &was, false, self.job.uid == 0);
-        Ok((was, changes))
+        Ok(was)
     }
 
     fn amend_special(
@@ -188,12 +199,12 @@ impl Work<'_, '_> {
         name: &Name,
         meta: &Meta,
         was: &Meta,
-        changes: Changes,
+        (changes, note): (Changes, &str),
     ) -> Result<Step> {
         let path = dir.path(name);
         let dst = Target::At(dir.pair.dst.as_fd(), name);
         self.job.totals.updated.add(1);
-        self.line('.', was.stat.kind(), &path, What::Changed(changes), "");
+        self.line('.', was.stat.kind(), &path, What::Changed(changes), note);
         self.placed();
         if self.job.config.dry_run {
             return Ok(Step::Done(was.stat.key));

@@ -45,6 +45,7 @@ pub(super) fn changes(src: &Meta, dst: &Meta, dst_flags: bool, root: bool) -> Ch
         data: false,
         size: false,
         time: src.stat.mtime != dst.stat.mtime,
+        atime: false,
         mode: !symlink && src.stat.perm() & !lent != dst.stat.perm(),
         owner: root && src.stat.uid != dst.stat.uid,
         group: root && src.stat.gid != dst.stat.gid,

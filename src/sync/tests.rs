@@ -522,6 +522,7 @@ fn what_is_not_in_memory_is_asked_for_first_and_copied_as_it_is_by_then() {
         place: job.roots.root(),
         fresh,
         shallow: false,
+        selection: Box::default(),
     };
     let (halt, put_off) = (AtomicBool::new(false), AtomicU64::new(0));
     Crew::run(

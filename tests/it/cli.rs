@@ -114,13 +114,6 @@ fn what_cannot_be_meant_is_a_usage_error() {
             &["--finish"],
         ),
         (&["sync", "a"], &["<DST>"]),
-        (&["sync", "-az", "a", "b"], &["-z"]),
-        (&["sync", "-e", "ssh", "a", "b"], &["-e"]),
-        (&["sync", "--link-dest", "c", "a", "b"], &["--link-dest"]),
-        (&["sync", "--inplace", "a", "b"], &["--inplace"]),
-        (&["sync", "--partial", "a", "b"], &["--partial"]),
-        (&["sync", "host:a", "b"], &["host:a", "./host:a"]),
-        (&["sync", "a", "me@host:b"], &["me@host:b"]),
         (&["sync", "--jobs", "0", "a", "b"], &["--jobs"]),
         (&["sync", "--max-delete", "x", "a", "b"], &["--max-delete"]),
         (&["errors", "--json", "-0", "a"], &["--json"]),
@@ -131,6 +124,12 @@ fn what_cannot_be_meant_is_a_usage_error() {
         (&["mount", "a", "b", "--metrics", "host:1"], &["host:1"]),
         (&["mount", "a", "b", "--jobs", "300"], &["--jobs"]),
         (&["sync", "a", "b", "--bwlimit", "x"], &["x"]),
+        (&["sync", "a", "b", "--info=flist"], &["progress2"]),
+        (
+            &["sync", "a", "b", "--verify", "--exclude=x"],
+            &["--verify"],
+        ),
+        (&["mount", "a", "b", "--delete"], &["--adopt"]),
         (&["wait", "a", "--timeout", "soon"], &["--timeout"]),
         (&["pull"], &["<PATHS>"]),
         (&["status", "-H", "--json"], &["--json"]),
@@ -138,6 +137,26 @@ fn what_cannot_be_meant_is_a_usage_error() {
     for (args, words) in cases {
         eprintln!("{args:?}");
         expect_refusal(mirrorfs_with(args), 2, words);
+    }
+    // What rsync has and sync has not is known, and refused with what to do instead.
+    let refused: &[(&[&str], &[&str])] = &[
+        (&["sync", "-az", "a", "b"], &["-z"]),
+        (&["sync", "-e", "ssh", "a", "b"], &["-e"]),
+        (&["sync", "--link-dest", "c", "a", "b"], &["--link-dest"]),
+        (&["sync", "--inplace", "a", "b"], &["--inplace"]),
+        (&["sync", "--partial", "a", "b"], &["--partial"]),
+        (&["sync", "host:a", "b"], &["host:a", "./host:a"]),
+        (&["sync", "a", "me@host:b"], &["me@host:b"]),
+        (&["sync", "--delete-after", "a", "b"], &["give --delete"]),
+        (&["sync", "-L", "a", "b"], &["-L", "symlinks"]),
+        (
+            &["sync", "--files-from=host:list", "a", "b"],
+            &["host:list"],
+        ),
+    ];
+    for (args, words) in refused {
+        eprintln!("{args:?}");
+        expect_refusal(mirrorfs_with(args), 1, words);
     }
     // Without a command there is nothing to say but the help.
     let help = mirrorfs_with(&[]).expect_code(2);

@@ -25,6 +25,7 @@ mod prefetch;
 mod raw;
 mod ring;
 mod rootless;
+mod rsync;
 mod scanners;
 mod semantics;
 mod service;
