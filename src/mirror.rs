@@ -18,6 +18,7 @@ mod commit;
 mod control;
 mod crowd;
 mod ctime;
+mod extras;
 mod file;
 mod finish;
 
@@ -213,6 +214,8 @@ impl Mirror {
             dst: &dst_path,
             dst_root: dst.as_fd(),
             adopt: config.adopt,
+            checksum: config.adopt_checksum,
+            delete: config.adopt_delete,
             mark,
         })?;
         if !config.native && native::was_native(control.dir.as_fd()) {
@@ -252,6 +255,7 @@ impl Mirror {
             Anchors::load(&control.links).on("getdents64", Side::Dst, ".mirrorfs/links")?;
         let ledger = Ledger::open(control.dir.as_fd())?;
         progress.errors.set(ledger.len() as u64);
+        progress.extras.set(ledger.extras());
         Tally::load(control.dir.as_fd()).begin(&progress);
         let throttle = Arc::new(Throttle::default());
         throttle.set_limit(config.bwlimit);

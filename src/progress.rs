@@ -79,6 +79,10 @@ pub struct Progress {
     /// What earlier daemons of this migration have pulled: entries, files, bytes. Part of no other
     /// counter.
     pub earlier: [Counter; 3],
+    /// Names that only dst has, kept: an earlier copy was adopted without `--delete`.
+    pub extras: Counter,
+    /// Such names that were removed, by this daemon.
+    pub extras_removed: Counter,
     /// Failures now in the ledger (gauge).
     pub errors: Counter,
     /// The walker has seen every directory once: totals are no longer estimates.

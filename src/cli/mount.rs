@@ -37,7 +37,7 @@ pub struct Mount {
     /// large=SIZE (files over it open at once and are pulled by range; 8M), cache=auto|keep|drop
     /// (what background copies of large files leave in the page cache), transport=auto|dev|uring,
     /// threads=N (FUSE session threads), workers=N (copy workers), noprefetch (files are not pulled
-    /// because others of their directory were opened), nostore=WHO, record=FILE, replay=FILE, adopt, nobackground, finish,
+    /// because others of their directory were opened), nostore=WHO, record=FILE, replay=FILE, adopt, checksum, delete, nobackground, finish,
     /// log=FILE, loglevel=LEVEL,
     /// bwlimit=RATE, jobs=N, source-timeout=DUR, on-error=wait|fail, metrics=ADDR, metrics-file=FILE,
     /// config=FILE. ro, nosuid, nodev and noexec apply to the mount. allow_other lets other
@@ -58,6 +58,17 @@ pub struct Mount {
     /// again. For the `mount` that follows a `sync`.
     #[arg(long)]
     pub adopt: bool,
+    /// With --adopt: equal is what has the same bytes
+    ///
+    /// Files of up to 64 KiB are read on both sides and compared, larger ones are copied again.
+    #[arg(long)]
+    pub checksum: bool,
+    /// With --adopt: remove from DST what SRC does not have
+    ///
+    /// In each directory before anybody can change it: what users make later is never touched. Without
+    /// it what only DST has is kept, counted by `status` and listed by `errors`.
+    #[arg(long)]
+    pub delete: bool,
     /// Copy only what is opened
     ///
     /// The mount is complete when everything was read once.
@@ -272,6 +283,7 @@ impl Mount {
             config.mountpoint = mountpoint;
         }
         config.adopt = self.adopt;
+        (config.adopt_checksum, config.adopt_delete) = (self.checksum, self.delete);
         config.background = !self.no_background;
         config.foreground = self.foreground;
         config.finish = self.finish;
@@ -369,6 +381,8 @@ fn mount_option(config: &mut MountConfig, option: &str) -> Result<(), String> {
         ("ro" | "nosuid" | "nodev" | "noexec", None) => config.mount_options.push(key.to_owned()),
         ("allow_other", None) => config.allow_other = true,
         ("adopt", None) => config.adopt = true,
+        ("checksum", None) => config.adopt_checksum = true,
+        ("delete", None) => config.adopt_delete = true,
         ("nostore", Some(who)) => {
             let added = config.no_store.add(who);
             added.map_err(|e| format!("-o nostore={e}"))?;

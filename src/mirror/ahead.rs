@@ -132,6 +132,10 @@ impl Mirror {
         let mirror = Arc::clone(self);
         let task = move || {
             let error = match mirror.look_for(&dir, &name) {
+                // What only dst has may be about to go: nobody is shown it before that is decided.
+                Ok(Some(partial)) if mirror.control.identity.delete && !partial.has(&name) => {
+                    return mirror.when_populated(dir.ino, Access::Look, then);
+                }
                 Ok(partial) => {
                     then(Ok(()));
                     partial.inspect(|p| mirror.place_rest(&dir, p));

@@ -29,6 +29,7 @@ use super::hydrate::FileRef;
 use super::node::{Ino, Origin};
 use super::place::Placer;
 use super::populate::{DirRef, Waiter};
+use crate::engine::job::Priority;
 use crate::error::{Context, Result, Side};
 use crate::meta::{Born, Capture, Meta};
 use crate::sys::name::{Name, RelPath};
@@ -181,6 +182,27 @@ impl Placer<'_> {
         let (found, lent) = read?;
         *buffer = lent;
         found
+    }
+
+    /// Whether dst's file has the bytes of src's (`--adopt --checksum`). Only small files are compared,
+    /// where nobody waits for the directory: to copy another one again is to read it once, too.
+    pub(super) fn has_same_bytes(&self, name: &Name, there: &Stat, stat: &Stat) -> bool {
+        if stat.size == 0 {
+            return true;
+        }
+        let background = self.priority() == Priority::Background;
+        if !background || stat.size > CARRY_MAX || there.size != stat.size {
+            return false;
+        }
+        BUFFER.with_borrow_mut(|buffer| {
+            if self.read(name, stat, buffer).is_none() {
+                return false;
+            }
+            let mut theirs = vec![0; buffer.len() + 1];
+            let len = fd::open_src(self.dst, name)
+                .and_then(|file| fd::pread_all(file.as_fd(), &mut theirs, 0));
+            len.is_ok_and(|len| theirs[..len] == buffer[..])
+        })
     }
 
     /// Everything that makes a new file complete.

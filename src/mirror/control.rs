@@ -37,6 +37,12 @@ pub struct Identity {
     pub src_ino: u64,
     /// DST had contents of its own: equal entries count as hydrated.
     pub adopt: bool,
+    /// Of those, only what has the same bytes.
+    #[serde(default)]
+    pub checksum: bool,
+    /// What DST has and SRC has not is removed.
+    #[serde(default)]
+    pub delete: bool,
     /// `trusted` or `user`: which xattr carries the marks.
     pub rootless: bool,
 }
@@ -122,6 +128,10 @@ pub struct Request<'a> {
     pub dst_root: BorrowedFd<'a>,
     /// Take DST's contents as a copy made earlier.
     pub adopt: bool,
+    /// By its bytes, not by size and time alone.
+    pub checksum: bool,
+    /// Without what SRC does not have.
+    pub delete: bool,
     /// Which xattr carries the marks.
     pub mark: MarkName,
 }
@@ -245,6 +255,18 @@ fn check_same(ask: &Request<'_>, identity: &Identity) -> Result<()> {
             ask.src.display(),
         )));
     }
+    for (asked, began, option) in [
+        (ask.checksum, identity.checksum, "--checksum"),
+        (ask.delete, identity.delete, "--delete"),
+    ] {
+        // Later nobody could tell what users have made from what was there before.
+        if asked && identity.adopt && !began {
+            return Err(Error::Unusable(format!(
+                "DST \"{}\" was adopted without {option}: it cannot be added later",
+                ask.dst.display(),
+            )));
+        }
+    }
     if identity.rootless != (ask.mark == MarkName::User) {
         return Err(Error::Unusable(format!(
             "DST \"{}\" was begun {}; go on the same way",
@@ -271,6 +293,15 @@ fn create(ask: &Request<'_>) -> Result<(OwnedFd, OwnedFd, Identity)> {
             "DST \"{dst}\" is not empty (\"{}\"); --adopt takes what is there as a copy made earlier",
             crate::error::Printable(others[0].name.as_os_str()),
         )));
+    }
+    if ask.delete && !others.is_empty() {
+        let names = dir::list(ask.src_root).on("getdents64", Side::Src, ask.src)?;
+        if names.iter().all(|e| e.name.as_bytes() == b"lost+found") {
+            return Err(Error::Unusable(format!(
+                "SRC \"{}\" is empty: --delete would remove all of DST; is it mounted?",
+                ask.src.display()
+            )));
+        }
     }
     let root = Target::Fd(ask.dst_root);
     let probe = Mark {
@@ -308,6 +339,8 @@ fn create(ask: &Request<'_>) -> Result<(OwnedFd, OwnedFd, Identity)> {
             .key
             .ino,
         adopt: !others.is_empty(),
+        checksum: ask.checksum && !others.is_empty(),
+        delete: ask.delete && !others.is_empty(),
         rootless: ask.mark == MarkName::User,
     };
     write_identity(dir.as_fd(), &identity)?;

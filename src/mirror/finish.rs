@@ -53,7 +53,7 @@ pub fn survey(dst: &Path) -> Result<Survey> {
     };
     let identity = control::read_identity(control.as_fd())?;
     let mut survey = Survey {
-        ledger: ledger::read(control.as_fd())?.0.len() as u64,
+        ledger: failures(&ledger::read(control.as_fd())?.0),
         ..Survey::default()
     };
     if let Some(identity) = identity {
@@ -71,6 +71,10 @@ pub fn survey(dst: &Path) -> Result<Survey> {
         survey.identity_src = Some(identity.src);
     }
     Ok(survey)
+}
+
+fn failures(entries: &ledger::Entries) -> u64 {
+    entries.values().filter(|e| !e.is_extra()).count() as u64
 }
 
 /// The ledger of a DST without a daemon; empty when there is none.

@@ -17,6 +17,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use parking_lot::Mutex;
 use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Context, Error, Printable, Result, Side};
@@ -24,6 +25,10 @@ use crate::sys::name::RelPath;
 
 const FILE: &std::ffi::CStr = c"ledger";
 const NEW_FILE: &std::ffi::CStr = c"ledger.new";
+/// What `call` says of a name that only dst has.
+const EXTRA: &str = "extra";
+/// Such names that are listed; more are only counted and logged.
+const EXTRAS_MAX: usize = 10_000;
 
 /// One thing that could not be pulled.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -65,6 +70,11 @@ impl LedgerEntry {
         self.path_hex.clone().unwrap_or_else(exact)
     }
 
+    /// A name that only dst has: told, and no failure.
+    pub fn is_extra(&self) -> bool {
+        self.call == EXTRA && !self.data && self.accepted
+    }
+
     /// One for each path and side; pieces of metadata each for themselves.
     fn key(&self) -> (String, String) {
         let what = match self.data {
@@ -94,6 +104,8 @@ struct Inner {
     entries: Entries,
     /// Lines in the file.
     lines: usize,
+    /// Of the entries, those that are no failures but names that only dst has.
+    extras: usize,
 }
 
 impl Ledger {
@@ -101,11 +113,13 @@ impl Ledger {
     pub fn open(control: BorrowedFd<'_>) -> Result<Ledger> {
         let (entries, lines) = read(control)?;
         let file = open_file(control, FILE)?;
+        let extras = entries.values().filter(|e| e.is_extra()).count();
         Ok(Ledger {
             inner: Mutex::new(Inner {
                 file,
                 entries,
                 lines,
+                extras,
             }),
         })
     }
@@ -180,9 +194,34 @@ impl Ledger {
         self.inner.lock().entries.values().cloned().collect()
     }
 
-    /// How many entries.
+    /// How many failures.
     pub fn len(&self) -> usize {
-        self.inner.lock().entries.len()
+        let inner = self.inner.lock();
+        inner.entries.len() - inner.extras
+    }
+
+    /// How many names that only dst has.
+    pub fn extras(&self) -> u64 {
+        self.inner.lock().extras as u64
+    }
+
+    /// Notes a name that only dst has: no failure, nothing to be given up. False: it is noted already.
+    pub fn note_extra(&self, path: &RelPath) -> bool {
+        let shown = Printable(path.as_ref().as_os_str()).to_string();
+        let message = format!("\"{shown}\": only dst has it, kept");
+        let mut new = entry(path, Side::Dst, EXTRA, Errno::EXIST, message, false);
+        new.accepted = true;
+        let mut inner = self.inner.lock();
+        if inner.entries.contains_key(&new.key()) {
+            return false;
+        }
+        tracing::info!("{}", new.message);
+        if inner.extras < EXTRAS_MAX {
+            inner.extras += 1;
+            inner.entries.insert(new.key(), new.clone());
+            inner.append(&Line::Entry(new));
+        }
+        true
     }
 
     /// Makes what was recorded durable and drops history.
@@ -247,7 +286,7 @@ fn open_file(control: BorrowedFd<'_>, name: &std::ffi::CStr) -> Result<std::fs::
 }
 
 /// By path, then side or piece of metadata.
-type Entries = BTreeMap<(String, String), LedgerEntry>;
+pub(super) type Entries = BTreeMap<(String, String), LedgerEntry>;
 
 /// Reads the ledger of a control directory. A last line that a crash cut short is skipped: its mark
 /// is still there.
@@ -327,7 +366,6 @@ fn hex(bytes: &[u8]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use rustix::io::Errno;
 
     fn path(text: &[u8]) -> RelPath {
         RelPath::from_bytes(text).expect("a path")

@@ -266,7 +266,7 @@ impl<'a> Placer<'a> {
     ) -> Result<bool> {
         let there = stat::stat_at(self.dst, name.as_cstr()).on("statx", Side::Dst, path)?;
         if !there.is_file() {
-            return match there.is_dir() {
+            return match there.is_dir() && !self.mirror.control.identity.delete {
                 true => Err(Error::WrongType {
                     path: path.to_path(),
                 }),
@@ -283,6 +283,9 @@ impl<'a> Placer<'a> {
             // Another name of it may be somebody else's, and src's owner may have planted this one.
             || there.nlink > 1
         {
+            return Ok(false);
+        }
+        if self.mirror.control.identity.checksum && !self.has_same_bytes(name, &there, &meta.stat) {
             return Ok(false);
         }
         let file = match fd::open_at(self.dst, name, OFlags::RDONLY) {
@@ -476,6 +479,13 @@ impl<'a> Placer<'a> {
     }
 
     fn clear_now(&self, name: &Name, is_dir: bool, path: &RelPath) -> Result<()> {
+        let mark = self.mirror.mark;
+        let ours = || !matches!(mark.get(Target::At(self.dst, name)), Ok(None));
+        if is_dir && self.mirror.control.identity.delete && !ours() {
+            super::extras::remove(self.dst, name, path)?;
+            self.mirror.progress.extras_removed.add(1);
+            return Ok(());
+        }
         if is_dir {
             return Err(Error::WrongType {
                 path: path.to_path(),

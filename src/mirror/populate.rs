@@ -267,9 +267,12 @@ impl Mirror {
         let src = self.src_of(dir)?;
         let placer = Placer::new(self, &src, opened.as_fd(), &partial, carrier);
         self.settle_ledger(&src.path);
-        let Some(meta) = self.place_all(&src, &partial, &placer, extent)? else {
+        let Some((meta, settled)) = self.place_all(&src, &partial, &placer, extent)? else {
             return Ok(false);
         };
+        if settled {
+            self.see_to_extras(&src, opened.as_fd(), &partial)?;
+        }
         partial.close();
         // While another program is to take over the directory stays in the table of partials.
         let _inside = self.marks.enter();
@@ -281,7 +284,8 @@ impl Mirror {
         published.map(|()| true)
     }
 
-    /// Places every name of a src directory; `None`: it is too large for this extent. One that changes
+    /// Places every name of a src directory; `None`: it is too large for this extent; false with the
+    /// metadata: src's names are not known for sure. One that changes
     /// meanwhile, or lists what it says is not there, is listed again; one that keeps changing is
     /// published as it was last seen, and is in the ledger. A name that stays listed without being
     /// there is an error: it may be a file.
@@ -291,7 +295,7 @@ impl Mirror {
         partial: &Partial,
         placer: &Placer<'_>,
         extent: Extent,
-    ) -> Result<Option<Meta>> {
+    ) -> Result<Option<(Meta, bool)>> {
         let path = src.path.as_ref();
         let mut tries_left = LISTINGS_MAX;
         loop {
@@ -306,7 +310,7 @@ impl Mirror {
             let after = stat::stat_fd(src.fd.as_fd()).on("statx", Side::Src, path)?;
             let same = after.mtime == meta.stat.mtime;
             match gone.into_inner() {
-                None if same => return Ok(Some(meta)),
+                None if same => return Ok(Some((meta, true))),
                 Some(name) if same && tries_left == 0 => {
                     return Err(Errno::NOENT).on("statx", Side::Src, path.join(&name));
                 }
@@ -319,7 +323,7 @@ impl Mirror {
                         path: path.to_path(),
                     },
                 );
-                return Ok(Some(meta));
+                return Ok(Some((meta, false)));
             }
         }
     }

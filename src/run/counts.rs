@@ -91,7 +91,13 @@ pub struct Counts {
     pub wait_p99_ms: Option<f64>,
     /// Those that wait longest.
     pub waits: Vec<Waiting>,
-    /// Entries in the ledger.
+    /// Names that only dst has, kept.
+    #[serde(default)]
+    pub extras_kept: u64,
+    /// Such names that were removed, by this daemon.
+    #[serde(default)]
+    pub extras_removed: u64,
+    /// Failures in the ledger.
     pub errors: u64,
     /// Every directory was seen: the totals are final.
     pub walk_done: bool,
@@ -124,6 +130,8 @@ impl Counts {
             waiting: progress.waits.len() as u64,
             longest_wait_ms: longest.first().map(|(time, _)| ms(*time)),
             wait_p99_ms: progress.waits.p99().map(|t| t.as_secs_f64() * 1e3),
+            extras_kept: progress.extras.get(),
+            extras_removed: progress.extras_removed.get(),
             errors: progress.errors.get(),
             walk_done: progress.walk_done.load(Relaxed),
             bytes_per_s: rate.bytes_per_s(),

@@ -136,7 +136,9 @@ fn text(entry: &Value) -> String {
     {
         text += &format!(", {n} times");
     }
-    if entry.get("accepted").and_then(Value::as_bool) == Some(true) {
+    if field("call") != Some("extra")
+        && entry.get("accepted").and_then(Value::as_bool) == Some(true)
+    {
         text += ", given up";
     }
     text

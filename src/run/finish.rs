@@ -48,9 +48,10 @@ pub(super) fn run(path: &Path, accept_loss: bool) -> Outcome {
 pub(super) fn write_report(
     src: &Path,
     dst: &Path,
-    lost: &[LedgerEntry],
+    ledger: &[LedgerEntry],
     counts: Option<&Counts>,
 ) -> Option<PathBuf> {
+    let (extra, lost): (Vec<_>, Vec<_>) = ledger.iter().partition(|e| e.is_extra());
     let now = SystemTime::now().duration_since(UNIX_EPOCH);
     let report = json!({
         "src": src.to_string_lossy(),
@@ -59,6 +60,7 @@ pub(super) fn write_report(
         "version": env!("CARGO_PKG_VERSION"),
         "counts": counts,
         "lost": lost,
+        "only_in_dst": extra,
     });
     let path = make_run_dir().ok()?.join(file_name(dst, "report.json"));
     let text = serde_json::to_string_pretty(&report).ok()?;

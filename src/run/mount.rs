@@ -444,7 +444,7 @@ impl Served<'_> {
         })?;
         self.watch.set_phase(Phase::Finished);
         tracing::info!("finished");
-        for entry in &lost {
+        for entry in lost.iter().filter(|e| !e.is_extra()) {
             tracing::warn!("lost or not whole, as accepted: {}", entry.message);
         }
         let counts = self.watch.report().counts;
@@ -452,7 +452,7 @@ impl Served<'_> {
         let report = finish::write_report(src, dst, &lost, Some(&counts));
         self.background.end();
         self.detach()?;
-        Ok(json!({ "lost": lost.len(), "report": report }))
+        Ok(json!({ "lost": lost.iter().filter(|e| !e.is_extra()).count(), "report": report }))
     }
 }
 

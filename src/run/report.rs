@@ -181,6 +181,19 @@ impl Report {
                 bytes(if c.walk_done { c.bytes_left } else { needed }),
             ));
         }
+        if c.extras_kept > 0 {
+            page.push(format!(
+                "extra   {} names that only DST has, kept   list: mirrorfs errors {}",
+                count(c.extras_kept),
+                self.mountpoint
+            ));
+        }
+        if c.extras_removed > 0 {
+            page.push(format!(
+                "extra   {} names that only DST had, removed",
+                count(c.extras_removed),
+            ));
+        }
         page.push(match c.errors {
             0 => "errors  0".to_owned(),
             n => format!(

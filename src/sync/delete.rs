@@ -12,6 +12,7 @@ use super::dir::{BATCH, Dir};
 use super::{Event, Line, Work, select, stamp};
 use crate::error::{Context, Error, Result, Side};
 use crate::filter::Scope;
+use crate::mark::CONTROL_DIR;
 use crate::meta::LATE_FLAGS;
 use crate::sys::name::{Name, RelPath};
 use crate::sys::stat::{Stat, stat_at, stat_fd};

@@ -11,6 +11,8 @@ pub const POINTS: &[&str] = &[
     "populate-after-child",
     "carry-written",
     "carry-stamped",
+    "extra-before",
+    "extra-removed",
     "populate-before-mark",
     "populate-after-mark",
     "publish-durable",

@@ -1,0 +1,213 @@
+//! `mount --adopt`: what counts as copied, what only DST has, and what users make meanwhile.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use crate::fixture::{LIMIT, World, bytes, can_mount_on, mirrorfs, run};
+
+/// The status with which a fault point ends the daemon.
+const FAULT_EXIT: i32 = 99;
+
+fn sync(w: &World) {
+    run(mirrorfs().arg("sync").args([&w.src, &w.dst])).expect_code(0);
+}
+
+/// A tree that was copied, and then changed on both sides.
+fn copied(kind: &str) -> Option<World> {
+    if !can_mount_on(kind) {
+        return None;
+    }
+    let w = World::on(kind);
+    for dir in ["a/b", "c", "gone/deep", "swap", "empty"] {
+        fs::create_dir_all(w.src.join(dir)).unwrap();
+    }
+    for (n, file) in ["a/one", "a/b/two", "c/three", "gone/deep/four", "five"]
+        .iter()
+        .enumerate()
+    {
+        fs::write(w.src.join(file), bytes(n as u64, 3_000 * (n + 1))).unwrap();
+    }
+    fs::write(w.src.join("swap/file"), "x").unwrap();
+    fs::write(w.src.join("turns"), "file").unwrap();
+    fs::write(w.src.join("large"), bytes(40, 700_000)).unwrap();
+    sync(&w);
+    // SRC goes on: names go, change their type, and come.
+    fs::remove_dir_all(w.src.join("gone")).unwrap();
+    fs::remove_file(w.src.join("a/one")).unwrap();
+    fs::remove_dir_all(w.src.join("swap")).unwrap();
+    fs::write(w.src.join("swap"), "a file now").unwrap();
+    fs::remove_file(w.src.join("turns")).unwrap();
+    fs::create_dir(w.src.join("turns")).unwrap();
+    fs::write(w.src.join("turns/in"), "y").unwrap();
+    fs::write(w.src.join("c/new"), bytes(50, 10)).unwrap();
+    // What cannot be removed without more ado.
+    fs::write(w.dst.join("c/fixed"), "z").unwrap();
+    run(Command::new("chattr").arg("+i").arg(w.dst.join("c/fixed"))).expect_code(0);
+    Some(w)
+}
+
+/// What users make in every directory that they find, and in some names of what is about to go.
+fn work(at: &Path) {
+    for dir in ["", "a", "a/b", "c", "turns", "empty"] {
+        fs::write(at.join(dir).join("made by a user"), dir).unwrap();
+    }
+    fs::create_dir_all(at.join("gone/deep")).unwrap();
+    fs::write(at.join("gone/deep/mine"), "mine").unwrap();
+    fs::write(at.join("a/one"), "mine").unwrap();
+}
+
+/// DST is SRC, and what `work` has made.
+#[track_caller]
+fn expect_src_and_work(w: &World) {
+    w.expect_no_trace();
+    work(&w.src);
+    w.expect_same_tree(&w.src);
+}
+
+#[test]
+fn with_delete_what_only_dst_has_goes_and_what_users_make_stays() {
+    let Some(w) = copied("ext4") else { return };
+    let m = w.mount_with(&["--adopt", "--delete", "--no-background"], &[]);
+    // Nobody is shown what is about to go, whether he looks for it or lists.
+    assert!(!m.path("gone").exists() && !m.path("a/one").exists());
+    assert!(!m.path("c/fixed").exists());
+    assert!(m.path("swap").is_file());
+    work(&m.at);
+    m.kill();
+    let m = w.mount_with(&["--adopt", "--delete"], &[]);
+    m.wait_complete();
+    assert_eq!(m.status()["extras_kept"], 0);
+    m.finish();
+    expect_src_and_work(&w);
+}
+
+#[test]
+fn without_delete_what_only_dst_has_is_kept_counted_and_listed() {
+    let Some(w) = copied("ext4") else { return };
+    run(Command::new("chattr").arg("-i").arg(w.dst.join("c/fixed"))).expect_code(0);
+    // A directory in the place of a file would be an error.
+    fs::remove_dir_all(w.dst.join("swap")).unwrap();
+    let m = w.mount_with(&["--adopt"], &[]);
+    m.wait_complete();
+    m.unmount();
+    let m = w.mount();
+    m.wait_complete();
+    assert_eq!(m.status()["extras_kept"], 3, "{:#}", m.status());
+    assert_eq!(m.status()["errors"], 0);
+    let listed = run(mirrorfs().arg("errors").arg(&m.at)).expect_code(0).out;
+    let page = run(mirrorfs().arg("status").arg(&m.at)).expect_code(0).out;
+    m.finish();
+    for extra in [
+        "\"gone\": only dst has it, kept",
+        "\"a/one\": only",
+        "\"c/fixed\": only",
+    ] {
+        assert!(listed.contains(extra), "{extra}: {listed}");
+    }
+    assert!(
+        page.contains("extra   3 names that only DST has, kept"),
+        "{page}"
+    );
+    assert_eq!(
+        fs::read(w.dst.join("gone/deep/four")).unwrap(),
+        bytes(3, 12_000)
+    );
+    assert!(w.dst.join("a/one").exists() && w.dst.join("c/fixed").exists());
+}
+
+#[test]
+fn an_exit_while_extras_go_loses_nothing_that_users_made() {
+    for kind in ["ext4", "btrfs"] {
+        for (point, n) in [
+            ("extra-before", 1),
+            ("extra-removed", 1),
+            ("extra-removed", 2),
+        ] {
+            let Some(w) = copied(kind) else { return };
+            let fault = format!("{point}:{n}");
+            let args = ["--adopt", "--delete", "--no-background"];
+            // The first half of the work, until the daemon dies.
+            if let Ok(mut m) = w.try_mount(&args, &[("MIRRORFS_FAULT", &fault)]) {
+                let early = m.path("empty/early");
+                let made = fs::write(&early, "early").is_ok();
+                let _ = fs::metadata(m.path("c/gone")); // Populates, or dies.
+                let _ = fs::metadata(m.path("gone"));
+                let died = m.wait_exit(LIMIT);
+                assert_eq!(died, Some(FAULT_EXIT), "{fault}: {}", m.log());
+                drop(m);
+                let m = w.mount_with(&args, &[]);
+                assert_eq!(m.path("empty/early").exists(), made, "{kind} {fault}");
+                let _ = fs::remove_file(m.path("empty/early"));
+                work(&m.at);
+                m.kill();
+            }
+            let m = w.mount_with(&["--adopt", "--delete"], &[]);
+            m.finish();
+            expect_src_and_work(&w);
+        }
+    }
+}
+
+#[test]
+fn with_checksum_equal_is_what_has_the_same_bytes() {
+    for (option, repaired) in [
+        (&["--adopt"][..], false),
+        (&["--adopt", "--checksum"], true),
+    ] {
+        if !can_mount_on("ext4") {
+            return;
+        }
+        let w = World::on("ext4");
+        fs::create_dir(w.src.join("d")).unwrap();
+        let sizes = [("same", 3_000), ("small", 3_000), ("large", 300_000)];
+        for (n, (name, size)) in sizes.iter().enumerate() {
+            fs::write(w.src.join("d").join(name), bytes(n as u64, *size)).unwrap();
+        }
+        sync(&w);
+        let inode = w.dst.join("d/same").metadata().unwrap().ino();
+        for (n, (name, size)) in sizes.iter().enumerate().skip(1) {
+            let file = w.dst.join("d").join(name);
+            let modified = file.metadata().unwrap().modified().unwrap();
+            fs::write(&file, bytes(n as u64 + 100, *size)).unwrap();
+            let file = fs::File::options().write(true).open(&file).unwrap();
+            file.set_modified(modified).unwrap();
+        }
+        w.mount_with(option, &[]).finish();
+        for (n, (name, size)) in sizes.iter().enumerate().skip(1) {
+            let good = fs::read(w.dst.join("d").join(name)).unwrap() == bytes(n as u64, *size);
+            assert_eq!(good, repaired, "{option:?} {name}");
+        }
+        if repaired {
+            w.expect_finished_copy();
+            let now = w.dst.join("d/same").metadata().unwrap().ino();
+            assert_eq!(now, inode, "what is equal is not copied again");
+        }
+    }
+}
+
+#[test]
+fn what_delete_could_not_be_told_from_later_is_refused() {
+    let Some(w) = copied("ext4") else { return };
+    let refused = |args: &[&str], code: i32, words: &str| {
+        let (got, said) = w.try_mount(args, &[]).err().expect("refused");
+        assert!(got == code && said.contains(words), "{got}: {said}");
+    };
+    refused(&["--delete"], 2, "--adopt");
+    refused(&["--checksum"], 2, "--adopt");
+    let kept = w.scratch_path("kept");
+    fs::rename(&w.src, &kept).unwrap_or_else(|_| {
+        run(Command::new("mv").args([&w.src, &kept])).expect_code(0);
+    });
+    fs::create_dir(&w.src).unwrap();
+    refused(&["--adopt", "--delete"], 3, "is empty");
+    assert!(w.dst.join("five").exists());
+    fs::write(w.src.join("file"), "x").unwrap();
+    let mut m = w.mount_with(&["--adopt", "--no-background"], &[]);
+    assert!(m.wait_exit(Duration::from_millis(1)).is_none());
+    m.unmount();
+    refused(&["--adopt", "--delete"], 3, "cannot be added later");
+    run(Command::new("chattr").arg("-i").arg(w.dst.join("c/fixed"))).expect_code(0);
+}
