@@ -91,6 +91,8 @@ struct Task {
     clean: AtomicBool,
     /// `Mirror::epoch` when the pass began.
     epoch: u64,
+    /// `Mirror::moment` of the last thing that was done, directories below left out.
+    since: AtomicU64,
     /// Told when the root is done: whether its mark is gone.
     tell: Option<crossbeam_channel::Sender<bool>>,
 }
@@ -269,6 +271,7 @@ impl Shared {
             left: AtomicUsize::new(1),
             clean: AtomicBool::new(true),
             epoch: self.mirror.epoch(),
+            since: AtomicU64::new(0),
             tell: Some(tell),
         });
         self.push(vec![Step {
@@ -472,6 +475,7 @@ impl Shared {
             left: AtomicUsize::new(1),
             clean: AtomicBool::new(true),
             epoch: task.epoch,
+            since: AtomicU64::new(0),
             tell: None,
         });
         Step {
@@ -521,9 +525,15 @@ impl Shared {
 }
 
 impl Task {
+    /// One of the things in it is done, and no directory; `clean`: it is not pending any more.
+    fn child_done(self: &Arc<Self>, mirror: &Arc<Mirror>, clean: bool) {
+        self.since.fetch_max(mirror.moment(), Ordering::AcqRel);
+        self.one_less(mirror, clean);
+    }
+
     /// One of the things below is done; `clean`: nothing of it is pending any more. The last one
     /// takes the directory's mark away and goes on with its parent.
-    fn child_done(self: &Arc<Self>, mirror: &Arc<Mirror>, clean: bool) {
+    fn one_less(self: &Arc<Self>, mirror: &Arc<Mirror>, clean: bool) {
         let mut at = Arc::clone(self);
         let mut clean = clean;
         loop {
@@ -552,9 +562,10 @@ impl Task {
             ino: self.dir.ino,
             anchor: self.dir.anchor.clone(),
             epoch: self.epoch,
+            since: self.since.load(Ordering::Acquire),
             then: Box::new(move |gone| {
                 if let Some(parent) = task.settled(gone) {
-                    parent.child_done(&mirror, gone);
+                    parent.one_less(&mirror, gone);
                 }
             }),
         }

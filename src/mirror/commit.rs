@@ -2,7 +2,7 @@
 //!
 //! A round takes what has come in, calls syncfs(dst) once, and then removes the marks of the files
 //! that had landed before (D1), publishes directories (btrfs, D6), and removes the marks of
-//! directories with nothing pending below (I2). What a round removed is durable with the next
+//! directories with nothing pending below (I2, `dirs`). What a round removed is durable with the next
 //! round's syncfs: only then a file leaves the table of hydrations and may be written (D2).
 //!
 //! A round starts a second after the first arrival (D10: seconds at the most), at once when
@@ -11,7 +11,6 @@
 use std::collections::HashMap;
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
@@ -29,6 +28,9 @@ use crate::mark::Mark;
 use crate::sys::xattr::Target;
 use crate::sys::{cache, dir, fault, fd, stat};
 
+mod dirs;
+pub use dirs::DoneDir;
+
 /// How long a round waits for more. Each stops the journal for a moment, so few large ones are
 /// cheaper than many small ones.
 const GATHER: Duration = Duration::from_secs(1);
@@ -41,18 +43,6 @@ const RETRY: Duration = Duration::from_secs(1);
 const BATCH_MAX: usize = 16 << 10;
 /// The walker waits when so many files have landed and no round has taken them.
 const WAITING_MAX: usize = 2 * BATCH_MAX;
-
-/// A directory below which nothing is pending, as the walker found it.
-pub struct DoneDir {
-    /// dst's inode number.
-    pub ino: Ino,
-    /// How to open it.
-    pub anchor: Anchor,
-    /// `Mirror::epoch` when the walker began to look: anything moved since may be in it.
-    pub epoch: u64,
-    /// Told whether the mark is gone.
-    pub then: Box<dyn FnOnce(bool) + Send>,
-}
 
 /// A directory with all its names whose mark is to go from P to `mark` behind a barrier.
 pub(super) struct Publish {
@@ -90,6 +80,8 @@ struct Queue {
     urgent: bool,
     /// Rounds begun.
     round: u64,
+    /// The last of them whose syncfs has worked.
+    synced: u64,
     /// How long the last syncfs took.
     sync_time: Duration,
     /// Nobody is about to bring more.
@@ -158,12 +150,6 @@ impl Commit {
         let round = queue.round;
         hydration.state.lock().stage = Stage::Unmarked(round);
         queue.unmarked.push((round, hydration));
-        self.arrived(&mut queue);
-    }
-
-    fn dir_later(&self, dir: DoneDir) {
-        let mut queue = self.queue.lock();
-        queue.dirs.push(dir);
         self.arrived(&mut queue);
     }
 
@@ -322,18 +308,6 @@ struct Round {
 }
 
 impl Mirror {
-    /// Nothing below the directory is pending: its mark may go. `Some`: whether it is gone. `None`
-    /// on btrfs: the commit thread does it behind a syncfs and calls `then`; there an fsync may log
-    /// a parent's inode without its children's, so a level must be durable before the next.
-    pub fn dir_done(&self, dir: DoneDir) -> Option<bool> {
-        if self.btrfs {
-            self.commit.dir_later(dir);
-            return None;
-        }
-        let _inside = self.marks.enter();
-        Some(self.unmark_dir(&dir))
-    }
-
     /// Whether the walker brings more at the moment, so that a round is worth waiting for.
     pub fn gather(&self, more: bool) {
         self.commit.gather(more);
@@ -347,8 +321,14 @@ impl Mirror {
             let sync = || fd::syncfs(self.dst.as_fd());
             let synced = fault::unless_broken("D1", sync).on("syncfs", Side::Dst, ".");
             let took = begun.elapsed();
-            self.commit.queue.lock().sync_time = took;
             let (number, files) = (round.number, round.files.len());
+            {
+                let mut queue = self.commit.queue.lock();
+                queue.sync_time = took;
+                if synced.is_ok() {
+                    queue.synced = number;
+                }
+            }
             tracing::debug!(number, files, ?took, "synced");
             match synced {
                 Ok(()) => self.commit_round(round),
@@ -374,10 +354,7 @@ impl Mirror {
         for hydration in round.files {
             self.unmark_file(hydration, round.number);
         }
-        for dir in round.dirs {
-            let gone = self.unmark_dir(&dir);
-            (dir.then)(gone);
-        }
+        self.unmark_dirs(round.dirs);
     }
 
     /// The names of the directory and what was carried into it are durable: P becomes L.
@@ -456,35 +433,6 @@ impl Mirror {
         // Deleted, or not ours to open: the kernel will find other pages to drop.
         if let Ok(file) = anchor.open(self.dst.as_fd(), flags) {
             cache::forget(file.as_fd(), &(0..i64::MAX as u64));
-        }
-    }
-
-    /// I2 and the rule for renames: the mark goes only when nothing was moved since the walker
-    /// began to look.
-    fn unmark_dir(&self, dir: &DoneDir) -> bool {
-        let _guard = self.moves.lock();
-        if self.epoch.load(Ordering::Acquire) != dir.epoch || self.commit.is_publishing(dir.ino) {
-            return false;
-        }
-        fault::point("dir-unmark");
-        let _perms = self.lock_perms(dir.ino);
-        let root = dir.ino == super::node::ROOT;
-        let removed = match root {
-            true => self.take_mark(self.dst.as_fd()),
-            false => self.remove_mark(&dir.anchor),
-        };
-        match removed {
-            Ok(()) => {
-                if let Some(node) = self.nodes.find_same(dir.ino, &dir.anchor) {
-                    node.set_phase(Phase::Unmarked);
-                }
-                true
-            }
-            Err(Errno::STALE | Errno::NOENT) => true,
-            Err(errno) => {
-                tracing::warn!("removexattr dst directory: {errno}");
-                false
-            }
         }
     }
 

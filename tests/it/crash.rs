@@ -530,3 +530,22 @@ fn power_cuts_see_that_a_rule_is_broken() {
         assert!(!out.out.contains("0 bad states in all"), "{}", out.out);
     }
 }
+
+#[test]
+fn a_chain_of_directories_on_btrfs_is_done_without_a_syncfs_for_each_of_them() {
+    if !can_mount_on("btrfs") {
+        return;
+    }
+    let w = World::on("btrfs");
+    let deepest = w.src.join("d/".repeat(40));
+    fs::create_dir_all(&deepest).unwrap();
+    fs::write(deepest.join("file"), b"data").unwrap();
+    let m = w.mount_with(&["--log-level", "debug"], &[]);
+    m.wait_complete();
+    let log = m.log();
+    let rounds = log.matches("synced").count();
+    m.finish();
+    w.expect_finished_copy();
+    // Two or three, and more where the walker is held up: not one for each level.
+    assert!((1..20).contains(&rounds), "{rounds} rounds: {log}");
+}

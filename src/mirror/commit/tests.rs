@@ -79,3 +79,29 @@ fn what_was_carried_before_a_syncfs_that_failed_is_pending_again() {
     assert_eq!(told.try_recv(), Ok(false), "the walker comes again");
     mirror.engine.stop();
 }
+
+#[test]
+fn what_is_in_a_directory_must_be_older_than_a_syncfs_that_worked() {
+    let dir = tempfile::tempdir().expect("tempdir");
+    let dst = Arc::new(crate::sys::host::open_dir(dir.path()).expect("opens"));
+    let commit = Commit::default();
+    let covers = |since: u64, synced: u64, gate: Option<u64>| {
+        let mut queue = commit.queue.lock();
+        queue.synced = synced;
+        queue.gates = gate.map(|gate| (7, gate)).into_iter().collect();
+        drop(queue);
+        commit.covers(&DoneDir {
+            ino: 7,
+            anchor: Anchor::root(&dst, true).expect("an anchor"),
+            epoch: 0,
+            since,
+            then: Box::new(|_| {}),
+        })
+    };
+    assert!(!covers(0, 0, None), "nothing was synced");
+    assert!(!covers(3, 3, None), "it may have come after that syncfs");
+    assert!(covers(3, 4, None));
+    assert!(!covers(3, 4, Some(5)), "its own L is not durable");
+    assert!(covers(3, 5, Some(5)));
+    assert!(covers(3, 4, Some(NOT_YET)), "it is told to come again");
+}
