@@ -21,17 +21,19 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use rustix::fs::AtFlags;
+use rustix::fs::{AtFlags, FileType};
 use rustix::io::Errno;
 
 use super::Mirror;
+use super::control::CONTROL;
 use super::hydrate::FileRef;
 use super::node::{Ino, Origin};
 use super::place::Placer;
 use super::populate::{DirRef, Waiter};
 use crate::engine::job::Priority;
 use crate::error::{Context, Result, Side};
-use crate::meta::{Born, Capture, Meta};
+use crate::meta::{Capture, Meta};
+use crate::sys::dir::Entry;
 use crate::sys::name::{Name, RelPath};
 use crate::sys::stat::{self, Stat};
 use crate::sys::{copy, fault, fd};
@@ -136,9 +138,28 @@ impl Placer<'_> {
             && self.mirror.may_carry(carrier.ino.load(Relaxed))
     }
 
+    /// A file of src, open, where what is listed as one will probably be carried, and opening it keeps
+    /// nobody waiting. `None`: it is looked at first.
+    pub(super) fn open_ahead(&self, entry: &Entry) -> Option<(OwnedFd, Stat)> {
+        let control = entry.name.as_bytes() == CONTROL.as_bytes(); // `place` refuses it in the root.
+        let file = entry.kind == FileType::RegularFile;
+        if !file || control || !self.carries() || self.src.may_hang {
+            return None;
+        }
+        let file = fd::open_src(self.src.fd.as_fd(), &entry.name).ok()?;
+        let stat = stat::stat_fd(file.as_fd()).ok()?;
+        stat.is_file().then_some((file, stat))
+    }
+
     /// Copies a small file and gives it its name. `false`: nothing was done, it is placed as usual.
-    pub(super) fn carry(&self, name: &Name, path: &RelPath, stat: &Stat) -> Result<bool> {
-        BUFFER.with_borrow_mut(|buffer| self.carry_through(buffer, name, path, stat))
+    pub(super) fn carry(
+        &self,
+        name: &Name,
+        path: &RelPath,
+        stat: &Stat,
+        open: Option<OwnedFd>,
+    ) -> Result<bool> {
+        BUFFER.with_borrow_mut(|buffer| self.carry_through(buffer, name, path, stat, open))
     }
 
     fn carry_through(
@@ -147,9 +168,14 @@ impl Placer<'_> {
         name: &Name,
         path: &RelPath,
         stat: &Stat,
+        open: Option<OwnedFd>,
     ) -> Result<bool> {
         let begun = Instant::now();
-        let Some((meta, src)) = self.read(name, stat, buffer) else {
+        let read = match open {
+            Some(file) => read_open(file, self.src.capture, stat, buffer),
+            None => self.read(name, stat, buffer),
+        };
+        let Some((meta, src)) = read else {
             return Ok(false);
         };
         self.mirror.crowd.pace.note(begun.elapsed());
@@ -228,13 +254,9 @@ impl Placer<'_> {
             return Ok(false);
         }
         fault::point("carry-written");
-        let born = stat::stat_fd(dst).on("statx", Side::Dst, path)?;
-        let now = Born {
-            uid: born.uid,
-            gid: born.gid,
-            perm: Some(born.perm()),
-            flags: self.born_flags(dst),
-        };
+        let now = self
+            .born(meta.stat.perm() & 0o777, dst)
+            .on("statx", Side::Dst, path)?;
         for refused in meta.apply_new(dst, now) {
             self.mirror.refused(path, &refused);
         }
@@ -275,11 +297,25 @@ fn read_small(
     buffer: &mut Vec<u8>,
 ) -> Option<(Meta, OwnedFd)> {
     let file = fd::open_src(dir.as_fd(), name).ok()?;
+    read_open(file, capture, stat, buffer)
+}
+
+/// As `read_small`, of a file that is open.
+fn read_open(
+    file: OwnedFd,
+    capture: Capture,
+    stat: &Stat,
+    buffer: &mut Vec<u8>,
+) -> Option<(Meta, OwnedFd)> {
     let meta = Meta::capture_open(capture, file.as_fd(), *stat).ok()??;
     let size = usize::try_from(stat.size).ok()?;
     // One byte more than there should be: a file that grew is seen.
     buffer.resize(size + 1, 0);
-    if fd::pread_all(file.as_fd(), buffer, 0).ok()? != size {
+    let mut n = fd::pread_some(file.as_fd(), buffer, 0).ok()?;
+    if n < size {
+        n += fd::pread_all(file.as_fd(), &mut buffer[n..], n as u64).ok()?;
+    }
+    if n != size {
         return None;
     }
     buffer.truncate(size);

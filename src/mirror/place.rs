@@ -25,7 +25,8 @@ use super::source::{SrcDir, SrcInfo};
 use crate::engine::job::Priority;
 use crate::error::{Context, Error, Result, Side};
 use crate::mark::{Mark, MarkName};
-use crate::meta::{self, CAPABILITY, LATE_FLAGS, Meta, Refused};
+use crate::meta::{self, Born, CAPABILITY, LATE_FLAGS, Meta, Refused};
+use crate::sys::dir::Entry;
 use crate::sys::handle::Handle;
 use crate::sys::name::{Name, RelPath};
 use crate::sys::stat::{self, Stat};
@@ -42,8 +43,8 @@ pub struct Placer<'a> {
     /// The walker's: what small files come with their data for.
     carrier: Option<&'a Carrier<'a>>,
     priority: Priority,
-    /// Inode flags that a new file has here; asked once.
-    born_flags: OnceLock<Option<u32>>,
+    /// What a new file is born with here, made with these permissions; asked once.
+    born: OnceLock<(u32, Born)>,
 }
 
 impl<'a> Placer<'a> {
@@ -71,7 +72,7 @@ impl<'a> Placer<'a> {
                 Some(_) => Priority::Background,
                 None => Priority::Demand,
             },
-            born_flags: OnceLock::new(),
+            born: OnceLock::new(),
         }
     }
 
@@ -95,9 +96,31 @@ impl<'a> Placer<'a> {
             Err(Errno::NOENT) => return Ok(false),
             Err(e) => return Err(e).on("statx", Side::Src, &path),
         };
+        self.place_as(name, path, stat, None)
+    }
+
+    /// As `place`, for an entry of a listing.
+    pub fn place_listed(&self, entry: &Entry) -> Result<bool> {
+        match self.open_ahead(entry) {
+            Some((file, stat)) => {
+                let path = self.src.path.join(&entry.name);
+                self.place_as(&entry.name, path, stat, Some(file))
+            }
+            None => self.place(&entry.name),
+        }
+    }
+
+    /// Gives dst what src has under the name.
+    fn place_as(
+        &self,
+        name: &Name,
+        path: RelPath,
+        stat: Stat,
+        open: Option<OwnedFd>,
+    ) -> Result<bool> {
         self.mirror.progress.entries_seen.add(1);
         let placed = match stat.kind() {
-            FileType::RegularFile => self.place_file(name, &path, stat),
+            FileType::RegularFile => self.place_file(name, &path, stat, open),
             FileType::Directory => self.place_dir(name, &path, stat),
             _ => self.place_special(name, &path, stat),
         };
@@ -132,11 +155,29 @@ impl<'a> Placer<'a> {
         }
     }
 
-    /// What a new file's inode flags are in this directory.
-    pub(super) fn born_flags(&self, file: BorrowedFd<'_>) -> Option<u32> {
-        *self
-            .born_flags
-            .get_or_init(|| copy::inode_flags(file).ok().flatten())
+    /// True for the walker's, where files may come with their data.
+    pub(super) fn carries(&self) -> bool {
+        self.carrier.is_some()
+    }
+
+    /// What a file that was just made in this directory with these permissions has of its metadata: like
+    /// any other of them, because nobody else changes the directory, and its default ACL is away.
+    pub(super) fn born(&self, asked: u32, file: BorrowedFd<'_>) -> Result<Born, Errno> {
+        if let Some((_, born)) = self.born.get().filter(|(perm, _)| *perm == asked) {
+            return Ok(*born);
+        }
+        let stat = stat::stat_fd(file)?;
+        let born = Born {
+            uid: stat.uid,
+            gid: stat.gid,
+            perm: Some(stat.perm()),
+            flags: match self.born.get() {
+                Some((_, known)) => known.flags,
+                None => copy::inode_flags(file).ok().flatten(),
+            },
+        };
+        self.born.get_or_init(|| (asked, born));
+        Ok(born)
     }
 
     /// The walker need not look for this marked entry: here it is. One without a place in the list
@@ -151,10 +192,16 @@ impl<'a> Placer<'a> {
         Ok(())
     }
 
-    fn place_file(&self, name: &Name, path: &RelPath, stat: Stat) -> Result<()> {
+    fn place_file(
+        &self,
+        name: &Name,
+        path: &RelPath,
+        stat: Stat,
+        open: Option<OwnedFd>,
+    ) -> Result<()> {
         if let Some(carrier) = self.carrier
             && self.wants_data(carrier, &stat)
-            && self.carry(name, path, &stat)?
+            && self.carry(name, path, &stat, open)?
         {
             return Ok(());
         }

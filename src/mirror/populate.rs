@@ -371,7 +371,7 @@ impl Mirror {
                     return Ok(());
                 };
                 fault::point("populate-before-child");
-                match placer.place(&entry.name)? {
+                match placer.place_listed(entry)? {
                     true => claimed.here(),
                     false => {
                         claimed.not_in_src();
