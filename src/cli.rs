@@ -138,6 +138,19 @@ pub struct Verify {
     pub src: PathBuf,
     /// The other tree; its mount shows the same as the finished tree
     pub dst: PathBuf,
+    /// Write a line for each entry: `= path` equal, `* path` different, `+ path` missing in DST,
+    /// `- path` only in DST, `! path` not readable
+    ///
+    /// As rclone check --combined does. Of a directory that one side lacks only its own name. `-`:
+    /// standard output, in the place of the lines that say what differs.
+    #[arg(long, value_name = "FILE")]
+    pub combined: Option<PathBuf>,
+    /// Compare the bytes of the K-th of N parts of the files
+    ///
+    /// Which part a file is in depends on its path alone, so that N runs with K from 1 to N read
+    /// everything once. Names and metadata of all entries are compared each time.
+    #[arg(long, value_name = "K/N")]
+    pub sample: Option<crate::config::Shard>,
 }
 
 /// `mirrorfs finish`.

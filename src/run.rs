@@ -169,7 +169,7 @@ fn dispatch(command: Command) -> Outcome {
         Command::Set(args) => steer::set(&args),
         Command::Upgrade(args) => upgrade::run(&args),
         Command::Pull(args) => pull::run(&args),
-        Command::Verify(args) => verify::run(&args.src, &args.dst, false),
+        Command::Verify(args) => verify::run_with(&args),
         Command::Finish(args) => finish::run(&args.path, args.accept_loss),
         Command::Errors(args) => errors::run(&args),
         Command::Completions(args) => {

@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 
+use crate::config::Shard;
 use crate::crew::Crew;
 use crate::error::{Context, Error, Result, Side};
 use crate::mark::{CONTROL_DIR, MarkName};
@@ -43,6 +44,10 @@ pub struct VerifyOptions {
     pub threads: usize,
     /// Compare the bytes of files too.
     pub content: bool,
+    /// Tell also what is equal.
+    pub tell_all: bool,
+    /// Of these files only; names and metadata of all are compared. `None`: of all files.
+    pub sample: Option<Shard>,
     /// Do not descend into other file systems mounted below src.
     pub one_file_system: bool,
     /// Set from outside to end the comparison early.
@@ -54,6 +59,8 @@ impl Default for VerifyOptions {
         VerifyOptions {
             threads: 0,
             content: true,
+            tell_all: false,
+            sample: None,
             one_file_system: false,
             stop: Arc::default(),
         }
@@ -167,6 +174,15 @@ impl VerifyReport {
     }
 }
 
+/// What a comparison tells while it goes on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Told {
+    /// Something is not the same.
+    Difference(Difference),
+    /// All of an entry that both sides have was compared; its differences were told before.
+    Done(PathBuf),
+}
+
 /// Compares the trees below two directories; `on` gets each difference, in no order.
 /// An error is only what prevents the comparison: a root that cannot be opened.
 pub fn verify(
@@ -174,6 +190,20 @@ pub fn verify(
     dst: &Path,
     options: &VerifyOptions,
     on: &mut dyn FnMut(Difference),
+) -> Result<VerifyReport> {
+    verify_each(src, dst, options, &mut |told| {
+        if let Told::Difference(difference) = told {
+            on(difference);
+        }
+    })
+}
+
+/// As [`verify`]; `on` also gets each entry when all of it was compared.
+pub fn verify_each(
+    src: &Path,
+    dst: &Path,
+    options: &VerifyOptions,
+    on: &mut dyn FnMut(Told),
 ) -> Result<VerifyReport> {
     let begin = Instant::now();
     let open = |path: &Path| {
@@ -201,7 +231,7 @@ pub fn verify(
         &options.stop,
         || threads,
         content::Buffers::new,
-        |crew: &Crew<'_, Item, Difference>, buffers, item| {
+        |crew: &Crew<'_, Item, Told>, buffers, item| {
             let on = Work {
                 crew,
                 shared: &shared,
@@ -209,10 +239,12 @@ pub fn verify(
             };
             on.step(buffers, item);
         },
-        |difference: Difference| {
-            differences += 1;
-            unreadable += u64::from(difference.kind == Kind::Unreadable);
-            on(difference);
+        |told: Told| {
+            if let Told::Difference(difference) = &told {
+                differences += 1;
+                unreadable += u64::from(difference.kind == Kind::Unreadable);
+            }
+            on(told);
         },
     );
     Ok(VerifyReport {
@@ -250,7 +282,7 @@ enum Item {
 
 /// One step's surroundings.
 struct Work<'a, 's> {
-    crew: &'a Crew<'s, Item, Difference>,
+    crew: &'a Crew<'s, Item, Told>,
     shared: &'a Shared<'a>,
     roots: &'a Arc<Roots>,
 }
@@ -266,11 +298,18 @@ impl Work<'_, '_> {
     }
 
     fn tell(&self, path: &RelPath, kind: Kind, detail: impl Into<String>) {
-        self.crew.tell(Difference {
+        self.crew.tell(Told::Difference(Difference {
             path: path.to_path(),
             kind,
             detail: detail.into(),
-        });
+        }));
+    }
+
+    /// All of an entry was compared.
+    fn done(&self, path: &RelPath) {
+        if self.shared.options.tell_all {
+            self.crew.tell(Told::Done(path.to_path()));
+        }
     }
 
     fn unreadable(&self, path: &RelPath, side: Side, call: &str, errno: Errno) {
@@ -289,6 +328,7 @@ impl Work<'_, '_> {
             self.root_state(&pair);
         }
         self.compare_dir(&pair);
+        self.done(&pair.path);
         self.batch(buffers, &pair, 0);
     }
 

@@ -89,9 +89,15 @@ impl Work<'_, '_> {
                 Ok(next) => range.start = next,
                 Err(()) => {
                     file.reported.store(true, Relaxed);
-                    return;
+                    break;
                 }
             }
+        }
+        // With the last part of it; a run that was stopped has not seen all.
+        if let Some(file) = Arc::into_inner(file)
+            && !self.crew.stopping()
+        {
+            self.done(&file.path);
         }
     }
 

@@ -39,12 +39,18 @@ impl Work<'_, '_> {
             FileType::Directory => {
                 let other = src.key.dev != self.shared.root_dev;
                 match self.shared.options.one_file_system && other {
-                    true => self.stats(&path, &src, &dst),
+                    true => {
+                        self.stats(&path, &src, &dst);
+                        self.done(&path);
+                    }
                     false => self.crew.push([Item::Dir(pair.place(name))]),
                 }
             }
             FileType::RegularFile => self.file(buffers, pair, name, path, (src, dst)),
-            _ => self.special(pair, name, &path, (src, dst)),
+            _ => {
+                self.special(pair, name, &path, (src, dst));
+                self.done(&path);
+            }
         }
     }
 
@@ -74,14 +80,17 @@ impl Work<'_, '_> {
         };
         let (Ok(src_fd), Ok(dst_fd)) = (open(&pair.src, Side::Src), open(&pair.dst, Side::Dst))
         else {
-            return;
+            return self.done(&path);
         };
         self.opened_meta(&path, &src_fd, &dst_fd);
         if src.size != dst.size {
-            return self.tell(&path, Kind::Size, format!("{} != {}", src.size, dst.size));
+            self.tell(&path, Kind::Size, format!("{} != {}", src.size, dst.size));
+            return self.done(&path);
         }
-        if !self.shared.options.content {
-            return;
+        let sample = self.shared.options.sample;
+        let in_sample = sample.is_none_or(|s| s.owns(path.as_bytes()));
+        if !self.shared.options.content || !in_sample {
+            return self.done(&path);
         }
         self.shared.files.add(1);
         let sparse = [&src, &dst].iter().any(|s| s.blocks * 512 < s.size);

@@ -1,0 +1,94 @@
+//! The documents: the commands that they show are run, in the order in which they stand there.
+//!
+//! `<!-- run -->` before a block says so; `<!-- run: mounted -->`: in a migration that has begun.
+//! `/old` and `/srv/data` are directories of the test.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use crate::fixture::{LoopFs, can_mount, can_mount_on, mirrorfs, need, run};
+
+/// How many blocks there are: one that loses its mark is not lost silently.
+const BLOCKS: &[(&str, usize)] = &[("README.md", 1), ("docs/OPERATIONS.md", 2)];
+
+struct Block {
+    mounted: bool,
+    text: String,
+}
+
+fn blocks(document: &str) -> Vec<Block> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(document);
+    let text = fs::read_to_string(path).unwrap();
+    let parts = text.split("<!-- run").skip(1);
+    let block = |part: &str| {
+        let (mark, rest) = part.split_once("-->\n```").unwrap();
+        let (_, rest) = rest.split_once('\n').unwrap();
+        Block {
+            mounted: mark.contains("mounted"),
+            text: rest.split("```").next().unwrap().to_owned(),
+        }
+    };
+    parts.map(block).collect()
+}
+
+#[test]
+fn commands_of_the_documents_do_what_they_say() {
+    if !need(
+        can_mount() && can_mount_on("ext4"),
+        "root, /dev/fuse and mkfs.ext4",
+    ) {
+        return;
+    }
+    for (document, count) in BLOCKS {
+        let blocks = blocks(document);
+        assert_eq!(blocks.len(), *count, "{document}");
+        for block in blocks {
+            run_block(document, &block);
+        }
+    }
+}
+
+fn run_block(document: &str, block: &Block) {
+    let disk = LoopFs::new("ext4");
+    let (old, data, control) = (disk.dir("old"), disk.dir("data"), disk.dir("run"));
+    for name in ["today", "projects/a", "projects/b"] {
+        fs::create_dir_all(old.join(name)).unwrap();
+        for n in 0..20 {
+            fs::write(old.join(name).join(format!("f{n}")), name.repeat(n)).unwrap();
+        }
+    }
+    let here = |text: &str| {
+        let text = text.replace("/srv/data", &data.display().to_string());
+        text.replace("/old", &old.display().to_string())
+    };
+    let program = mirrorfs();
+    let program = Path::new(program.get_program()).parent().unwrap();
+    let path = format!("{}:{}", program.display(), std::env::var("PATH").unwrap());
+    let mount = if block.mounted {
+        "mirrorfs mount /old /srv/data\n"
+    } else {
+        ""
+    };
+    let script = here(&format!("set -ex\n{mount}{}", block.text));
+    let said = run(Command::new("sh")
+        .arg("-c")
+        .arg(&script)
+        .env("PATH", path)
+        .env("MIRRORFS_RUN_DIR", &control));
+    let code = said.code();
+    // Whatever has failed: no mount is left.
+    let _ = rustix::mount::unmount(&data, rustix::mount::UnmountFlags::DETACH); // As said.
+    assert_eq!(
+        code, 0,
+        "{document}:\n{}\n{}\n{}",
+        block.text, said.out, said.err
+    );
+    let copy = mirrorfs()
+        .arg("verify")
+        .arg(&old)
+        .arg(&data)
+        .output()
+        .unwrap();
+    assert!(copy.status.success(), "{document}: {copy:?}");
+}

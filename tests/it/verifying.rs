@@ -1,0 +1,129 @@
+//! `mirrorfs verify`: a line for each entry, and samples that cover everything.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+
+use crate::fixture::{Scratch, find_program, mirrorfs, need, run, shell_as};
+
+const FILES: usize = 60;
+
+/// Two equal trees.
+fn equal(scratch: &Scratch) -> (std::path::PathBuf, std::path::PathBuf) {
+    let (src, dst) = (scratch.dir("src"), scratch.dir("dst"));
+    fs::create_dir(src.join("d")).unwrap();
+    for n in 0..FILES {
+        fs::write(src.join(format!("d/f{n}")), format!("bytes {n}")).unwrap();
+    }
+    std::os::unix::fs::symlink("f0", src.join("d/link")).unwrap();
+    run(mirrorfs().arg("sync").arg(&src).arg(&dst)).expect_code(0);
+    (src, dst)
+}
+
+/// Other bytes of the same size, and the mtime as it was.
+fn corrupt(path: &Path) {
+    let was = fs::metadata(path).unwrap().modified().unwrap();
+    let mut bytes = fs::read(path).unwrap();
+    bytes[0] ^= 1;
+    fs::write(path, bytes).unwrap();
+    fs::File::open(path).unwrap().set_modified(was).unwrap();
+}
+
+#[test]
+fn combined_has_a_symbol_for_each_entry() {
+    let scratch = Scratch::new();
+    let (src, dst) = equal(&scratch);
+    let list = scratch.path().join("combined");
+    let verify = |to: &Path| {
+        let mut command = mirrorfs();
+        command.arg("verify").arg(&src).arg(&dst);
+        run(command.arg("--combined").arg(to))
+    };
+    verify(&list).expect_code(0);
+    let text = fs::read_to_string(&list).unwrap();
+    // The root, a directory, a symlink and the files, each once.
+    assert_eq!(text.lines().count(), FILES + 3, "{text}");
+    assert!(text.lines().all(|l| l.starts_with("= ")), "{text}");
+
+    corrupt(&dst.join("d/f7"));
+    fs::remove_file(dst.join("d/f8")).unwrap();
+    fs::write(dst.join("d/new"), b"").unwrap();
+    fs::remove_file(dst.join("d/link")).unwrap();
+    fs::write(dst.join("d/link"), b"a file").unwrap();
+    fs::set_permissions(dst.join("d/f9"), fs::Permissions::from_mode(0o400)).unwrap();
+    let said = verify(&list).expect_code(9);
+    assert!(said.out.contains("content: \"d/f7\""), "{}", said.out);
+    let text = fs::read_to_string(&list).unwrap();
+    let odd: BTreeSet<_> = text.lines().filter(|l| !l.starts_with("= ")).collect();
+    let want = ["* d", "* d/f7", "* d/f9", "* d/link", "+ d/f8", "- d/new"];
+    assert_eq!(odd, BTreeSet::from(want));
+    assert_eq!(text.lines().count(), FILES + 4, "{text}");
+    let out = verify(Path::new("-")).expect_code(9);
+    let lines = |text: &str| text.lines().map(str::to_owned).collect::<BTreeSet<_>>();
+    assert_eq!(lines(&out.out), lines(&text));
+    assert!(out.err.contains("differences"), "{}", out.err);
+}
+
+#[test]
+fn what_cannot_be_read_is_neither_equal_nor_different() {
+    let root = rustix::process::geteuid().is_root();
+    if !need(
+        root && find_program("setpriv").is_some(),
+        "root and setpriv",
+    ) {
+        return;
+    }
+    let scratch = Scratch::new();
+    let (src, dst) = equal(&scratch);
+    for path in [scratch.path(), &src, &dst] {
+        fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
+    }
+    for file in [src.join("d/f1"), dst.join("d/f1")] {
+        fs::set_permissions(file, fs::Permissions::from_mode(0o600)).unwrap();
+    }
+    // A place where anybody may run it.
+    let program = scratch.path().join("mirrorfs");
+    fs::copy(mirrorfs().get_program(), &program).unwrap();
+    let said = shell_as(
+        65534,
+        65534,
+        scratch.path(),
+        "./mirrorfs verify src dst --combined -",
+    );
+    assert!(said.out.contains("! d/f1\n"), "{}{}", said.out, said.err);
+    assert!(said.out.contains("= d/f2\n"), "{}", said.out);
+    said.expect_code(23);
+}
+
+#[test]
+fn samples_find_each_damaged_file_in_exactly_one_of_n_runs() {
+    let scratch = Scratch::new();
+    let (src, dst) = equal(&scratch);
+    for n in 0..FILES {
+        corrupt(&dst.join(format!("d/f{n}")));
+    }
+    let sample = |sample: &str| {
+        let mut command = mirrorfs();
+        command
+            .args(["verify", "--sample", sample])
+            .arg(&src)
+            .arg(&dst);
+        let said = run(&mut command).expect_code(9);
+        let found = said.out.lines().filter(|l| l.starts_with("content: "));
+        let found = found.map(|l| l.split('"').nth(1).unwrap().to_owned());
+        found.collect::<Vec<_>>()
+    };
+    let mut all = Vec::new();
+    for number in 1..=4 {
+        let mut found = sample(&format!("{number}/4"));
+        assert!((1..FILES).contains(&found.len()), "{found:?}");
+        let mut again = sample(&format!("{number}/4"));
+        found.sort();
+        again.sort();
+        assert_eq!(found, again);
+        all.extend(found);
+    }
+    assert_eq!(all.len(), FILES);
+    assert_eq!(all.iter().collect::<BTreeSet<_>>().len(), FILES);
+}
