@@ -192,10 +192,12 @@ impl MirrorFs {
         let Some(open) = self.shared.files.get(fh) else {
             return reply.error(Errno::BADF);
         };
-        let file = open.file.as_fd();
-        let written = self.shared.mirror.write(&open.node, file, offset, data);
-        let count = |()| Count(data.len() as u32);
-        reply.send(written.map(count).map_err(|e| errno("write", &e)));
+        let count = Count(data.len() as u32);
+        let then = move |written: Result<()>| {
+            reply.send(written.map(|()| count).map_err(|e| errno("write", &e)));
+        };
+        let mirror = &self.shared.mirror;
+        mirror.write(&open.node, &open.file, offset, data, then);
     }
 
     fn release(&self, ino: Ino, fh: u64, reply: Reply<Done>) {
@@ -210,8 +212,8 @@ impl MirrorFs {
         let Some(open) = self.shared.files.get(fh) else {
             return reply.error(Errno::BADF);
         };
-        let file = open.file.as_fd();
-        reply_raw(self.shared.mirror.sync_file(file, data_only), reply);
+        let (node, file) = (&open.node, open.file.as_fd());
+        reply_raw(self.shared.mirror.sync_file(node, file, data_only), reply);
     }
 
     fn opendir(&self, ino: Ino, reply: Reply<Opened>) {
@@ -244,8 +246,8 @@ impl MirrorFs {
         let Some(listing) = self.shared.listings.get(fh) else {
             return reply.error(Errno::BADF);
         };
-        let dir = listing.dir.as_fd();
-        reply_raw(self.shared.mirror.sync_file(dir, data_only), reply);
+        let (node, dir) = (&listing.node, listing.dir.as_fd());
+        reply_raw(self.shared.mirror.sync_file(node, dir, data_only), reply);
     }
 
     fn setxattr(&self, node: &Arc<Node>, name: &CStr, value: &[u8], flags: u32, re: Reply<Done>) {
@@ -277,10 +279,11 @@ impl MirrorFs {
         let Some(open) = self.shared.files.get(fh) else {
             return reply.error(Errno::BADF);
         };
-        let (file, mode) = (open.file.as_fd(), mode.cast_signed());
-        let (offset, len) = (range.start, range.end - range.start);
-        let done = self.shared.mirror.fallocate(file, mode, offset, len);
-        reply_raw(done, reply);
+        let (mode, at) = (mode.cast_signed(), (range.start, range.end - range.start));
+        let mirror = &self.shared.mirror;
+        mirror.fallocate(&open.node, &open.file, mode, at, move |done| {
+            reply_raw(done, reply);
+        });
     }
 
     fn lseek(&self, fh: u64, offset: u64, whence: u32, reply: Reply<Offset>) {
@@ -312,7 +315,7 @@ impl MirrorFs {
             return reply.error(Errno::OPNOTSUPP);
         }
         let from = (Arc::clone(&src.node), Arc::clone(&src.file), from.1);
-        let to = (Arc::clone(&dst.file), to.1);
+        let to = (Arc::clone(&dst.node), Arc::clone(&dst.file), to.1);
         // The reply counts in 32 bits.
         let len = len.min(1 << 30) as usize;
         self.shared.mirror.copy_range(from, to, len, move |copied| {

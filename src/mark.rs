@@ -3,12 +3,14 @@
 //! The value is one byte in the common case (DESIGN: a 1-byte mark plus a security label stay inside
 //! ext4's 256-byte inode):
 //!
-//!   high four bits: the version: 1, or 2 where two bytes of permission bits follow the first
+//!   high four bits: the version: 1; 2 where two bytes of permission bits follow the first; 3 where 8
+//!          bytes of a mixed file follow; 4 where both do, permissions first
 //!   bit 0  the directory is populated (`L`); clear: pending (`P`)
 //!   bit 1  an explicit origin follows, to the end of the value
 //!   bit 2  24 bytes follow: atime and mtime that the user set (D9)
 //!   bit 3  security.capability of src is to be set again after hydration (D7)
 //!
+//! A program that does not know a version takes the mark for broken (EIO) and touches nothing.
 //! Without an explicit origin the origin is the parent's origin and the name.
 
 use std::ffi::CStr;
@@ -28,6 +30,8 @@ pub const SHARDS_DIR: &str = "shards";
 
 const VERSION: u8 = 1 << 4;
 const VERSION_PERM: u8 = 2 << 4;
+const VERSION_MIXED: u8 = 3 << 4;
+const VERSION_PERM_MIXED: u8 = 4 << 4;
 const POPULATED: u8 = 1;
 const ORIGIN: u8 = 1 << 1;
 const TIMES: u8 = 1 << 2;
@@ -90,6 +94,9 @@ pub struct Mark {
     /// The permissions that users see and that the inode gets when the mark goes: its own let us
     /// work on it meanwhile.
     pub perm: Option<u32>,
+    /// Users have written into the file: `.mirrorfs/maps` says where, its size and times in dst are
+    /// the truth, and of src's bytes only those before this offset count.
+    pub mixed: Option<u64>,
 }
 
 impl Mark {
@@ -109,9 +116,11 @@ impl Mark {
     /// The xattr's value.
     pub fn encode(&self) -> Vec<u8> {
         let bit = |on: bool, bit: u8| if on { bit } else { 0 };
-        let version = match self.perm {
-            None => VERSION,
-            Some(_) => VERSION_PERM,
+        let version = match (self.perm, self.mixed) {
+            (None, None) => VERSION,
+            (Some(_), None) => VERSION_PERM,
+            (None, Some(_)) => VERSION_MIXED,
+            (Some(_), Some(_)) => VERSION_PERM_MIXED,
         };
         let mut out = vec![
             version
@@ -122,6 +131,9 @@ impl Mark {
         ];
         if let Some(perm) = self.perm {
             out.extend_from_slice(&(perm as u16).to_le_bytes());
+        }
+        if let Some(src_end) = self.mixed {
+            out.extend_from_slice(&src_end.to_le_bytes());
         }
         if let Some((atime, mtime)) = self.times {
             for t in [atime, mtime] {
@@ -138,15 +150,25 @@ impl Mark {
     /// The inverse of [`Mark::encode`]; `None` for anything else.
     pub fn decode(value: &[u8]) -> Option<Mark> {
         let (&head, mut rest) = value.split_first()?;
-        let perm = match head & 0xf0 {
-            VERSION => None,
-            VERSION_PERM => {
-                let (perm, after) = rest.split_at_checked(2)?;
-                rest = after;
-                Some(u32::from(u16::from_le_bytes(perm.try_into().ok()?)))
-            }
+        let (has_perm, is_mixed) = match head & 0xf0 {
+            VERSION => (false, false),
+            VERSION_PERM => (true, false),
+            VERSION_MIXED => (false, true),
+            VERSION_PERM_MIXED => (true, true),
             _ => return None,
         };
+        let mut perm = None;
+        if has_perm {
+            let (bytes, after) = rest.split_at_checked(2)?;
+            rest = after;
+            perm = Some(u32::from(u16::from_le_bytes(bytes.try_into().ok()?)));
+        }
+        let mut mixed = None;
+        if is_mixed {
+            let (bytes, after) = rest.split_at_checked(8)?;
+            rest = after;
+            mixed = Some(u64::from_le_bytes(bytes.try_into().ok()?));
+        }
         let mut times = None;
         if head & TIMES != 0 {
             let (stamp, after) = rest.split_at_checked(24)?;
@@ -165,6 +187,7 @@ impl Mark {
             times,
             capability: head & CAPABILITY != 0,
             perm,
+            mixed,
         })
     }
 }
@@ -190,6 +213,7 @@ mod tests {
         #[test]
         fn a_mark_survives_its_encoding(
             populated: bool, capability: bool, perm in prop::option::of(0u32..0o10000),
+            mixed: Option<u64>,
             times in prop::option::of((any::<i64>(), 0u32..1_000_000_000, any::<i64>(), 0u32..1_000_000_000)),
             origin in prop::option::of("[a-z]{1,9}(/[a-z]{1,9}){0,3}"),
         ) {
@@ -197,6 +221,7 @@ mod tests {
                 populated,
                 capability,
                 perm,
+                mixed,
                 times: times.map(|(a, b, c, d)| (Time { sec: a, nsec: b }, Time { sec: c, nsec: d })),
                 origin: origin.and_then(|o| RelPath::from_bytes(o.as_bytes())),
             };

@@ -13,6 +13,7 @@ mod aside;
 mod asker;
 mod attr;
 mod barrier;
+mod bytemap;
 mod carry;
 mod commit;
 mod control;
@@ -20,21 +21,24 @@ mod crowd;
 mod ctime;
 mod extras;
 mod file;
+mod fill;
 mod finish;
-
 mod hydrate;
 mod ledger;
 mod links;
+mod mixed;
 mod namespace;
 mod native;
 mod node;
 mod outage;
+mod overwrite;
 mod partial;
 mod patience;
 mod perms;
 mod place;
 mod populate;
 mod prefetch;
+mod prepare;
 mod ranged;
 mod recent;
 mod running;
@@ -44,6 +48,7 @@ mod source;
 mod tally;
 mod through;
 mod trace;
+mod turn;
 mod upgrade;
 mod whole;
 
@@ -173,6 +178,8 @@ pub struct Mirror {
     recent: recent::Recent,
     source_timeout: Duration,
     large_file_bytes: u64,
+    /// Large files may be changed before they are here (mixed.rs).
+    mixes: bool,
     allowance: Allowance,
     /// Users change dst without us (native.rs).
     native: bool,
@@ -241,10 +248,8 @@ impl Mirror {
         progress: Arc<Progress>,
     ) -> Result<Arc<Mirror>> {
         let mark = mark_name(config);
-        let btrfs = host::fs_stat(dst.as_fd())
-            .on("statfs", Side::Dst, ".")?
-            .magic
-            == host::BTRFS_MAGIC;
+        let fs = host::fs_stat(dst.as_fd()).on("statfs", Side::Dst, ".")?;
+        let btrfs = fs.magic == host::BTRFS_MAGIC;
         let by_handle = caps::have_read_search() && anchor::can_open_handles(dst.as_fd());
         let dst = Arc::new(dst);
         let root = root_node(&dst, mark, by_handle)?;
@@ -301,6 +306,7 @@ impl Mirror {
             recent: Default::default(),
             source_timeout: config.source_timeout,
             large_file_bytes: config.large_file_bytes,
+            mixes: !config.native && mixed::is_possible(&fs),
             allowance: Allowance::new(config.cache),
             native: config.native,
             moves: Mutex::new(()),

@@ -80,6 +80,11 @@ pub trait Completion: Send {
         false
     }
 
+    /// Asked while it copies: true when the rest is not wanted any more. The job ends with `Stopped`.
+    fn leaves(&self) -> bool {
+        false
+    }
+
     /// Asked once, when it is known how much data src has (bytes, not for small files): true when
     /// the file is to leave nothing in the page cache that was not there.
     fn passes(&self, bytes: u64) -> bool {

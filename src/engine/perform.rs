@@ -85,10 +85,7 @@ impl Worker {
             }
             Action::Read(piece) => self.read(slot, piece),
             Action::Write(piece) => self.write(slot, piece),
-            announcement => {
-                self.announce(slot, announcement);
-                None
-            }
+            announcement => self.announce(slot, announcement),
         }
     }
 
@@ -395,10 +392,9 @@ impl Worker {
         })
     }
 
-    fn announce(&mut self, slot: usize, action: Action) {
-        let Some(file) = self.files[slot].as_mut() else {
-            return;
-        };
+    /// Announces something; an event when nobody wants the rest.
+    fn announce(&mut self, slot: usize, action: Action) -> Option<Event> {
+        let file = self.files[slot].as_mut()?;
         match action {
             Action::Data { chunk, offset, len } => {
                 if let Some(buffer) = &file.buffers[chunk] {
@@ -414,6 +410,9 @@ impl Worker {
             Action::Landed(range) => {
                 call(&file.path, || file.done.landed(range.clone()));
                 self.pass_by(slot, &range);
+                if self.leaves(slot) {
+                    return Some(Event::Cancel);
+                }
             }
             Action::Free { chunk } => {
                 if let Some(buffer) = file.buffers[chunk].take() {
@@ -432,6 +431,7 @@ impl Worker {
             }
             _ => {} // Asked for in `perform`.
         }
+        None
     }
 
     fn finish(&mut self, slot: usize, outcome: crate::error::Result<Copied>) {

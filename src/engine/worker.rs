@@ -362,6 +362,12 @@ impl Worker {
             || file.is_none_or(|f| f.priority == Priority::Demand || f.done.wanted())
     }
 
+    /// Nobody wants the rest of the file.
+    pub(super) fn leaves(&self, slot: usize) -> bool {
+        let file = self.files[slot].as_ref();
+        file.is_some_and(|f| call(&f.path, || f.done.leaves()) == Some(true))
+    }
+
     /// Behind a closed gate: what somebody waits for goes first, the rest stays.
     fn first_read(&mut self, lane: usize) -> Option<(usize, Piece)> {
         let first = self.reads[lane].front().copied()?;

@@ -120,10 +120,10 @@ impl MirrorFs {
             | Op::Listxattr { .. }
             | Op::Removexattr(_) => self.xattr(ino, header, op, channel),
             // Nobody waits for an answer to these.
-            Op::Forget(times) => self.shared.mirror.nodes().forget(ino, times),
+            Op::Forget(times) => self.shared.mirror.forget(ino, times),
             Op::BatchForget(all) => {
                 for (ino, times) in all {
-                    self.shared.mirror.nodes().forget(ino, times);
+                    self.shared.mirror.forget(ino, times);
                 }
             }
             // Nor to this. One that comes before its request is kept, not sent back: the kernel takes

@@ -65,9 +65,10 @@ impl Mirror {
         let shown = || node.display_name();
         loop {
             if node.is_pending_file() {
-                let Some(info) = self.source.recall(node.ino) else {
+                let info = self.source.recall(node.ino);
+                if info.is_none() && !self.is_marked_mixed(node)? {
                     return Ok(None);
-                };
+                }
                 if let Some(attr) = self.pending_attr(node, info)? {
                     return Ok(Some(attr));
                 }
@@ -101,7 +102,7 @@ impl Mirror {
     }
 
     /// `None` when the file stopped being pending meanwhile.
-    fn pending_attr(&self, node: &Node, info: SrcInfo) -> Result<Option<Attr>> {
+    fn pending_attr(&self, node: &Node, info: Option<SrcInfo>) -> Result<Option<Attr>> {
         let shown = || node.display_name();
         let opened = self
             .nodes
@@ -115,15 +116,22 @@ impl Mirror {
         if !node.is_pending_file() {
             return Ok(None);
         }
-        if let Some(mark) = &mark {
-            show(mark, &mut stat);
-        }
-        let times = mark
-            .and_then(|m| m.times)
-            .unwrap_or((info.atime, info.mtime));
-        (stat.atime, stat.mtime) = times;
-        if !fault::breaks("D4") {
-            (stat.size, stat.blocks) = (info.size, info.blocks);
+        let Some(mark) = mark else {
+            return Ok(None);
+        };
+        show(&mark, &mut stat);
+        if mark.mixed.is_some() {
+            let times = self.mixed_times(node).or(mark.times);
+            (stat.atime, stat.mtime) = times.unwrap_or((stat.atime, stat.mtime));
+            let most = stat.size.div_ceil(512);
+            stat.blocks = stat.blocks.max(info.map_or(most, |i| i.blocks).min(most));
+        } else if let Some(info) = info {
+            (stat.atime, stat.mtime) = mark.times.unwrap_or((info.atime, info.mtime));
+            if !fault::breaks("D4") {
+                (stat.size, stat.blocks) = (info.size, info.blocks);
+            }
+        } else {
+            return Ok(None);
         }
         if stat.nlink > 1 {
             stat.nlink = self.anchors.nlink(&stat);
@@ -145,7 +153,7 @@ impl Mirror {
                 let (mirror, held) = (Arc::clone(self), Arc::clone(node));
                 self.with_info(node, move |info| match info {
                     Err(e) => then(Err(e)),
-                    Ok(info) => then(match mirror.pending_attr(&held, info) {
+                    Ok(info) => then(match mirror.pending_attr(&held, Some(info)) {
                         Ok(Some(attr)) => Ok(attr),
                         Ok(None) => mirror.attr_now(&held).and_then(|a| a.ok_or(Error::Stopped)),
                         Err(e) => Err(e),
@@ -205,6 +213,12 @@ impl Mirror {
         file: Option<Arc<OwnedFd>>,
         then: impl FnOnce(Result<Attr>) + Send + 'static,
     ) {
+        if let Some(size) = change.size
+            && node.is_pending_file()
+            && self.mixes
+        {
+            return self.set_size(node, size, change, file, then);
+        }
         let (mirror, held) = (Arc::clone(self), Arc::clone(node));
         let apply = move |ready: Result<()>| {
             let done = ready.and_then(|()| mirror.apply_change(&held, change, file.as_deref()));
@@ -298,7 +312,8 @@ impl Mirror {
             && !fault::breaks("D9")
             && let Some(mark) = self.mark.get(Target::Fd(fd))?
         {
-            let was = match (mark.times, self.source.recall(node.ino)) {
+            let mixed = self.mixed_times(node);
+            let was = match (mixed.or(mark.times), self.source.recall(node.ino)) {
                 (Some(times), _) => times,
                 (None, Some(info)) => (info.atime, info.mtime),
                 (None, None) => stat::stat_fd(fd).map(|s| (s.atime, s.mtime))?,
@@ -317,6 +332,7 @@ impl Mirror {
                     ..mark
                 },
             )?;
+            self.set_mixed_times(node, times);
             return meta::set_times_fd(fd, times.0, times.1);
         }
         let spec = |stamp| match stamp {
@@ -558,7 +574,7 @@ impl Mirror {
     }
 }
 
-fn now() -> Time {
+pub(super) fn now() -> Time {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Realtime);
     Time {
         sec: now.tv_sec,

@@ -6,6 +6,7 @@
 //!   links/      one link to each dst inode that stands for a multi-link src inode (links.rs)
 //!   flags/      one empty file per inode that gets +i or +a at finish: `FLAGS-HANDLE`
 //!   perms/      permissions that are about to come true (perms.rs)
+//!   maps/       which blocks of a mixed file are users' (bytemap.rs)
 //!   ledger      what could not be pulled (ledger.rs)
 
 use std::io::{Read, Write};
@@ -58,6 +59,8 @@ pub struct Control {
     pub flags: OwnedFd,
     /// `.mirrorfs/perms`, open.
     pub perms: OwnedFd,
+    /// `.mirrorfs/maps`, open.
+    pub maps: OwnedFd,
     /// What this migration is.
     pub identity: Identity,
     /// True when this start found a migration to resume.
@@ -187,11 +190,13 @@ impl Control {
         let links = subdir(dir.as_fd(), c"links")?;
         let flags = subdir(dir.as_fd(), c"flags")?;
         let perms = subdir(dir.as_fd(), c"perms")?;
+        let maps = subdir(dir.as_fd(), c"maps")?;
         Ok(Control {
             dir,
             links,
             flags,
             perms,
+            maps,
             identity,
             resumed,
             lock,
@@ -411,7 +416,8 @@ pub fn remove(root: BorrowedFd<'_>, control: &Control) -> Result<()> {
     empty_dir(control.links.as_fd(), ".mirrorfs/links")?;
     empty_dir(control.flags.as_fd(), ".mirrorfs/flags")?;
     empty_dir(control.perms.as_fd(), ".mirrorfs/perms")?;
-    for name in [c"links", c"flags", c"perms"] {
+    empty_dir(control.maps.as_fd(), ".mirrorfs/maps")?;
+    for name in [c"links", c"flags", c"perms", c"maps"] {
         rustix::fs::unlinkat(control.dir.as_fd(), name, AtFlags::REMOVEDIR).on(
             "rmdir",
             Side::Dst,

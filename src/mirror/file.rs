@@ -10,6 +10,7 @@ use super::Mirror;
 use super::hydrate::Need;
 use super::node::Node;
 use super::ranged::ReadDone;
+use super::source::SrcInfo;
 use super::through::Caller;
 use crate::error::{Context, Error, Result, Side};
 use crate::sys::host::FsStat;
@@ -31,7 +32,7 @@ const KEPT: OFlags = OFlags::SYNC.union(OFlags::DSYNC);
 
 impl Mirror {
     /// Opens a file for a user. Small and middle pending files are hydrated first; large ones are
-    /// opened at once for reading, and hydrated first for writing (I6).
+    /// opened at once (I6: mixed.rs).
     pub fn open_file(
         self: &Arc<Self>,
         node: &Arc<Node>,
@@ -57,6 +58,11 @@ impl Mirror {
         let ours = if write { OFlags::RDWR } else { OFlags::RDONLY } | flags & KEPT;
         let open = move |ready: Result<Locate>| {
             then(ready.and_then(|locate| {
+                // It was cut, and is not all here.
+                let locate = match locate {
+                    Locate::Here if write && held.is_pending_file() => Locate::Ranged,
+                    locate => locate,
+                };
                 let opened = match mirror.nodes.open(&held, ours) {
                     // Not for us to read; the user does not ask for that either.
                     Err(Errno::ACCESS) if access == OFlags::WRONLY => {
@@ -76,11 +82,14 @@ impl Mirror {
                 open(done.map(|_| Locate::Here))
             });
         }
-        if write {
+        if write && !(node.is_pending_file() && self.mixes) {
             return self.when_hydrated(node, Need::Write, |done| open(done.map(|()| Locate::Here)));
         }
         if !node.is_pending_file() {
             return open(Ok(Locate::Here));
+        }
+        if write {
+            return self.open_to_write(node, open);
         }
         let (mirror, held) = (Arc::clone(self), Arc::clone(node));
         self.with_info(node, move |info| match info {
@@ -96,6 +105,35 @@ impl Mirror {
                 });
             }),
         });
+    }
+
+    /// A large pending file is opened at once for writing too: its changes take turns with what is
+    /// pulled. Any other is hydrated first.
+    fn open_to_write(
+        self: &Arc<Self>,
+        node: &Arc<Node>,
+        open: impl FnOnce(Result<Locate>) + Send + 'static,
+    ) {
+        let (mirror, held) = (Arc::clone(self), Arc::clone(node));
+        let large = move |large: Result<bool>| match large {
+            Err(e) => open(Err(e)),
+            Ok(true) => mirror.when_parent_published(
+                &held,
+                Box::new(|ready| open(ready.map(|()| Locate::Ranged))),
+            ),
+            Ok(false) => mirror.when_hydrated(&held, Need::Write, |done| {
+                open(done.map(|()| Locate::Here));
+            }),
+        };
+        if self.source.recall(node.ino).is_none() {
+            match self.mixed(node) {
+                Ok(None) => {}
+                Ok(Some(_)) => return large(Ok(true)),
+                Err(e) => return large(Err(e)),
+            }
+        }
+        let limit = self.large_file_bytes;
+        self.with_info(node, move |info| large(info.map(|i| i.size > limit)));
     }
 
     /// Reads from an open file.
@@ -117,21 +155,30 @@ impl Mirror {
                 });
             return then(result);
         }
+        self.read_pending(node, offset..offset.saturating_add(len.into()), then);
+    }
+
+    /// Reads a range of a file that was pending a moment ago.
+    pub(super) fn read_pending(
+        self: &Arc<Self>,
+        node: &Arc<Node>,
+        range: std::ops::Range<u64>,
+        then: ReadDone,
+    ) {
+        match self.mixed(node) {
+            Ok(None) => {}
+            Ok(Some((hydration, _))) => return self.read_mixed(node, &hydration, range, then),
+            Err(e) => return then(Err(e)),
+        }
         let (mirror, held) = (Arc::clone(self), Arc::clone(node));
         self.with_info(node, move |info| match info {
             Ok(info) => {
-                let range = offset..offset + u64::from(len);
                 if let Some(then) = mirror.salvage(&held, range.clone(), then) {
                     mirror.read_traced(&held, info, range, then);
                 }
             }
             Err(e) => then(Err(e)),
         });
-    }
-
-    /// Writes to an open file: it was hydrated before it was opened for writing.
-    pub fn write(&self, node: &Node, file: BorrowedFd<'_>, offset: u64, data: &[u8]) -> Result<()> {
-        fd::pwrite_all(file, data, offset).on("write", Side::Dst, node.display_name())
     }
 
     /// lseek with SEEK_DATA or SEEK_HOLE: a placeholder is all hole, so a pending file answers from
@@ -150,7 +197,14 @@ impl Mirror {
         let path = node.origin().map(|o| o.path().to_path());
         let told = move |at: Result<u64>| then(at.map_err(|e| user_errno(&e)));
         let told = self.limit(path.unwrap_or_default(), told);
-        let ask = move |mirror: &Mirror, node: &Node| mirror.seek_src(node, (offset, data));
+        let ground = match self.mixed(node) {
+            Ok(mixed) => mixed.map(|(_, ground)| ground),
+            Err(e) => return told(Err(e)),
+        };
+        let ask = move |mirror: &Mirror, node: &Node| match &ground {
+            Some(ground) => mirror.seek_mixed(node, ground, (offset, data)),
+            None => mirror.seek_src(node, (offset, data)),
+        };
         self.ask_later(Arc::clone(node), ask, 0, told);
     }
 
@@ -170,26 +224,40 @@ impl Mirror {
         }
     }
 
-    /// fallocate(2) on a file that is open for writing.
-    pub fn fallocate(
-        &self,
-        file: BorrowedFd<'_>,
-        mode: i32,
-        offset: u64,
-        len: u64,
-    ) -> Result<(), Errno> {
-        caps::without_fsetid(|| copy::fallocate(file, mode, offset, len))
-    }
-
-    /// copy_file_range(2) between two open files; the first is hydrated first.
+    /// copy_file_range(2) between two open files; the first is hydrated first. EOPNOTSUPP: the kernel
+    /// is to read and write, because the bytes of a large file come, or go, range by range.
     pub fn copy_range(
         self: &Arc<Self>,
         from: (Arc<Node>, Arc<OwnedFd>, u64),
-        to: (Arc<OwnedFd>, u64),
+        to: (Arc<Node>, Arc<OwnedFd>, u64),
         len: usize,
         then: impl FnOnce(Result<usize, Errno>) + Send + 'static,
     ) {
         let (node, src, src_offset) = from;
+        let by_range = |node: &Node| {
+            let large = |i: SrcInfo| i.size > self.large_file_bytes;
+            let behind = node.is_pending_file() && self.mixes;
+            behind && self.source.recall(node.ino).is_none_or(large)
+        };
+        let (to_node, to, to_offset) = to;
+        if by_range(&node) || by_range(&to_node) {
+            return then(Err(Errno::OPNOTSUPP));
+        }
+        let to = (to, to_offset);
+        let mirror = Arc::clone(self);
+        self.when_hydrated(&to_node, Need::Write, move |ready| match ready {
+            Ok(()) => mirror.copy_range_here((node, src, src_offset), to, len, then),
+            Err(e) => then(Err(user_errno(&e))),
+        });
+    }
+
+    fn copy_range_here(
+        self: &Arc<Self>,
+        (node, src, src_offset): (Arc<Node>, Arc<OwnedFd>, u64),
+        to: (Arc<OwnedFd>, u64),
+        len: usize,
+        then: impl FnOnce(Result<usize, Errno>) + Send + 'static,
+    ) {
         self.when_hydrated(&node, Need::Read, move |ready| {
             then(ready.map_err(|e| user_errno(&e)).and_then(|()| {
                 let copy = || copy::copy_range(src.as_fd(), src_offset, to.0.as_fd(), to.1, len);
@@ -211,7 +279,15 @@ impl Mirror {
     }
 
     /// fsync(2), or fdatasync(2) with `data_only`.
-    pub fn sync_file(&self, file: BorrowedFd<'_>, data_only: bool) -> Result<(), Errno> {
+    pub fn sync_file(
+        self: &Arc<Self>,
+        node: &Node,
+        file: BorrowedFd<'_>,
+        data_only: bool,
+    ) -> Result<(), Errno> {
+        if let Some((_, ground)) = self.mixed(node).map_err(|e| user_errno(&e))? {
+            return self.sync_mixed(&ground, node.ino, data_only);
+        }
         if data_only {
             fd::fdatasync(file)
         } else {

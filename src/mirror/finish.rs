@@ -166,13 +166,23 @@ impl Finisher<'_> {
         }
         let mut pending = Vec::new();
         let mut populated = Vec::new();
+        let mut mixed = Vec::new();
         scan(self.root, self.mark, &mut |found| {
             match found.mark.populated {
                 true => populated.push(found.path),
+                false if found.mark.mixed.is_some() => mixed.push(found.path),
                 false => pending.push((found.path, found.kind)),
             }
             Ok(())
         })?;
+        if let Some(first) = mixed.first() {
+            return Err(Error::Unusable(format!(
+                "{} files that users have changed are not whole, \"{}\" among them: what SRC cannot give of \
+                 them can be written over, or the file deleted; nobody else gives them up",
+                mixed.len(),
+                crate::error::Printable(first.as_ref().as_os_str()),
+            )));
+        }
         self.give_up(pending, &entries)?;
         let perms = Perms {
             root: self.root,

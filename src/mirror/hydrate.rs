@@ -6,6 +6,7 @@
 //!   Landed   -> Settling  settle()     a writer waits: fdatasync, unmark, fsync at once (D2)
 //!   Unmarked -> (gone)    commit.rs    the next syncfs made the removal durable (D2)
 //!   Queued   -> Truncating  truncate_pending()  O_TRUNC: nothing is read from src (D3)
+//!   Queued   -> Mixing, Mixed  mixed.rs: a large file that is changed before it is here
 //!   any      -> (gone)    fail_hydration()  the mark was never touched, so a retry starts clean
 //!
 //! Readers are answered from Landed on, writers only when the hydration is gone. Upholds I3, I4,
@@ -13,28 +14,26 @@
 //! across a copy, an fsync or a waiter.
 
 use std::collections::HashMap;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use rustix::fs::OFlags;
-use rustix::io::Errno;
 
 use super::Mirror;
 use super::anchor::Anchor;
+use super::mixed::Mixed;
 use super::node::{Ino, Node, Origin, Phase};
-use super::populate::{Waiter, no_origin};
+use super::populate::Waiter;
 use super::ranged::RangeJob;
 use super::source::SrcDir;
 use super::whole::Whole;
 use crate::engine::job::{Copied, CopyJob, Durability, Priority, Span};
-use crate::error::{Context, Error, Result, Side};
+use crate::error::{Error, Result};
 use crate::ranges::RangeSet;
 use crate::sys::fault;
 use crate::sys::name::{Name, RelPath};
-use crate::sys::xattr::Target;
 
 /// A pending file, as the walker and the table know it.
 #[derive(Debug, Clone)]
@@ -66,6 +65,10 @@ pub(super) enum Stage {
     Landed,
     Settling,
     Truncating,
+    /// On its way to be Mixed.
+    Mixing,
+    /// Changed by users, and pulled around that (mixed.rs).
+    Mixed,
     /// Unmarked by the commit with this number; durable with the next.
     Unmarked(u64),
     /// Out of the table: whoever still holds it joins anew.
@@ -104,6 +107,15 @@ pub(super) struct State {
     /// Nothing of it is to stay in the page cache.
     pub(super) passes: bool,
     pub(super) next_range: u64,
+    /// Its mark was read: whether an earlier daemon has left it mixed is known.
+    pub(super) looked: bool,
+    /// It may become mixed; not after that has failed.
+    pub(super) mixes: bool,
+    /// The whole-file job is to end: a user changes the file.
+    pub(super) leaves: bool,
+    pub(super) mixed: Option<Box<Mixed>>,
+    /// Changes that wait until it is mixed.
+    pub(super) changers: Vec<Waiter>,
 }
 
 /// All hydrations that are not over.
@@ -121,6 +133,11 @@ impl Hydrations {
             .get(&ino)
             .filter(|h| h.file.anchor.same_inode(anchor))
             .cloned()
+    }
+
+    /// As `find`, whatever inode has the number.
+    pub(super) fn by_number(&self, ino: Ino) -> Option<Arc<Hydration>> {
+        self.table.lock().get(&ino).cloned()
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -143,7 +160,12 @@ impl Hydrations {
         let mut hung = Vec::new();
         for hydration in all {
             let mut state = hydration.state.lock();
-            if state.stage == Stage::Copying && state.moved.elapsed() > limit {
+            let at_work = match state.stage {
+                Stage::Copying => true,
+                Stage::Mixed => !state.ranges.is_empty(),
+                _ => false,
+            };
+            if at_work && state.moved.elapsed() > limit {
                 let new = !std::mem::replace(&mut state.hung, true);
                 drop(state);
                 hung.push((hydration, new));
@@ -217,6 +239,11 @@ impl Hydrations {
             bytes: 0,
             passes: false,
             next_range: 0,
+            looked: false,
+            mixes: true,
+            leaves: false,
+            mixed: None,
+            changers: Vec::new(),
         };
         let new = Arc::new(Hydration {
             file: file.clone(),
@@ -306,11 +333,20 @@ impl Mirror {
                 return self.settle_soon(&hydration);
             }
             (Stage::Settling | Stage::Truncating, _) => return state.writers.push(then),
-            (Stage::Queued | Stage::Copying, Need::Read | Need::Ahead) => state.readers.push(then),
-            (Stage::Queued | Stage::Copying, Need::Write) => state.writers.push(then),
-            (Stage::Queued | Stage::Copying, Need::Unmarked) => state.settled.push(then),
+            (_, Need::Read | Need::Ahead) => state.readers.push(then),
+            (_, Need::Write) => state.writers.push(then),
+            (_, Need::Unmarked) => state.settled.push(then),
         }
         state.demanded |= priority == Priority::Demand && need != Need::Ahead;
+        match state.stage {
+            // `install` asks for the rest.
+            Stage::Mixing => return,
+            Stage::Mixed => {
+                drop(state);
+                return self.fill(&hydration);
+            }
+            _ => {}
+        }
         let start = state.ask(priority);
         let begun = state.stage == Stage::Copying;
         drop(state);
@@ -339,53 +375,14 @@ impl Mirror {
         }
     }
 
-    /// Opens src's directory and dst's file for a hydration, once. `None`: there is nothing to do,
-    /// the file was unmarked before this hydration began (a walker's look was too old).
-    pub(super) fn prepare(&self, hydration: &Hydration) -> Result<Option<Prepared>> {
-        let path = &hydration.path;
-        {
-            let state = hydration.state.lock();
-            if let (Some(dst), Some(src)) = (&state.dst, &state.src) {
-                return Ok(Some((Arc::clone(dst), Arc::clone(&src.0), src.1.clone())));
-            }
-        }
-        let dst = match hydration.file.anchor.open(self.dst.as_fd(), OFlags::RDWR) {
-            // Deleted meanwhile.
-            Err(Errno::STALE | Errno::NOENT) => return Ok(None),
-            other => Arc::new(other.on("open", Side::Dst, path)?),
-        };
-        let mark = self
-            .mark
-            .get(Target::Fd(dst.as_fd()))
-            .on("getxattr", Side::Dst, path)?;
-        // Only a hydration removes the mark, and this inode's only one is ours: the answer holds.
-        if mark.is_none() {
-            return Ok(None);
-        }
-        let origin = hydration
-            .file
-            .origin
-            .as_ref()
-            .ok_or_else(|| no_origin(path))?;
-        let name = origin.name.clone().ok_or_else(|| no_origin(path))?;
-        let src = self.source.dir(&origin.dir)?;
-        let marked = self.mark.get(Target::At(src.fd.as_fd(), &name));
-        if marked.on("getxattr", Side::Src, path)?.is_some() {
-            return Err(Error::SrcPending {
-                path: path.to_path(),
-            });
-        }
-        let mut state = hydration.state.lock();
-        state.dst = Some(Arc::clone(&dst));
-        state.src = Some((Arc::clone(&src), name.clone()));
-        Ok(Some((dst, src, name)))
-    }
-
     fn submit_whole(
         self: &Arc<Self>,
         hydration: &Arc<Hydration>,
         priority: Priority,
     ) -> Result<()> {
+        if self.mixes && !hydration.state.lock().looked {
+            self.look(hydration)?;
+        }
         if hydration.state.lock().stage != Stage::Queued {
             return Ok(());
         }
@@ -436,6 +433,7 @@ impl Mirror {
         state.bytes = copied.src.size;
         state.dst = None;
         let readers = std::mem::take(&mut state.readers);
+        let changers = std::mem::take(&mut state.changers);
         let writers_wait = !state.writers.is_empty();
         if state.asked == Some(Priority::Demand) && state.demanded {
             self.progress.demand_files.add(1);
@@ -444,6 +442,7 @@ impl Mirror {
         }
         drop(state);
         readers.into_iter().for_each(|r| r(Ok(())));
+        changers.into_iter().for_each(|w| w(Ok(())));
         match writers_wait {
             true => self.settle_soon(hydration),
             false => self.commit.file_landed(Arc::clone(hydration)),
@@ -463,8 +462,13 @@ impl Mirror {
         self.hydrations.remove(hydration);
         let mut state = hydration.state.lock();
         state.stage = Stage::Over;
-        let waiters = state.take_waiters();
-        let ranges = std::mem::take(&mut state.ranges);
+        let mut waiters = state.take_waiters();
+        let mut ranges = std::mem::take(&mut state.ranges);
+        if let Some(mixed) = state.mixed.take() {
+            waiters.extend(mixed.waiting);
+        }
+        (state.dst, state.src) = (None, None);
+        waiters.extend(ranges.iter_mut().flat_map(|r| std::mem::take(&mut r.after)));
         drop(state);
         waiters.into_iter().for_each(|w| w(result.clone()));
         for reader in ranges.into_iter().flat_map(|r| r.readers) {
@@ -526,8 +530,6 @@ impl Hydration {
     }
 }
 
-type Prepared = (Arc<OwnedFd>, Arc<SrcDir>, Name);
-
 impl State {
     /// True when the whole file has to be asked of the engine (again, in a faster lane).
     pub(super) fn ask(&mut self, priority: Priority) -> bool {
@@ -543,6 +545,7 @@ impl State {
         let mut waiters = std::mem::take(&mut self.readers);
         waiters.append(&mut self.writers);
         waiters.append(&mut self.settled);
+        waiters.append(&mut self.changers);
         waiters
     }
 

@@ -265,10 +265,10 @@ impl NodeTable {
         Arc::clone(&slot)
     }
 
-    /// Returns `n` references; the last one removes the node.
-    pub fn forget(&self, ino: Ino, n: u64) {
+    /// Returns `n` references; the last one removes the node. True when it did.
+    pub fn forget(&self, ino: Ino, n: u64) -> bool {
         if ino == ROOT {
-            return;
+            return false;
         }
         let gone = self.nodes.remove_if(&ino, |_, node| {
             let before = node.lookups.load(Ordering::Relaxed);
@@ -279,6 +279,7 @@ impl NodeTable {
         if gone.is_some() {
             self.dirs.lock().pop(&ino);
         }
+        gone.is_some()
     }
 
     /// An open directory, for calls by directory and name. Its offset is shared: never list it.

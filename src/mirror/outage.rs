@@ -442,14 +442,17 @@ impl Mirror {
             let found = job.and_then(|job| {
                 let pause = pause_before(job.attempts, error)?;
                 job.attempts += 1;
-                Some((pause, job.range.clone()))
+                Some((pause, job.range.clone(), job.background))
             });
             if found.is_some() && queued {
                 (state.dst, state.src) = (None, None);
             }
+            if state.stage == Stage::Mixed {
+                state.src = None;
+            }
             found
         };
-        let Some((pause, range)) = found else {
+        let Some((pause, range, background)) = found else {
             return false;
         };
         tracing::debug!("{error}; it is tried again");
@@ -465,7 +468,11 @@ impl Mirror {
                 }
                 Again::Here => {}
             }
-            mirror.submit_range(&hydration, id, range);
+            let priority = match background {
+                true => Priority::Background,
+                false => Priority::Demand,
+            };
+            mirror.submit_range(&hydration, id, range, priority);
         });
         true
     }

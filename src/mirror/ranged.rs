@@ -13,6 +13,7 @@ use rustix::fs::OFlags;
 use super::Mirror;
 use super::hydrate::{FileRef, Hydration, Stage, State};
 use super::node::Node;
+use super::populate::Waiter;
 use super::source::SrcInfo;
 use crate::engine::job::{Completion, Copied, CopyJob, Durability, Priority, Span};
 use crate::error::{Context, Error, Result, Side};
@@ -22,7 +23,7 @@ use crate::sys::fd;
 use crate::sys::name::RelPath;
 
 /// Range pulls are widened to this unit, bytes: the kernel's largest readahead on FUSE is near it.
-const RANGE_UNIT: u64 = 256 * 1024;
+pub(super) const RANGE_UNIT: u64 = 256 * 1024;
 
 pub(super) struct RangeJob {
     pub(super) id: u64,
@@ -32,6 +33,25 @@ pub(super) struct RangeJob {
     /// Tries that failed as if src were away.
     pub(super) attempts: u32,
     pub(super) readers: Vec<RangeReader>,
+    /// Told when its bytes are in dst.
+    pub(super) after: Vec<Waiter>,
+    /// Nobody waited for it when it was asked for.
+    pub(super) background: bool,
+    begun: bool,
+    /// dst has lost bytes since it began: what it brings counts for nothing.
+    pub(super) void: bool,
+}
+
+impl RangeJob {
+    /// No worker has taken it.
+    pub(super) fn is_queued(&self) -> bool {
+        !self.begun
+    }
+
+    /// Of the background, and no worker has taken it: it can be left out.
+    pub(super) fn is_idle(&self) -> bool {
+        self.background && !self.begun && self.readers.is_empty() && self.after.is_empty()
+    }
 }
 
 pub(super) struct RangeReader {
@@ -48,13 +68,14 @@ impl Mirror {
     /// the answer does not wait until it is stored. `then` is called once.
     pub fn read_range(
         self: &Arc<Self>,
-        node: &Node,
+        node: &Arc<Node>,
         info: SrcInfo,
         range: Range<u64>,
         then: ReadDone,
     ) {
         let file = FileRef::of(node);
         let (hydration, _) = self.hydrations.join(&file);
+        let asked = range.clone();
         let range = range.start.min(info.size)..range.end.min(info.size);
         // The rest follows, unless dst has no room for it.
         let room = !self.progress.dst_full.load(Ordering::Relaxed);
@@ -67,13 +88,25 @@ impl Mirror {
                     false => then(self.read_here(&file, &hydration.path, range)),
                 };
             }
+            if state.stage == Stage::Mixed {
+                drop(state);
+                return self.read_mixed(node, &hydration, asked, then);
+            }
+            if self.mixes && state.stage == Stage::Queued && !state.looked {
+                drop(state);
+                return match self.look(&hydration) {
+                    Ok(()) => self.read_range(node, info, asked, then),
+                    Err(e) => then(Err(e)),
+                };
+            }
             if state.stage == Stage::Truncating {
                 let (mirror, path) = (Arc::clone(self), hydration.path.clone());
                 return state.writers.push(Box::new(move |ready| {
                     then(ready.and_then(|()| mirror.read_here(&file, &path, range)));
                 }));
             }
-            let here = !matches!(state.stage, Stage::Queued | Stage::Copying);
+            let begins = matches!(state.stage, Stage::Queued | Stage::Mixing);
+            let here = !begins && state.stage != Stage::Copying;
             if here || state.present.contains(&range) {
                 drop(state);
                 return then(self.read_here(&file, &hydration.path, range));
@@ -87,7 +120,7 @@ impl Mirror {
         if let Some((id, wanted)) = job {
             let (mirror, hydration) = (Arc::clone(self), Arc::clone(&hydration));
             let at_hand = hydration.state.lock().src.is_some();
-            let go = move || mirror.submit_range(&hydration, id, wanted);
+            let go = move || mirror.submit_range(&hydration, id, wanted, Priority::Demand);
             match at_hand {
                 true => go(),
                 false => self.engine.pool().run(Priority::Demand, Box::new(go)),
@@ -122,25 +155,28 @@ impl Mirror {
         hydration: &Arc<Hydration>,
         id: u64,
         range: Range<u64>,
+        priority: Priority,
     ) {
         let result = self.prepare(hydration).and_then(|prepared| {
             let Some((dst, src, name)) = prepared else {
                 self.already_done(hydration);
                 return Ok(());
             };
+            let queued = hydration.state.lock().job_queued(id);
             let (mirror, hydration) = (Arc::clone(self), Arc::clone(hydration));
             self.engine.submit(CopyJob {
                 src_dir: Arc::clone(&src.fd),
                 src_name: name,
                 dst,
                 span: Span::Range(range),
-                priority: Priority::Demand,
+                priority,
                 durability: Durability::Later,
                 path: hydration.path.clone(),
                 done: Box::new(Part {
                     mirror,
                     hydration,
                     id,
+                    queued,
                 }),
             })
         });
@@ -160,7 +196,9 @@ impl Mirror {
         {
             return;
         }
-        if let Err(e) = &result {
+        if let Err(e) = &result
+            && !matches!(e, Error::Stopped)
+        {
             match e.is_dst_full() {
                 true => self.progress.dst_full.store(true, Ordering::Relaxed),
                 // The readers look closer, and tell which bytes.
@@ -168,14 +206,25 @@ impl Mirror {
                 false => self.fail(&hydration.path, e),
             }
         }
-        let (left, whole) = {
+        let (job, waiting, whole) = {
             let mut state = hydration.state.lock();
             let at = state.ranges.iter().position(|r| r.id == id);
-            let left = at
-                .map(|at| state.ranges.swap_remove(at).readers)
-                .unwrap_or_default();
-            (left, state.whole_if_last())
+            let job = at.map(|at| state.ranges.swap_remove(at));
+            let mixed = state.mixed.as_mut();
+            let waiting = mixed.map(|m| std::mem::take(&mut m.waiting));
+            (job, waiting, state.whole_if_last())
         };
+        let is_mixed = waiting.is_some();
+        if let (true, Some(job), Err(e)) = (is_mixed, &job, &result) {
+            self.fill_failed(hydration, (&job.range, job.background), e);
+            if e.is_bad_read() {
+                self.fail(&hydration.path, e);
+            }
+        }
+        let (left, after) = job.map(|job| (job.readers, job.after)).unwrap_or_default();
+        after.into_iter().for_each(|w| w(result.clone()));
+        let waiting = waiting.unwrap_or_default();
+        waiting.into_iter().for_each(|w| w(Ok(())));
         let idle = {
             let state = hydration.state.lock();
             state.stage == Stage::Queued && state.asked.is_none() && state.ranges.is_empty()
@@ -193,6 +242,8 @@ impl Mirror {
             self.land(hydration, copied);
         } else if idle {
             self.end(hydration, Err(Error::Stopped));
+        } else if is_mixed {
+            self.fill_on(hydration);
         }
     }
 }
@@ -236,17 +287,39 @@ impl State {
         }
         let start = range.start / RANGE_UNIT * RANGE_UNIT;
         let end = range.end.next_multiple_of(RANGE_UNIT).min(size);
+        let id = self.new_job(start..end, None);
+        if let Some(job) = self.ranges.last_mut() {
+            job.bytes = vec![0; (end - start) as usize];
+            job.readers.push(reader);
+        }
+        Some((id, start..end))
+    }
+
+    /// A job for these bytes; in the background when that is asked for.
+    pub(super) fn new_job(&mut self, range: Range<u64>, lane: Option<Priority>) -> u64 {
         let id = self.next_range;
         self.next_range += 1;
+        self.moved = std::time::Instant::now();
         self.ranges.push(RangeJob {
             id,
-            range: start..end,
-            bytes: vec![0; (end - start) as usize],
+            range,
+            bytes: Vec::new(),
             got: RangeSet::new(),
             attempts: 0,
-            readers: vec![reader],
+            readers: Vec::new(),
+            after: Vec::new(),
+            background: lane.is_some(),
+            begun: false,
+            void: false,
         });
-        Some((id, start..end))
+        id
+    }
+
+    /// Tells `then` when a job has ended.
+    pub(super) fn after(&mut self, id: u64, then: Waiter) {
+        if let Some(job) = self.ranges.iter_mut().find(|r| r.id == id) {
+            job.after.push(then);
+        }
     }
 }
 
@@ -255,16 +328,36 @@ struct Part {
     mirror: Arc<Mirror>,
     hydration: Arc<Hydration>,
     id: u64,
+    /// Of a mixed file's background, and in the engine's queue.
+    queued: bool,
+}
+
+impl Part {
+    fn taken(&mut self) {
+        if std::mem::take(&mut self.queued) {
+            self.hydration.state.lock().job_taken();
+        }
+    }
 }
 
 impl Completion for Part {
     /// The whole-file job may have been faster: then the readers are answered from dst, and nothing
     /// is written a second time (which would undo a clone's sharing).
     fn begin(&mut self) -> bool {
+        self.taken();
         let here = {
-            let state = self.hydration.state.lock();
-            let job = state.ranges.iter().find(|r| r.id == self.id);
-            job.is_some_and(|job| state.present.contains(&job.range))
+            let mut state = self.hydration.state.lock();
+            let at = state.ranges.iter().position(|r| r.id == self.id);
+            at.map(|at| {
+                state.ranges[at].begun = true;
+                state.moved = std::time::Instant::now();
+                state.present.contains(&state.ranges[at].range)
+            })
+        };
+        let Some(here) = here else {
+            // A user's change has taken its place.
+            self.mirror.fill_on(&self.hydration);
+            return false;
         };
         if here {
             self.mirror.range_done(&self.hydration, self.id, Ok(()));
@@ -287,13 +380,26 @@ impl Completion for Part {
         }
     }
 
-    fn landed(&mut self, range: Range<u64>) {
-        self.hydration.state.lock().present.insert(range);
+    fn wanted(&self) -> bool {
+        let state = self.hydration.state.lock();
+        let job = state.ranges.iter().find(|r| r.id == self.id);
+        let somebody = |job: &RangeJob| !job.readers.is_empty() || !job.after.is_empty();
+        job.is_some_and(somebody) || state.mixed.as_ref().is_some_and(|m| !m.waiting.is_empty())
     }
 
-    fn done(self: Box<Self>, outcome: Result<Copied>) {
-        self.mirror
-            .range_done(&self.hydration, self.id, outcome.map(|_| ()));
+    fn landed(&mut self, range: Range<u64>) {
+        let mut state = self.hydration.state.lock();
+        state.moved = std::time::Instant::now();
+        let job = state.ranges.iter().find(|r| r.id == self.id);
+        if job.is_some_and(|job| !job.void) {
+            state.present.insert(range);
+        }
+    }
+
+    fn done(mut self: Box<Self>, outcome: Result<Copied>) {
+        self.taken();
+        let outcome = outcome.and_then(|copied| self.mirror.same_src(&self.hydration, &copied));
+        self.mirror.range_done(&self.hydration, self.id, outcome);
     }
 }
 

@@ -34,7 +34,7 @@ const SPOILED_MAX: usize = 1 << 16;
 pub(super) struct Spoiled(Mutex<HashMap<Ino, Instant>>);
 
 impl Spoiled {
-    fn contains(&self, ino: Ino) -> bool {
+    pub(super) fn contains(&self, ino: Ino) -> bool {
         self.0.lock().contains_key(&ino)
     }
 

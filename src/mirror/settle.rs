@@ -11,7 +11,8 @@ use rustix::fs::OFlags;
 use rustix::io::Errno;
 
 use super::Mirror;
-use super::hydrate::{FileRef, Hydration, Need, Stage};
+use super::bytemap;
+use super::hydrate::{FileRef, Hydration, Stage};
 use super::node::{Node, Phase};
 use super::populate::{Waiter, no_origin};
 use super::source::SrcDir;
@@ -150,7 +151,7 @@ impl Mirror {
     }
 
     /// The mark is gone, but not for certain: no writer gets in before a commit says so.
-    fn unmarked_only(&self, hydration: &Arc<Hydration>, error: &Error) {
+    pub(super) fn unmarked_only(&self, hydration: &Arc<Hydration>, error: &Error) {
         let waiters = hydration.state.lock().take_waiters();
         self.commit.unmarked_again(Arc::clone(hydration));
         waiters.into_iter().for_each(|w| w(Err(error.clone())));
@@ -163,10 +164,7 @@ impl Mirror {
         let mut state = hydration.state.lock();
         if state.stage != Stage::Queued || !state.ranges.is_empty() {
             drop(state);
-            let (mirror, held) = (Arc::clone(self), Arc::clone(node));
-            return self.when_hydrated(node, Need::Write, move |result| {
-                then(result.and_then(|()| mirror.truncate_now(&held)));
-            });
+            return self.change_size(node, 0, None, then);
         }
         state.stage = Stage::Truncating;
         drop(state);
@@ -210,18 +208,9 @@ impl Mirror {
         if fault::breaks("D3") {
             truncate().on("ftruncate", Side::Dst, path)?;
         }
+        // An earlier daemon may have left it mixed.
+        let map = bytemap::remove(self.control.maps.as_fd(), file.ino);
+        map.on("unlink", Side::Dst, ".mirrorfs/maps")?;
         Ok(before.size)
-    }
-
-    fn truncate_now(&self, node: &Node) -> Result<()> {
-        let opened =
-            self.nodes
-                .open(node, OFlags::WRONLY)
-                .on("open", Side::Dst, node.display_name())?;
-        caps::without_fsetid(|| copy::truncate(opened.as_fd(), 0)).on(
-            "ftruncate",
-            Side::Dst,
-            node.display_name(),
-        )
     }
 }

@@ -63,9 +63,13 @@ impl NoStore {
 
 impl Mirror {
     /// Whether this open is answered from src without storing anything.
-    pub(super) fn reads_through(&self, node: &Node, flags: OFlags, by: Caller) -> bool {
+    pub(super) fn reads_through(self: &Arc<Self>, node: &Node, flags: OFlags, by: Caller) -> bool {
         let reads = flags & OFlags::ACCMODE == OFlags::RDONLY && !flags.contains(OFlags::TRUNC);
-        reads && node.is_pending_file() && !self.no_store.is_empty() && self.no_store.has(by)
+        reads
+            && node.is_pending_file()
+            && !self.no_store.is_empty()
+            && self.no_store.has(by)
+            && matches!(self.mixed(node), Ok(None))
     }
 
     /// Opens src's file for a reader, and dst's for the time after it was hydrated.
@@ -97,6 +101,9 @@ impl Mirror {
         then: ReadDone,
     ) {
         if !node.is_pending_file() {
+            return self.read(node, dst, offset, len, then);
+        }
+        if let Ok(Some(_)) | Err(_) = self.mixed(node) {
             return self.read(node, dst, offset, len, then);
         }
         let told = self.limit(path_of(node), then);

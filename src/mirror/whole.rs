@@ -50,7 +50,11 @@ impl Completion for Whole {
 
     fn wanted(&self) -> bool {
         let state = self.hydration.state.lock();
-        !state.readers.is_empty() || !state.writers.is_empty()
+        !state.readers.is_empty() || !state.writers.is_empty() || state.leaves
+    }
+
+    fn leaves(&self) -> bool {
+        self.hydration.state.lock().leaves
     }
 
     fn passes(&self, bytes: u64) -> bool {
@@ -67,7 +71,9 @@ impl Completion for Whole {
     }
 
     fn done(self: Box<Self>, outcome: Result<Copied>) {
+        let leaves = self.begun && outcome.is_err() && self.leaves();
         match outcome {
+            _ if leaves => self.mirror.whole_left(&self.hydration),
             Err(Error::Stopped) if self.priority == Priority::Background => {
                 self.mirror.background_stopped(&self.hydration, self.begun);
             }

@@ -46,6 +46,8 @@ pub const BTRFS_MAGIC: u64 = 0x9123_683e;
 pub const EXT4_MAGIC: u64 = 0xef53;
 /// f_type of xfs (linux/magic.h).
 pub const XFS_MAGIC: u64 = 0x5846_5342;
+/// statfs(2) magic of tmpfs.
+pub const TMPFS_MAGIC: u64 = 0x0102_1994;
 
 /// statfs(2) and fstatvfs(3) of an fd.
 pub fn fs_stat(fd: BorrowedFd<'_>) -> Result<FsStat> {

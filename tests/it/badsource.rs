@@ -74,7 +74,7 @@ impl BadSrc {
     }
 
     /// kill -9: every call on the view is ENOTCONN from now on.
-    fn die(&mut self) {
+    pub(crate) fn die(&mut self) {
         if let Some(mut child) = self.child.take() {
             child.kill().unwrap();
             child.wait().unwrap();
@@ -83,7 +83,7 @@ impl BadSrc {
 
     /// The dead view is unmounted and mounted anew.
     #[track_caller]
-    fn come_back(&mut self) {
+    pub(crate) fn come_back(&mut self) {
         self.unmount();
         self.start(&[]);
     }

@@ -23,7 +23,7 @@ use crate::nasty::{self, At};
 use crate::raw;
 
 /// What a process that met its fault point exits with.
-const FAULT_EXIT: i32 = 99;
+pub(crate) const FAULT_EXIT: i32 = 99;
 
 /// One step of the workload: on the mount and on the plain copy.
 type Step = fn(&Path) -> io::Result<()>;
@@ -121,7 +121,7 @@ fn is_unpopulated(dir: &Path) -> bool {
     matches!(rustix::fs::lgetxattr(dir, MARK, &mut value), Ok(n) if n > 0 && value[0] & 1 == 0)
 }
 
-fn is_dead(e: &io::Error) -> bool {
+pub(crate) fn is_dead(e: &io::Error) -> bool {
     let dead = [
         libc::ENOTCONN,
         libc::ECONNABORTED,
@@ -367,10 +367,10 @@ fn an_exit_at_each_point_of_the_end_loses_nothing() {
 
 #[test]
 fn every_fault_point_is_exited_at() {
-    // `perm` in rootless.rs, `shard` in shards.rs, `extra` in adopt.rs.
+    // `perm` in rootless.rs, `shard` in shards.rs, `extra` in adopt.rs, `mixed` in mixed.rs.
     let tested = [
         "ahead", "populate", "carry", "publish", "hydrate", "rename", "dir", "finish", "perm",
-        "shard", "extra",
+        "shard", "mixed", "extra",
     ];
     for point in POINTS {
         assert!(

@@ -20,6 +20,7 @@ mod fidelity;
 mod fixture;
 mod hostile;
 mod huge;
+mod mixed;
 mod nasty;
 mod native;
 mod pagecache;

@@ -1,0 +1,433 @@
+//! Fill: the rest of a mixed file comes, and then it is a plain one.
+//!
+//!   step      range jobs in the background, some at a time, around what is the users' and what is
+//!             being changed; holes of src are not asked for
+//!   complete  Mixed -> Settling: everything is durable, changes wait, the mark goes, durably; then the
+//!             map (M5)
+//!
+//! What src cannot give is left out and told at the end: users may still write over it.
+
+use std::ops::Range;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use rustix::io::Errno;
+
+use super::Mirror;
+use super::hydrate::{Hydration, Stage, State};
+use super::mixed::{Ground, Mixed};
+use super::node::{Node, Phase};
+use super::populate::Waiter;
+use super::ranged::ReadDone;
+use super::turn::overlap;
+use crate::engine::job::{Copied, Priority};
+use crate::error::{Context, Error, Result, Side};
+use crate::meta;
+use crate::ranges::RangeSet;
+use crate::sys::{copy, fault, fd};
+
+/// Bytes of one job: a change of some of them waits for it.
+const JOB: u64 = 1 << 20;
+/// Jobs of one file at a time.
+const JOBS: usize = 4;
+/// Between two looks whether the last change has ended.
+const LOOK: Duration = Duration::from_micros(100);
+
+/// How far the background is with one mixed file.
+#[derive(Default)]
+pub(super) struct Fill {
+    on: bool,
+    /// Everything before is here.
+    to: u64,
+    /// src has data up to here, as far as was looked.
+    looked: u64,
+    /// What could not be pulled, and why.
+    bad: RangeSet,
+    error: Option<Error>,
+    completing: bool,
+    /// Jobs that no worker has taken yet, also those that gave way to a change.
+    queued: usize,
+}
+
+impl Fill {
+    /// What was here may not be.
+    pub(super) fn begin_anew(&mut self) {
+        self.to = 0;
+        self.looked = 0;
+    }
+}
+
+enum Step {
+    Nothing,
+    Complete,
+    Failed(Error, Vec<Waiter>),
+    Look(Range<u64>),
+    Job(u64, Range<u64>, Priority),
+}
+
+impl Mirror {
+    /// The rest of the file is to come, also what failed before.
+    pub(super) fn fill(self: &Arc<Self>, hydration: &Arc<Hydration>) {
+        {
+            let mut state = hydration.state.lock();
+            let Some(mixed) = &mut state.mixed else {
+                return;
+            };
+            (mixed.fill.on, mixed.fill.error) = (true, None);
+            mixed.fill.bad = RangeSet::new();
+        }
+        self.fill_on(hydration);
+    }
+
+    /// Something has changed: the next steps, on a pool thread, if there are any.
+    pub(super) fn fill_on(self: &Arc<Self>, hydration: &Arc<Hydration>) {
+        let (mirror, held) = (Arc::clone(self), Arc::clone(hydration));
+        {
+            let state = hydration.state.lock();
+            let Some(mixed) = state.mixed.as_ref() else {
+                return;
+            };
+            let idle = state.ranges.is_empty() && mixed.busy.is_empty();
+            // Without the background only the end is to be found.
+            if state.stage != Stage::Mixed || !(mixed.fill.on || idle) {
+                return;
+            }
+        }
+        let task = move || mirror.fill_steps(&held);
+        self.engine.pool().run(Priority::Demand, Box::new(task));
+    }
+
+    fn fill_steps(self: &Arc<Self>, hydration: &Arc<Hydration>) {
+        loop {
+            let step = hydration.state.lock().fill_step();
+            match step {
+                Step::Nothing => return,
+                Step::Complete => return self.complete(hydration),
+                Step::Failed(error, waiters) => {
+                    return waiters.into_iter().for_each(|w| w(Err(error.clone())));
+                }
+                Step::Look(gap) => self.look_for_data(hydration, &gap),
+                Step::Job(id, range, priority) => self.submit_range(hydration, id, range, priority),
+            }
+        }
+    }
+
+    /// Where src has a hole dst's is as good.
+    fn look_for_data(&self, hydration: &Hydration, gap: &Range<u64>) {
+        let found = self.prepare(hydration).and_then(|prepared| {
+            let Some((_, dir, name)) = prepared else {
+                return Ok(Some(gap.clone()));
+            };
+            let path = &hydration.path;
+            let file = fd::open_src(dir.fd.as_fd(), &name).on("open", Side::Src, path)?;
+            copy::next_data(file.as_fd(), gap.start, gap.end).on("lseek", Side::Src, path)
+        });
+        let mut state = hydration.state.lock();
+        let data = match found {
+            Ok(Some(data)) => data,
+            Ok(None) => gap.end..gap.end,
+            // The job will say what is wrong.
+            Err(_) => gap.start..u64::MAX,
+        };
+        let data = data.start.max(gap.start)..data.end;
+        state.present.insert(gap.start..data.start.min(gap.end));
+        if let Some(mixed) = &mut state.mixed {
+            mixed.fill.looked = data.end;
+        }
+    }
+
+    /// M5: every byte is in dst.
+    fn complete(self: &Arc<Self>, hydration: &Arc<Hydration>) {
+        let _inside = self.marks.enter();
+        let ground = {
+            let mut state = hydration.state.lock();
+            let whole = state.stage == Stage::Mixed
+                && state.ranges.is_empty()
+                && state.first_missing(&(0..u64::MAX)).is_none();
+            match &mut state.mixed {
+                Some(mixed) if whole && !mixed.fill.completing => {
+                    mixed.fill.completing = true;
+                    Arc::clone(&mixed.ground)
+                }
+                _ => return,
+            }
+        };
+        fault::point("mixed-full");
+        let (path, losses) = (&hydration.path, ground.losses.load(Ordering::Acquire));
+        // The most of it while users go on.
+        let synced = fd::fdatasync(ground.file.as_fd()).on("fdatasync", Side::Dst, path);
+        {
+            let mut state = hydration.state.lock();
+            if !state.settles() {
+                drop(state);
+                return self.fill_on(hydration);
+            }
+        }
+        while !hydration.state.lock().is_quiet() {
+            std::thread::sleep(LOOK);
+        }
+        let done = synced.and_then(|()| self.take_mixed_mark(hydration, &ground, losses));
+        if let Err(e) = done {
+            return self.fail_hydration(hydration, e);
+        }
+        fault::point("mixed-unmarked");
+        if let Err(errno) = fd::fsync(ground.file.as_fd()) {
+            let failed = Err::<(), _>(errno).on("fsync", Side::Dst, path);
+            return self.unmarked_only(hydration, &failed.err().unwrap_or(Error::Stopped));
+        }
+        let ino = hydration.file.ino;
+        self.note_file_phase(&hydration.file, Phase::Unmarked);
+        self.source.unlearn(ino);
+        self.settle_ledger(path);
+        self.mend(ino);
+        self.count_pulled(ground.src_end());
+        self.remove_map(hydration);
+        fault::point("mixed-forgotten");
+        self.end(hydration, Ok(()));
+    }
+
+    /// What users wrote must not be lost by the mark's going: it may be durable before they sync.
+    fn take_mixed_mark(&self, hydration: &Hydration, ground: &Ground, losses: u64) -> Result<()> {
+        let (path, ino) = (&hydration.path, hydration.file.ino);
+        let file = ground.file.as_fd();
+        let mut synced = fd::fdatasync(file);
+        if ground.losses.load(Ordering::Acquire) != losses {
+            synced = Err(Errno::IO); // A user has heard of it; what was pulled is lost too.
+        }
+        synced.on("fdatasync", Side::Dst, path)?;
+        self.store_mark(ground, ino)
+            .on("setxattr", Side::Dst, path)?;
+        let (atime, mtime) = ground.times();
+        meta::set_times_fd(file, atime, mtime).on("utimensat", Side::Dst, path)?;
+        self.partials.note_unmark(&hydration.file);
+        let _guard = self.lock_perms(ino);
+        self.take_mark(file).on("removexattr", Side::Dst, path)
+    }
+
+    /// Reads from a mixed file: what is missing comes first. `then` is called once.
+    pub(super) fn read_mixed(
+        self: &Arc<Self>,
+        node: &Arc<Node>,
+        hydration: &Arc<Hydration>,
+        range: Range<u64>,
+        then: ReadDone,
+    ) {
+        let mut state = hydration.state.lock();
+        let gap = match state.stage {
+            Stage::Mixed => state.first_missing(&range),
+            // All here; or it failed, and the read will say so.
+            _ => None,
+        };
+        let over = state.stage == Stage::Over;
+        let Some(gap) = gap else {
+            drop(state);
+            if over && node.is_pending_file() {
+                return self.read_pending(node, range, then);
+            }
+            return then(self.read_here(&hydration.file, &hydration.path, range));
+        };
+        state.drop_idle_jobs(&gap);
+        let busy = state.mixed.as_ref().is_some_and(|m| m.busy_at(&gap));
+        let job = state.ranges.iter().find(|job| overlap(&job.range, &gap));
+        let job = job.map(|job| job.id);
+        let (mirror, node, held) = (Arc::clone(self), Arc::clone(node), Arc::clone(hydration));
+        let again = move |ready: Result<()>| match ready {
+            Ok(()) => mirror.read_mixed(&node, &held, range, then),
+            Err(e) => then(Err(e)),
+        };
+        let waits = self.waiting(hydration.path.to_path(), again);
+        if let Some(id) = job {
+            state.after(id, Box::new(waits));
+            drop(state);
+            return self.engine.hurry();
+        }
+        if busy {
+            if let Some(mixed) = &mut state.mixed {
+                mixed.waiting.push(Box::new(waits));
+            }
+            return;
+        }
+        let unit = match self.spoiled.contains(hydration.file.ino) {
+            true => gap.end - gap.start,
+            false => super::ranged::RANGE_UNIT,
+        };
+        let piece = state.piece(gap.start, gap.start + unit.max(gap.end - gap.start));
+        let id = state.new_job(piece.clone(), None);
+        state.after(id, Box::new(waits));
+        drop(state);
+        self.submit_range(hydration, id, piece, Priority::Demand);
+    }
+
+    /// Bytes of a mixed file are all of one src.
+    pub(super) fn same_src(&self, hydration: &Hydration, copied: &Copied) -> Result<()> {
+        let mut state = hydration.state.lock();
+        let Some(mixed) = &mut state.mixed else {
+            return Ok(());
+        };
+        let now = (copied.src.size, copied.src.mtime);
+        match *mixed.src.get_or_insert(now) == now {
+            true => Ok(()),
+            false => Err(Error::SrcChanged {
+                path: hydration.path.to_path(),
+            }),
+        }
+    }
+
+    /// A range job of a mixed file has failed for good.
+    pub(super) fn fill_failed(
+        &self,
+        hydration: &Hydration,
+        (range, background): (&Range<u64>, bool),
+        error: &Error,
+    ) {
+        let settled = {
+            let mut state = hydration.state.lock();
+            let waited_for = !state.readers.is_empty() || state.has_writers();
+            let Some(mixed) = state.mixed.as_deref_mut().filter(|_| background) else {
+                return;
+            };
+            if matches!(error, Error::Stopped) && waited_for {
+                Vec::new() // The background was cancelled: it comes as demand.
+            } else if matches!(error, Error::Stopped) {
+                mixed.fill.on = false;
+                state.take_settled()
+            } else {
+                mixed.fill.bad.insert(range.clone());
+                mixed.fill.error = Some(error.clone());
+                Vec::new()
+            }
+        };
+        settled.into_iter().for_each(|w| w(Err(error.clone())));
+    }
+}
+
+impl State {
+    /// Changes wait from now on, unless bytes are missing again.
+    fn settles(&mut self) -> bool {
+        let whole = self.stage == Stage::Mixed
+            && self.ranges.is_empty()
+            && self.first_missing(&(0..u64::MAX)).is_none();
+        match (whole, &mut self.mixed) {
+            (true, _) => self.stage = Stage::Settling,
+            (false, Some(mixed)) => mixed.fill.completing = false,
+            (false, None) => {}
+        }
+        whole
+    }
+
+    /// A job goes into the engine's queue; whether that counts.
+    pub(super) fn job_queued(&mut self, id: u64) -> bool {
+        let background = self.ranges.iter().any(|r| r.id == id && r.background);
+        match self.mixed.as_mut().filter(|_| background) {
+            Some(mixed) => mixed.fill.queued += 1,
+            None => return false,
+        }
+        true
+    }
+
+    /// A background job has left the engine's queue.
+    pub(super) fn job_taken(&mut self) {
+        if let Some(mixed) = &mut self.mixed {
+            mixed.fill.queued = mixed.fill.queued.saturating_sub(1);
+        }
+    }
+
+    /// No change is under way.
+    fn is_quiet(&self) -> bool {
+        self.mixed.as_ref().is_none_or(|m| m.busy.is_empty())
+    }
+
+    fn obstacles(&self) -> impl Iterator<Item = &Range<u64>> {
+        let busy = self.mixed.iter().flat_map(|m| m.busy.iter().map(|b| &b.1));
+        busy.chain(self.ranges.iter().map(|job| &job.range))
+    }
+
+    /// The missing bytes from `start` on, up to `end`, the next job or the next change. `start` is
+    /// missing, and nobody is there.
+    pub(super) fn piece(&self, start: u64, end: u64) -> Range<u64> {
+        let gap = self.first_missing(&(start..end)).unwrap_or(start..start);
+        let next = self.obstacles().map(|o| o.start).filter(|s| *s > start);
+        gap.start..next.fold(gap.end, u64::min)
+    }
+
+    fn fill_step(&mut self) -> Step {
+        let begun = self
+            .ranges
+            .iter()
+            .filter(|job| job.background && !job.is_queued());
+        let begun = begun.count();
+        if self.stage != Stage::Mixed {
+            return Step::Nothing;
+        }
+        let from = self.mixed.as_ref().map_or(0, |m| m.fill.to);
+        let Some(first) = self.first_missing(&(from..u64::MAX)) else {
+            return match self.ranges.is_empty() {
+                true => Step::Complete,
+                false => Step::Nothing,
+            };
+        };
+        let demand = !self.readers.is_empty() || self.has_writers();
+        let Some(mixed) = &mut self.mixed else {
+            return Step::Nothing;
+        };
+        mixed.fill.to = first.start;
+        if !mixed.fill.on || begun + mixed.fill.queued >= JOBS {
+            return Step::Nothing;
+        }
+        let looked = mixed.fill.looked;
+        let Some(gap) = self.next_gap(first.start) else {
+            return self.fill_stuck();
+        };
+        if gap.start >= looked && gap.end - gap.start > JOB {
+            return Step::Look(gap);
+        }
+        let range = gap.start..gap.end.min(gap.start + JOB);
+        let priority = match demand {
+            true => Priority::Demand,
+            false => Priority::Background,
+        };
+        let id = self.new_job(range.clone(), Some(priority));
+        Step::Job(id, range, priority)
+    }
+
+    /// The next missing bytes that nobody pulls or changes and that src can give, as far as is known.
+    fn next_gap(&self, from: u64) -> Option<Range<u64>> {
+        let mut at = from;
+        loop {
+            let missing = self.first_missing(&(at..u64::MAX))?;
+            let bad = self.mixed.as_deref().map(bad_of)?;
+            let Some(good) = bad.first_gap(&missing) else {
+                at = missing.end;
+                continue;
+            };
+            let inside = self.obstacles().find(|o| o.contains(&good.start));
+            match inside {
+                Some(obstacle) => at = obstacle.end,
+                None => {
+                    let next = self.obstacles().map(|o| o.start);
+                    let next = next.filter(|s| *s > good.start);
+                    return Some(good.start..next.fold(good.end, u64::min));
+                }
+            }
+        }
+    }
+
+    /// Nothing more can be asked for. With nothing under way that is the end of the try.
+    fn fill_stuck(&mut self) -> Step {
+        let idle = self.ranges.is_empty() && self.is_quiet();
+        let Some(mixed) = self.mixed.as_mut().filter(|_| idle) else {
+            return Step::Nothing;
+        };
+        mixed.fill.on = false;
+        match mixed.fill.error.take() {
+            Some(error) => Step::Failed(error, self.take_waiters()),
+            None => Step::Nothing,
+        }
+    }
+}
+
+fn bad_of(mixed: &Mixed) -> &RangeSet {
+    &mixed.fill.bad
+}

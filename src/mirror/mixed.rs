@@ -1,0 +1,564 @@
+//! Mixed files: large pending files that users write into before all of src's bytes are here.
+//!
+//!   Queued  -> Mixing  change()    the first change: a map is made, dst's size is durable, then the mark
+//!                                  says so (DURABILITY.md, M1)
+//!   Copying -> Queued  leave       the whole-file job ends where it is; then as above
+//!   Mixing  -> Mixed   install()   from now on only range jobs pull it, around what is the users'
+//!   Mixed   -> Settling -> (gone)  complete(): see fill.rs
+//!
+//! A change takes a turn (turn.rs). Upholds I6 and M1 to M6. Lock order: a hydration's state,
+//! then the map, the times.
+
+use std::ops::Range;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use rustix::fs::OFlags;
+use rustix::io::Errno;
+
+use super::Mirror;
+use super::bytemap::{self, BLOCK, ByteMap};
+use super::fill::Fill;
+use super::hydrate::{FileRef, Hydration, Need, Stage};
+use super::node::Node;
+use super::populate::Waiter;
+use super::source::SrcInfo;
+use super::turn::{Span, overlap};
+use crate::engine::job::Priority;
+use crate::error::{Context, Result, Side};
+use crate::mark::Mark;
+use crate::sys::stat::{self, Time};
+use crate::sys::xattr::Target;
+use crate::sys::{copy, fault, fd, host};
+
+/// A mark is not written more often for a new time than this.
+const STAMP: Duration = Duration::from_secs(1);
+
+/// What a mixed file rests on.
+pub(super) struct Ground {
+    pub(super) file: Arc<OwnedFd>,
+    pub(super) map: ByteMap,
+    /// src's bytes count before this offset; behind it dst's do.
+    pub(super) src_end: AtomicU64,
+    /// The mark that says so is durable.
+    mark_is_durable: AtomicBool,
+    /// Syncs that have failed.
+    pub(super) losses: AtomicU64,
+    times: Mutex<Times>,
+}
+
+/// The file's times: dst's own are disturbed by what is pulled.
+struct Times {
+    atime: Time,
+    mtime: Time,
+    stored: Instant,
+    stale: bool,
+}
+
+/// A mixed file's part of a hydration's state.
+pub(super) struct Mixed {
+    pub(super) ground: Arc<Ground>,
+    /// Changes under way, in whole blocks.
+    pub(super) busy: Vec<(u64, Range<u64>)>,
+    pub(super) next_turn: u64,
+    /// Who waits for a turn, or for the end of somebody's.
+    pub(super) waiting: Vec<Waiter>,
+    pub(super) fill: Fill,
+    /// src's size and time of the first bytes that were pulled: others are of another file.
+    pub(super) src: Option<(u64, Time)>,
+}
+
+/// What a change is made on: a mixed file, or (`None`) a plain one that is all here.
+pub(super) type On = Option<Arc<Ground>>;
+pub(super) type Work = Box<dyn FnOnce(&Arc<Mirror>, Result<On>) + Send>;
+
+impl Ground {
+    pub(super) fn src_end(&self) -> u64 {
+        self.src_end.load(Ordering::Acquire)
+    }
+
+    pub(super) fn times(&self) -> (Time, Time) {
+        let times = self.times.lock();
+        (times.atime, times.mtime)
+    }
+
+    pub(super) fn set_times(&self, (atime, mtime): (Time, Time)) {
+        let mut times = self.times.lock();
+        (times.atime, times.mtime) = (atime, mtime);
+        (times.stored, times.stale) = (Instant::now(), false);
+    }
+}
+
+/// True where dst's file system can hold mixed files: it tells holes from data block by block, and
+/// never takes written zeros for a hole.
+pub(super) fn is_possible(fs: &host::FsStat) -> bool {
+    let known = [
+        host::EXT4_MAGIC,
+        host::XFS_MAGIC,
+        host::BTRFS_MAGIC,
+        host::TMPFS_MAGIC,
+    ];
+    known.contains(&fs.magic) && fs.frsize == BLOCK
+}
+
+impl Mirror {
+    /// Calls `work` when the bytes may be changed, and nothing else touches them until it returns.
+    /// The caller has waited for the directory (`when_parent_published`).
+    pub(super) fn change(self: &Arc<Self>, node: &Arc<Node>, span: Span, work: Work) {
+        // In this order: a hydration is in the table before the node stops being pending.
+        let pending = node.is_pending_file();
+        if !pending && self.hydrations.find(node.ino, &node.anchor).is_none() {
+            return work(self, Ok(None));
+        }
+        let (hydration, _) = self.hydrations.join(&FileRef::of(node));
+        let mut state = hydration.state.lock();
+        match state.stage {
+            Stage::Over => {
+                drop(state);
+                self.change(node, span, work);
+            }
+            Stage::Mixing => {
+                let again = self.again(node, span, work);
+                state.changers.push(again);
+            }
+            Stage::Mixed => self.take_turn(node, &hydration, state, span, work),
+            Stage::Queued | Stage::Copying if state.mixes && self.mixes => {
+                if state.stage == Stage::Queued && !state.looked {
+                    drop(state);
+                    return match self.look(&hydration) {
+                        Ok(()) => self.change(node, span, work),
+                        Err(e) => work(self, Err(e)),
+                    };
+                }
+                let begin = state.stage == Stage::Queued;
+                drop(state);
+                let Some(info) = self.source.recall(node.ino) else {
+                    let then = self.again(node, span, work);
+                    return self.with_info(node, move |info| then(info.map(|_| ())));
+                };
+                if info.size <= self.large_file_bytes {
+                    return self.change_plain(node, work);
+                }
+                match begin {
+                    true => self.begin(node, &hydration, info, span, work),
+                    false => self.leave_whole(node, &hydration, span, work),
+                }
+            }
+            _ => {
+                drop(state);
+                self.change_plain(node, work);
+            }
+        }
+    }
+
+    /// A change of a file that is hydrated first.
+    fn change_plain(self: &Arc<Self>, node: &Arc<Node>, work: Work) {
+        let mirror = Arc::clone(self);
+        self.when_hydrated(node, Need::Write, move |ready| {
+            work(&mirror, ready.map(|()| None));
+        });
+    }
+
+    /// Tries once more, on any thread. Not while another program takes over.
+    pub(super) fn again(self: &Arc<Self>, node: &Arc<Node>, span: Span, work: Work) -> Waiter {
+        let node = Arc::clone(node);
+        Box::new(self.acting(move |mirror, ready: Result<()>| match ready {
+            Ok(()) => mirror.change(&node, span, work),
+            Err(e) => work(mirror, Err(e)),
+        }))
+    }
+
+    /// The whole-file job that runs is told to end.
+    fn leave_whole(
+        self: &Arc<Self>,
+        node: &Arc<Node>,
+        hydration: &Arc<Hydration>,
+        span: Span,
+        work: Work,
+    ) {
+        let again = self.again(node, span, work);
+        let mut state = hydration.state.lock();
+        if state.stage != Stage::Copying {
+            drop(state);
+            return again(Ok(()));
+        }
+        state.leaves = true;
+        state.changers.push(again);
+        drop(state);
+        self.engine.hurry();
+    }
+
+    /// The whole-file job has ended because a user changes the file.
+    pub(super) fn whole_left(self: &Arc<Self>, hydration: &Arc<Hydration>) {
+        let changers = {
+            let mut state = hydration.state.lock();
+            (state.stage, state.leaves) = (Stage::Queued, false);
+            (state.asked, state.whole) = (None, None);
+            std::mem::take(&mut state.changers)
+        };
+        changers.into_iter().for_each(|w| w(Ok(())));
+    }
+
+    fn begin(
+        self: &Arc<Self>,
+        node: &Arc<Node>,
+        hydration: &Arc<Hydration>,
+        info: SrcInfo,
+        span: Span,
+        work: Work,
+    ) {
+        let again = self.again(node, span, work);
+        {
+            let mut state = hydration.state.lock();
+            state.changers.push(again);
+            if state.stage != Stage::Queued {
+                // Another one was faster, or a job has begun.
+                let changers = std::mem::take(&mut state.changers);
+                let mixing = state.stage == Stage::Mixing;
+                if mixing {
+                    state.changers = changers;
+                    return;
+                }
+                drop(state);
+                return changers.into_iter().for_each(|w| w(Ok(())));
+            }
+            state.stage = Stage::Mixing;
+        }
+        let (mirror, hydration) = (Arc::clone(self), Arc::clone(hydration));
+        let task = move || {
+            let begun = mirror.mix(&hydration, info);
+            mirror.mixing_ended(&hydration, begun);
+        };
+        self.engine.pool().run(Priority::Demand, Box::new(task));
+    }
+
+    fn mixing_ended(self: &Arc<Self>, hydration: &Arc<Hydration>, begun: Result<Option<Ground>>) {
+        match begun {
+            Ok(Some(ground)) => self.install(hydration, ground),
+            other => {
+                if let Err(e) = &other {
+                    tracing::warn!("{e}; the file is pulled whole before it is changed");
+                }
+                let changers = {
+                    let mut state = hydration.state.lock();
+                    (state.stage, state.asked, state.mixes) = (Stage::Queued, None, false);
+                    std::mem::take(&mut state.changers)
+                };
+                if let Ok(None) = other {
+                    self.already_done(hydration);
+                }
+                // `hydrate` asks for the whole file again, for all who wait.
+                changers.into_iter().for_each(|w| w(Ok(())));
+            }
+        }
+    }
+
+    /// M1: the map and dst's size are durable before the mark says that the file is mixed. `None`: it
+    /// carries no mark any more.
+    fn mix(&self, hydration: &Hydration, info: SrcInfo) -> Result<Option<Ground>> {
+        let (path, ino) = (&hydration.path, hydration.file.ino);
+        let file = match hydration.file.anchor.open(self.dst.as_fd(), OFlags::RDWR) {
+            Err(Errno::STALE | Errno::NOENT) => return Ok(None),
+            other => other.on("open", Side::Dst, path)?,
+        };
+        let there = stat::stat_fd(file.as_fd()).on("statx", Side::Dst, path)?;
+        if there.size != info.size {
+            copy::truncate(file.as_fd(), info.size).on("ftruncate", Side::Dst, path)?;
+        }
+        let maps = self.control.maps.as_fd();
+        let map = ByteMap::create(maps, ino).on("create", Side::Dst, ".mirrorfs/maps")?;
+        fault::point("mixed-map");
+        fd::fsync(file.as_fd()).on("fsync", Side::Dst, path)?;
+        let _guard = self.lock_mark(ino);
+        let target = Target::Open(file.as_fd());
+        let Some(mark) = self.mark.get(target).on("getxattr", Side::Dst, path)? else {
+            return Ok(None);
+        };
+        let atime = mark.times.map_or(info.atime, |t| t.0);
+        let mtime = super::attr::now();
+        let mark = Mark {
+            mixed: Some(info.size),
+            times: Some((atime, mtime)),
+            // As a chown: what is changed loses its privileges.
+            capability: false,
+            perm: mark.perm.map(|p| p & 0o1777),
+            ..mark
+        };
+        self.replace_mark(file.as_fd(), &mark)
+            .on("setxattr", Side::Dst, path)?;
+        fault::point("mixed-marked");
+        Ok(Some(Ground::new(file, map, info.size, (atime, mtime))))
+    }
+
+    /// Looks whether an earlier daemon has left the file mixed; then it is that again.
+    pub(super) fn look(self: &Arc<Self>, hydration: &Arc<Hydration>) -> Result<()> {
+        let path = &hydration.path;
+        let file = match hydration.file.anchor.open(self.dst.as_fd(), OFlags::RDWR) {
+            // Deleted meanwhile: whoever comes next is told.
+            Err(Errno::STALE | Errno::NOENT) => None,
+            other => Some(other.on("open", Side::Dst, path)?),
+        };
+        let mark = match &file {
+            Some(file) => self.mark.get(Target::Open(file.as_fd())),
+            None => Ok(None),
+        };
+        let mark = mark.on("getxattr", Side::Dst, path)?;
+        let (Some(file), Some(mark)) = (file, mark.filter(|m| m.mixed.is_some())) else {
+            hydration.state.lock().looked = true;
+            return Ok(());
+        };
+        let ground = self.load(hydration, file, &mark)?;
+        self.install(hydration, ground);
+        Ok(())
+    }
+
+    /// M4: what an earlier daemon has left of a mixed file.
+    fn load(&self, hydration: &Hydration, file: OwnedFd, mark: &Mark) -> Result<Ground> {
+        let (path, ino) = (&hydration.path, hydration.file.ino);
+        let maps = self.control.maps.as_fd();
+        let map = ByteMap::open(maps, ino).map_err(|e| match e {
+            // For whoever reads it the file is there.
+            Errno::NOENT => Errno::IO,
+            e => e,
+        });
+        let map = map.on("open", Side::Dst, ".mirrorfs/maps")?;
+        let there = stat::stat_fd(file.as_fd()).on("statx", Side::Dst, path)?;
+        let marked = mark.mixed.unwrap_or(0);
+        let src_end = marked.min(there.size);
+        map.believe(file.as_fd(), src_end)
+            .on("lseek", Side::Dst, path)?;
+        let times = mark.times.unwrap_or((there.atime, there.mtime));
+        let ground = Ground::new(file, map, src_end, times);
+        if src_end < marked {
+            // A cut whose mark was not written any more: before the file can grow again.
+            self.store_mark(&ground, ino)
+                .on("setxattr", Side::Dst, path)?;
+        }
+        Ok(ground)
+    }
+
+    /// The file is mixed from now on; the rest follows.
+    fn install(self: &Arc<Self>, hydration: &Arc<Hydration>, ground: Ground) {
+        let changers = {
+            let mut state = hydration.state.lock();
+            state.looked = true;
+            // Two have looked; or a whole-file job had begun, which has looked too.
+            if !matches!(state.stage, Stage::Queued | Stage::Mixing) {
+                return;
+            }
+            state.stage = Stage::Mixed;
+            state.mixed = Some(Box::new(Mixed::new(ground)));
+            std::mem::take(&mut state.changers)
+        };
+        changers.into_iter().for_each(|w| w(Ok(())));
+        self.fill(hydration);
+    }
+
+    /// A mixed file, and what it is mixed on; an earlier daemon's is loaded.
+    pub(super) fn mixed(
+        self: &Arc<Self>,
+        node: &Node,
+    ) -> Result<Option<(Arc<Hydration>, Arc<Ground>)>> {
+        if !self.mixes || !node.is_pending_file() {
+            return Ok(None);
+        }
+        let found = self.hydrations.find(node.ino, &node.anchor);
+        let hydration = match found {
+            Some(found) => found,
+            None => {
+                let shown = || node.display_name();
+                let opened = self.nodes.open(node, OFlags::PATH);
+                let opened = opened.on("open", Side::Dst, shown())?;
+                let mark = self.mark.get(Target::Fd(opened.as_fd()));
+                let mark = mark.on("getxattr", Side::Dst, shown())?;
+                if mark.is_none_or(|m| m.mixed.is_none()) {
+                    return Ok(None);
+                }
+                self.hydrations.join(&FileRef::of(node)).0
+            }
+        };
+        let looked = {
+            let state = hydration.state.lock();
+            state.looked || state.stage != Stage::Queued
+        };
+        if !looked {
+            self.look(&hydration)?;
+        }
+        let ground = {
+            let state = hydration.state.lock();
+            state.mixed.as_ref().map(|m| Arc::clone(&m.ground))
+        };
+        Ok(ground.map(|ground| (hydration, ground)))
+    }
+
+    /// The times of a mixed file, as they are now.
+    pub(super) fn mixed_times(&self, node: &Node) -> Option<(Time, Time)> {
+        let hydration = self.hydrations.find(node.ino, &node.anchor)?;
+        let state = hydration.state.lock();
+        state.mixed.as_ref().map(|m| m.ground.times())
+    }
+
+    /// They were written into its mark.
+    pub(super) fn set_mixed_times(&self, node: &Node, times: (Time, Time)) {
+        let Some(hydration) = self.hydrations.find(node.ino, &node.anchor) else {
+            return;
+        };
+        let state = hydration.state.lock();
+        if let Some(mixed) = &state.mixed {
+            mixed.ground.set_times(times);
+        }
+    }
+
+    /// Writes the mark of a mixed file anew: where src ends, and the times.
+    pub(super) fn store_mark(&self, ground: &Ground, ino: u64) -> Result<(), Errno> {
+        let _guard = self.lock_mark(ino);
+        let file = ground.file.as_fd();
+        let times = {
+            let mut times = ground.times.lock();
+            (times.stored, times.stale) = (Instant::now(), false);
+            (times.atime, times.mtime)
+        };
+        let stored = self
+            .mark
+            .get(Target::Open(file))
+            .and_then(|mark| match mark {
+                Some(mark) if mark.mixed.is_some() => {
+                    let (mixed, times) = (Some(ground.src_end()), Some(times));
+                    let mark = Mark {
+                        mixed,
+                        times,
+                        ..mark
+                    };
+                    self.replace_mark(file, &mark)
+                }
+                _ => Ok(()),
+            });
+        ground.times.lock().stale |= stored.is_err();
+        stored
+    }
+
+    /// The file was changed now. Its mark hears of it once a second at most.
+    pub(super) fn touch(&self, ground: &Ground, ino: u64) {
+        let due = {
+            let mut times = ground.times.lock();
+            times.mtime = super::attr::now();
+            times.stale = true;
+            times.stored.elapsed() >= STAMP
+        };
+        if due && let Err(errno) = self.store_mark(ground, ino) {
+            tracing::debug!("setxattr dst: {errno}"); // A time: it is tried again in a second.
+        }
+    }
+
+    /// M3: fsync of a mixed file. Its bytes, then the map; the mark with the bytes.
+    pub(super) fn sync_mixed(
+        &self,
+        ground: &Ground,
+        ino: u64,
+        data_only: bool,
+    ) -> Result<(), Errno> {
+        if ground.times.lock().stale {
+            self.store_mark(ground, ino)?;
+        }
+        let written = ground.map.snapshot();
+        let synced = match data_only && ground.mark_is_durable.load(Ordering::Acquire) {
+            true => fd::fdatasync(ground.file.as_fd()),
+            false => fd::fsync(ground.file.as_fd()),
+        };
+        if let Err(errno) = synced {
+            ground.losses.fetch_add(1, Ordering::AcqRel);
+            self.doubt(ino, ground);
+            return Err(errno);
+        }
+        ground.mark_is_durable.store(true, Ordering::Release);
+        fault::point("mixed-synced");
+        ground.map.promote(&written)?;
+        fault::point("mixed-promoted");
+        ground.map.sync()
+    }
+
+    /// A page of the file did not reach the device, and the kernel will not say it twice: what was
+    /// pulled counts for nothing.
+    fn doubt(&self, ino: u64, ground: &Ground) {
+        let Some(hydration) = self.hydrations.by_number(ino) else {
+            return;
+        };
+        let mut state = hydration.state.lock();
+        let same = |m: &Mixed| std::ptr::eq(Arc::as_ptr(&m.ground), ground);
+        if state.mixed.as_deref().is_some_and(same) {
+            state.present = Default::default();
+            state.ranges.iter_mut().for_each(|job| job.void = true);
+            if let Some(mixed) = &mut state.mixed {
+                mixed.fill.begin_anew();
+            }
+        }
+    }
+
+    /// The kernel returns references to an inode. When it has let go of a deleted mixed file nothing
+    /// of that is needed any more.
+    pub fn forget(&self, ino: u64, times: u64) {
+        if !self.nodes.forget(ino, times) {
+            return;
+        }
+        let Some(hydration) = self.hydrations.by_number(ino) else {
+            return;
+        };
+        let deleted = {
+            let state = hydration.state.lock();
+            let Some(mixed) = &state.mixed else { return };
+            let there = stat::stat_fd(mixed.ground.file.as_fd());
+            state.stage == Stage::Mixed && there.is_ok_and(|s| s.nlink == 0)
+        };
+        if deleted {
+            self.remove_map(&hydration);
+            self.end(&hydration, Err(crate::error::Error::Stopped));
+        }
+    }
+
+    /// While the file is open: its number is not another's yet.
+    pub(super) fn remove_map(&self, hydration: &Hydration) {
+        let maps = self.control.maps.as_fd();
+        if let Err(errno) = bytemap::remove(maps, hydration.file.ino) {
+            tracing::warn!("unlink dst \".mirrorfs/maps\": {errno}"); // `finish` does it.
+        }
+    }
+}
+
+impl Ground {
+    fn new(file: OwnedFd, map: ByteMap, src_end: u64, (atime, mtime): (Time, Time)) -> Ground {
+        Ground {
+            file: Arc::new(file),
+            map,
+            src_end: AtomicU64::new(src_end),
+            mark_is_durable: AtomicBool::new(false),
+            losses: AtomicU64::new(0),
+            times: Mutex::new(Times {
+                atime,
+                mtime,
+                stored: Instant::now(),
+                stale: false,
+            }),
+        }
+    }
+}
+
+impl Mixed {
+    fn new(ground: Ground) -> Mixed {
+        Mixed {
+            ground: Arc::new(ground),
+            busy: Vec::new(),
+            next_turn: 0,
+            waiting: Vec::new(),
+            fill: Fill::default(),
+            src: None,
+        }
+    }
+
+    /// A change that runs there.
+    pub(super) fn busy_at(&self, range: &Range<u64>) -> bool {
+        self.busy.iter().any(|(_, b)| overlap(b, range))
+    }
+}

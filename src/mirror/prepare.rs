@@ -1,0 +1,81 @@
+//! Prepare: both sides of a hydration, opened once and kept while it lasts.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use rustix::fs::OFlags;
+use rustix::io::Errno;
+
+use super::Mirror;
+use super::hydrate::Hydration;
+use super::populate::no_origin;
+use super::source::SrcDir;
+use crate::error::{Context, Error, Result, Side};
+use crate::sys::name::Name;
+use crate::sys::xattr::Target;
+
+/// dst's file, src's directory and the name in it.
+type Prepared = (Arc<OwnedFd>, Arc<SrcDir>, Name);
+
+impl Mirror {
+    /// Opens src's directory and dst's file for a hydration, once. `None`: there is nothing to do,
+    /// the file was unmarked before this hydration began (a walker's look was too old).
+    pub(super) fn prepare(&self, hydration: &Hydration) -> Result<Option<Prepared>> {
+        let begun = {
+            let state = hydration.state.lock();
+            let mixed = state.mixed.as_ref().map(|m| Arc::clone(&m.ground.file));
+            let dst = mixed.clone().or_else(|| state.dst.clone());
+            if let (Some(dst), Some(src)) = (dst, &state.src) {
+                return Ok(Some((dst, Arc::clone(&src.0), src.1.clone())));
+            }
+            mixed
+        };
+        let dst = match begun {
+            Some(dst) => dst,
+            None => match self.open_marked(hydration)? {
+                Some(dst) => dst,
+                None => return Ok(None),
+            },
+        };
+        let (src, name) = self.open_origin(hydration)?;
+        let mut state = hydration.state.lock();
+        state.dst = Some(Arc::clone(&dst));
+        state.src = Some((Arc::clone(&src), name.clone()));
+        Ok(Some((dst, src, name)))
+    }
+
+    /// dst's file, if it carries a mark.
+    fn open_marked(&self, hydration: &Hydration) -> Result<Option<Arc<OwnedFd>>> {
+        let path = &hydration.path;
+        let dst = match hydration.file.anchor.open(self.dst.as_fd(), OFlags::RDWR) {
+            // Deleted meanwhile.
+            Err(Errno::STALE | Errno::NOENT) => return Ok(None),
+            other => Arc::new(other.on("open", Side::Dst, path)?),
+        };
+        let mark = self
+            .mark
+            .get(Target::Fd(dst.as_fd()))
+            .on("getxattr", Side::Dst, path)?;
+        // Only a hydration removes the mark, and this inode's only one is ours: the answer holds.
+        Ok(mark.map(|_| dst))
+    }
+
+    /// src's directory and the name in it, of a file that is not itself pending there.
+    fn open_origin(&self, hydration: &Hydration) -> Result<(Arc<SrcDir>, Name)> {
+        let path = &hydration.path;
+        let origin = hydration
+            .file
+            .origin
+            .as_ref()
+            .ok_or_else(|| no_origin(path))?;
+        let name = origin.name.clone().ok_or_else(|| no_origin(path))?;
+        let src = self.source.dir(&origin.dir)?;
+        let marked = self.mark.get(Target::At(src.fd.as_fd(), &name));
+        if marked.on("getxattr", Side::Src, path)?.is_some() {
+            return Err(Error::SrcPending {
+                path: path.to_path(),
+            });
+        }
+        Ok((src, name))
+    }
+}
