@@ -7,6 +7,7 @@
 #   WHAT=huge (huge-power.py): a huge directory of which some files are here and changed.
 #   WHAT=pending (the same): files that are written while they are pending.
 #   WHAT=adopt (the same): a directory that is adopted from an earlier copy, and changed.
+#   WHAT=mixed (mixed-power.py): large files that are changed while most of them is pending.
 #   WHAT=mix (mix-power.py): mail, SQLite, git and logs, all at once, while a migration runs. MIX="mail sql wal git log postgres"
 #       chooses; PLAIN=1 does it without mirrorfs.
 #   WHAT=sync (sync-power.py): `mirrorfs sync`. The same command once more makes dst equal to src, whatever was left.
@@ -24,9 +25,10 @@ case ${WHAT:-mount} in
   mount) script=$here/power.py ;;
   huge) script=$here/huge-power.py ;;
   adopt | pending) script=$here/huge-power.py; export KIND=$WHAT ;;
+  mixed) script=$here/mixed-power.py ;;
   mix) script=$here/mix-power.py ;;
   sync) script=$here/sync-power.py ;;
-  *) echo "WHAT is mount, huge, pending, adopt, mix or sync" >&2; exit 2 ;;
+  *) echo "WHAT is mount, huge, pending, adopt, mixed, mix or sync" >&2; exit 2 ;;
 esac
 [ -f "$kit/powercut.py" ] || { echo "no powercut.py: set MIRRORFS_KIT" >&2; exit 2; }
 # Every state is synced to a disk again and again: in memory that is several times as fast.
@@ -64,7 +66,7 @@ for fs in ${FS:-ext4 ext4-writeback xfs btrfs}; do
     case ${WHAT:-mount} in
       mix) done="$(grep -c . "$work/w/acked" 2>/dev/null || true) promises before the last cut" ;;
       huge | pending | adopt) done="$(count log) lines of the log" ;;
-      mount) done="$(count ops) operations" ;;
+      mount | mixed) done="$(count ops) operations" ;;
       sync) done="$(count hits) files that only looked complete after a cut" ;;
     esac
     echo "$fs: $line, seed $seed, $done, $(($(date +%s) - start)) s"
