@@ -2,7 +2,8 @@
 # first-access.sh [RUNS] - how long until a tree of 200,000 files can be used after `mount` returned.
 # As root. Prints the median and all values of RUNS (default 7) runs, each on a fresh dst with cold caches of
 # dst and warm ones of src:
-#   the first `ls -l` of the root, the first `cat` of a small file, the first 4 KiB of a file of 10 GiB.
+#   the first `ls -l` of the root, the first `cat` of a small file, the first 4 KiB of a file of 10 GiB, and of a sparse file
+#   of 100 GiB (`image`): open and the first 4 KiB, the first write (4 KiB) into it, an fsync of that.
 # FILES=200000 and BIG=10737418240 (bytes) make the tree smaller, DIR=/somewhere puts it elsewhere (a local disk),
 # EXTRA="--no-background" adds arguments of mount, MIRRORFS=... is the program (a release build is found by itself).
 set -eu
@@ -21,7 +22,8 @@ if 'DIR' in os.environ:
 lab.own_namespace()
 work = lab.scratch('mirrorfs-bench.')
 src, at = (work + '/' + x for x in ('src', 'mnt'))
-LIMITS = {'mount returned': None, 'ls -l of the root': 0.100, 'cat of a small file': 0.005, '4 KiB of the big file': 0.020}
+LIMITS = {'mount returned': None, 'ls -l of the root': 0.100, 'cat of a small file': 0.005, '4 KiB of the big file': 0.020,
+          'open + 4 KiB of the image': 0.002, 'open + write into the image': 0.005, 'fsync of that': None}
 
 
 def make():
@@ -41,6 +43,11 @@ def make():
         f.seek(big // 2)
         f.write(os.urandom(64 << 20))
         f.truncate(big)
+    with open(src + '/image', 'wb') as f:
+        f.write(os.urandom(1 << 20))
+        f.truncate(100 << 30)
+        f.seek(60 << 30)
+        f.write(os.urandom(1 << 20))
     os.sync()
     print('tree: %d files in %d directories and one of %.1f GiB, %.0f s to make' % (files, files // 1000, big / 2**30, time.time() - t))
 
@@ -70,11 +77,24 @@ def one(round):
     pid = None
     try:
         out['ls -l of the root'], listing = timed('ls', '-l', at)
-        assert len(listing.splitlines()) == files // 1000 + 3, listing[-500:]
+        assert len(listing.splitlines()) == files // 1000 + 4, listing[-500:]
         out['cat of a small file'], b = timed('cat', at + '/small')
         assert b == lab.read(src + '/small')
         out['4 KiB of the big file'], b = timed('head', '-c', '4096', at + '/big')
         assert b == open(src + '/big', 'rb').read(4096)
+        t = time.perf_counter()
+        fd = os.open(at + '/image', os.O_RDONLY)
+        os.pread(fd, 4096, 0)
+        out['open + 4 KiB of the image'] = time.perf_counter() - t
+        os.close(fd)
+        t = time.perf_counter()
+        fd = os.open(at + '/image', os.O_RDWR)
+        os.pwrite(fd, bytes(4096), 30 << 30)
+        out['open + write into the image'] = time.perf_counter() - t
+        t = time.perf_counter()
+        os.fsync(fd)
+        out['fsync of that'] = time.perf_counter() - t
+        os.close(fd)
         state = json.loads(lab.ask('status', at, '--json')[1])
         state = state[0] if isinstance(state, list) else state
         pid = state['pid']
