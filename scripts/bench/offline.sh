@@ -28,7 +28,7 @@ lab.own_namespace()
 work = lab.scratch('mirrorfs-offline.')
 atexit.register(lab.remove, work)
 chance = random.Random(1)
-RSYNC = ['rsync', '-aHAXS', '--delete']
+RSYNC = ['rsync', '-aHAXS', '--delete', '--modify-window=-1']  # To the nanosecond, as ours.
 
 
 def call(*cmd):
