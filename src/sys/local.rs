@@ -21,12 +21,17 @@ pub fn gid() -> u32 {
     rustix::process::getegid().as_raw()
 }
 
-/// This process's umask. It can only be read by setting it, so another thread that creates
-/// something at this very moment creates it without one.
+/// This process's umask. Without /proc, or before Linux 4.7, it can only be read by setting it: another
+/// thread that creates something at this very moment creates it without one.
 pub fn umask() -> u32 {
-    let mask = rustix::process::umask(Mode::empty());
-    rustix::process::umask(mask);
-    mask.as_raw_mode()
+    let status = std::fs::read_to_string("/proc/thread-self/status").unwrap_or_default();
+    let told = status.lines().find_map(|l| l.strip_prefix("Umask:"));
+    let told = told.and_then(|mask| u32::from_str_radix(mask.trim(), 8).ok());
+    told.unwrap_or_else(|| {
+        let mask = rustix::process::umask(Mode::empty());
+        rustix::process::umask(mask);
+        mask.as_raw_mode()
+    })
 }
 
 /// The user at the other end of a Unix stream socket, as of its connect(2).
@@ -227,5 +232,12 @@ mod tests {
             place(below.as_fd()).expect("place").expect("known"),
         );
         assert!(a.contains(&b) && !b.contains(&a));
+    }
+
+    #[test]
+    fn the_umask_is_read_and_not_touched() {
+        let inside = || (umask(), umask());
+        let told = crate::sys::caps::as_creator(uid(), gid(), 0o027, inside);
+        assert_eq!(told.expect("an identity"), (0o027, 0o027));
     }
 }
