@@ -153,10 +153,11 @@ impl Error {
         matches!(self, Error::Call { call: "read", side: Side::Src, errno, .. } if BAD.contains(errno))
     }
 
-    /// True when dst has no room: the only failure after which the walker waits and goes on.
+    /// True when dst takes nothing more at the moment: it has no room or no inodes, a quota is used up,
+    /// or it is read-only. The only failures after which the walker waits and goes on.
     pub fn is_dst_full(&self) -> bool {
-        matches!(self, Error::Call { side: Side::Dst, errno, .. }
-            if *errno == Errno::NOSPC || *errno == Errno::DQUOT)
+        const FULL: [Errno; 3] = [Errno::NOSPC, Errno::DQUOT, Errno::ROFS];
+        matches!(self, Error::Call { side: Side::Dst, errno, .. } if FULL.contains(errno))
     }
 }
 

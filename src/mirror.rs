@@ -41,6 +41,7 @@ mod prefetch;
 mod prepare;
 mod ranged;
 mod recent;
+mod room;
 mod running;
 mod salvage;
 mod settle;
@@ -172,6 +173,7 @@ pub struct Mirror {
     throttle: Arc<Throttle>,
     progress: Arc<Progress>,
     outage: outage::Outage,
+    room: room::Room,
     aside: aside::Aside,
     spoiled: salvage::Spoiled,
     patience: Arc<Patience>,
@@ -300,6 +302,7 @@ impl Mirror {
             throttle,
             progress,
             outage: outage::Outage::default(),
+            room: room::Room::default(),
             aside: aside::Aside::default(),
             spoiled: salvage::Spoiled::default(),
             patience: Patience::new(config.on_error, config.source_timeout),
@@ -347,7 +350,7 @@ impl Mirror {
         let src = self.source.dir(&Arc::new(RelPath::root()))?;
         let meta = Meta::capture_fd(src.capture, src.fd.as_fd()).on("statx", Side::Src, ".")?;
         let dst = self.dst.as_fd();
-        let perm = self.stamp(&meta, dst, &RelPath::root());
+        let perm = self.stamp(&meta, dst, &RelPath::root())?;
         if perm.is_some() {
             let mark = Mark {
                 perm,
@@ -479,8 +482,11 @@ impl Mirror {
         }
     }
 
-    /// Records a failure: the ledger, the log, the count.
+    /// Records a failure: the ledger, the log, the count. dst that takes nothing is no entry's failure.
     fn fail(&self, path: &RelPath, error: &Error) {
+        if error.is_dst_full() {
+            return self.note_full(error);
+        }
         self.ledger.record(path, error);
         self.progress.errors.set(self.ledger.len() as u64);
     }

@@ -91,8 +91,10 @@ pub struct Progress {
     pub complete: AtomicBool,
     /// Whole passes of the walker changed nothing any more: what is left needs somebody.
     pub stuck: AtomicBool,
-    /// The walker waits for room in dst.
+    /// dst takes nothing more: the background waits.
     pub dst_full: AtomicBool,
+    /// What dst said, in one line, for people.
+    pub dst_says: Mutex<Option<String>>,
     /// src is away.
     pub src_is_away: AtomicBool,
     /// Since when, and what it says.

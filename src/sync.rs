@@ -54,7 +54,7 @@ use crate::sys::name::{Name, RelPath};
 use crate::sys::pair::{Place, Roots};
 use crate::sys::stat::{Stat, stat_fd};
 use crate::sys::xattr::{self, Target};
-use crate::sys::{copy, dir as sys_dir, fd, host, local};
+use crate::sys::{copy, dir as sys_dir, fd, host, local, room};
 use crate::throttle::Throttle;
 
 use crate::engine::passing::Allowance;
@@ -414,8 +414,9 @@ impl Work<'_, '_> {
 
     /// Tells one error. dst full ends the run.
     fn fail(&self, path: &RelPath, error: &Error) {
-        if error.is_dst_full() {
-            self.job.totals.dst_full.store(true, Relaxed);
+        // What the others say is the same.
+        if error.is_dst_full() && self.job.totals.dst_full.swap(true, Relaxed) {
+            return;
         }
         self.crew.tell(Event::Error(SyncError::new(path, error)));
     }
@@ -426,8 +427,23 @@ impl Work<'_, '_> {
             if self.job.uid != 0 && r.what == "chown" && r.errno == Errno::PERM {
                 continue;
             }
+            if self.has_no_room(r.errno) {
+                if let Err(e) = Err::<(), _>(r.errno).on("setxattr", Side::Dst, path.to_path()) {
+                    self.fail(path, &e);
+                }
+                continue;
+            }
             let error = SyncError::refused(path, &r.what, r.errno);
             self.crew.tell(Event::Error(error));
+        }
+    }
+
+    /// ENOSPC says that an inode takes no more xattrs, too: dst is asked which. What is left out now is
+    /// seen by the next run.
+    fn has_no_room(&self, errno: Errno) -> bool {
+        match errno {
+            Errno::NOSPC => room::ask(self.job.roots.dst.as_fd()).is_err(),
+            other => other == Errno::DQUOT || other == Errno::ROFS,
         }
     }
 

@@ -22,6 +22,7 @@ pub mod name;
 pub mod pair;
 pub mod pass;
 pub mod process;
+pub mod room;
 pub mod stat;
 pub mod succeed;
 pub mod xattr;

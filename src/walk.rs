@@ -49,7 +49,7 @@ const YIELD: Duration = Duration::from_millis(4);
 const STOP_MAX: Duration = Duration::from_secs(3);
 /// An access that waits so long is not waited for.
 const HANGS: Duration = Duration::from_secs(2);
-/// The pause, at least, after a pass that met a full dst.
+/// The pause, at least, after a pass that met a full dst, and between questions to it.
 const PAUSE_FULL: Duration = Duration::from_secs(5);
 
 /// The threads that walk.
@@ -248,15 +248,31 @@ impl Shared {
                 (pause * 2).min(PAUSE.1)
             };
             if progress.dst_full.load(Ordering::Relaxed) {
-                tracing::warn!("dst is full: the background goes on when there is room");
                 pause = pause.max(PAUSE_FULL);
             }
-            if !self.pause(pause) {
+            if !self.pause(pause) || !self.wait_for_room() {
                 return;
             }
-            // The next pass finds out; until then everybody is told.
-            progress.dst_full.store(false, Ordering::Relaxed);
         }
+    }
+
+    /// Waits while dst takes nothing: it is asked, no pass is made. False: the walker is to stop.
+    fn wait_for_room(&self) -> bool {
+        while !self.mirror.has_room() {
+            if !self.pause(PAUSE_FULL) {
+                return false;
+            }
+        }
+        !self.stopping()
+    }
+
+    /// The rest of this pass would meet the same refusal.
+    fn finds_no_room(&self) -> bool {
+        let none = self.mirror.is_dst_shut();
+        if none {
+            self.missed.store(true, Ordering::Relaxed);
+        }
+        none
     }
 
     /// Walks what is marked once. True when the root's mark is gone.
@@ -396,7 +412,7 @@ impl Shared {
             from,
             populate,
         } = step;
-        let sweeps = self.sweeps();
+        let sweeps = self.sweeps() || self.finds_no_room();
         if populate && !sweeps && self.populate(&task)? {
             return Ok(true);
         }
@@ -462,6 +478,10 @@ impl Shared {
     }
 
     fn hydrate(self: &Arc<Self>, task: &Arc<Task>, file: &FileRef) {
+        if self.finds_no_room() {
+            task.clean.store(false, Ordering::Relaxed);
+            return;
+        }
         let then = self.child_of(task);
         self.mirror
             .hydrate(file, Need::Unmarked, Priority::Background, then);
@@ -501,7 +521,7 @@ impl Shared {
             below.push(Shared::step_below(task, found.dir, !found.mark.populated));
             return Ok(());
         }
-        if self.sweeps() {
+        if self.sweeps() || self.finds_no_room() {
             task.clean.store(false, Ordering::Relaxed);
             return Ok(());
         }

@@ -257,9 +257,7 @@ impl Placer<'_> {
         let now = self
             .born(meta.stat.perm() & 0o777, dst)
             .on("statx", Side::Dst, path)?;
-        for refused in meta.apply_new(dst, now) {
-            self.mirror.refused(path, &refused);
-        }
+        self.mirror.applied(path, || meta.apply_new(dst, now))?;
         self.note_late_flags(meta, dst)?;
         fault::point("carry-stamped");
         let progress = &self.mirror.progress;

@@ -365,11 +365,7 @@ impl Mirror {
         fault::point("publish-durable");
         match self.mark_by_anchor(&publish.dir.anchor, &publish.mark) {
             Ok(()) | Err(Errno::STALE) => {}
-            Err(errno) => {
-                // The gate stays closed: a change below a P would be stamped over (D5).
-                tracing::warn!("publish a directory: setxattr dst: {errno}; it is tried again");
-                return self.commit.publish_again(publish);
-            }
+            Err(errno) => return self.publish_refused(publish, errno),
         }
         fault::point("publish-marked");
         let Publish {
@@ -543,5 +539,6 @@ impl Mirror {
     }
 }
 
+mod refused;
 #[cfg(test)]
 mod tests;

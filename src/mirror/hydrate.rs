@@ -16,7 +16,6 @@
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
@@ -390,6 +389,7 @@ impl Mirror {
             self.already_done(hydration);
             return Ok(());
         };
+        self.expect_room(hydration, (src.fd.as_fd(), dst.as_fd()))?;
         fault::point("hydrate-begin");
         let done = Whole::new(self, hydration, priority);
         self.engine.submit(CopyJob {
@@ -481,9 +481,7 @@ impl Mirror {
     /// Everybody who waits for the whole file is told why not. Range jobs that still run keep the
     /// hydration in the table: a late write of theirs must not meet a user's (I6).
     pub(super) fn fail_hydration(&self, hydration: &Arc<Hydration>, error: Error) {
-        if error.is_dst_full() {
-            self.progress.dst_full.store(true, Ordering::Relaxed);
-        } else if !matches!(error, Error::Stopped) {
+        if !matches!(error, Error::Stopped) {
             if error.is_bad_read() {
                 self.spoil(hydration.file.ino);
             }

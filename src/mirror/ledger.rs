@@ -106,7 +106,13 @@ struct Inner {
     lines: usize,
     /// Of the entries, those that are no failures but names that only dst has.
     extras: usize,
+    /// The file lacks a line, or a part of one: it is to be written anew.
+    torn: bool,
 }
+
+/// Room that the file has from the start, bytes: what cannot be pulled is worth telling above all when
+/// dst is full.
+const RESERVED: u64 = 64 << 10;
 
 impl Ledger {
     /// Opens the ledger of a control directory, empty when there is none.
@@ -120,6 +126,7 @@ impl Ledger {
                 entries,
                 lines,
                 extras,
+                torn: false,
             }),
         })
     }
@@ -227,8 +234,14 @@ impl Ledger {
     /// Makes what was recorded durable and drops history.
     pub fn sync(&self, control: BorrowedFd<'_>) -> Result<()> {
         let mut inner = self.inner.lock();
-        if inner.lines > 2 * inner.entries.len() + 100 {
+        if inner.torn || inner.lines > 2 * inner.entries.len() + 100 {
             let mut file = open_file(control, NEW_FILE)?;
+            // What an earlier try has left.
+            crate::sys::copy::truncate(file.as_fd(), 0).on(
+                "ftruncate",
+                Side::Dst,
+                ".mirrorfs/ledger.new",
+            )?;
             let lines: Vec<Line> = inner.entries.values().cloned().map(Line::Entry).collect();
             for line in &lines {
                 write_line(&mut file, line).on("write", Side::Dst, ".mirrorfs/ledger.new")?;
@@ -240,6 +253,7 @@ impl Ledger {
                 ".mirrorfs/ledger",
             )?;
             inner.lines = lines.len();
+            inner.torn = false;
             inner.file = file;
         }
         crate::sys::fd::fdatasync(inner.file.as_fd()).on("fdatasync", Side::Dst, ".mirrorfs/ledger")
@@ -266,7 +280,11 @@ impl Inner {
         if let Err(errno) = write_line(&mut self.file, line) {
             // dst is full, most likely. The entry lives in memory, and the mark, which is what
             // keeps the file from being taken for complete, is still there.
-            tracing::warn!("write dst \".mirrorfs/ledger\": {errno}");
+            if !std::mem::replace(&mut self.torn, true) {
+                tracing::warn!(
+                    "write dst \".mirrorfs/ledger\": {errno}; it is written again later"
+                );
+            }
         }
     }
 }
@@ -280,9 +298,12 @@ fn write_line(file: &mut std::fs::File, line: &Line) -> Result<(), rustix::io::E
 
 fn open_file(control: BorrowedFd<'_>, name: &std::ffi::CStr) -> Result<std::fs::File> {
     let flags = OFlags::CREATE | OFlags::RDWR | OFlags::APPEND | OFlags::CLOEXEC | OFlags::NOFOLLOW;
-    rustix::fs::openat(control, name, flags, Mode::from_raw_mode(0o600))
+    let file = rustix::fs::openat(control, name, flags, Mode::from_raw_mode(0o600))
         .map(std::fs::File::from)
-        .on("open", Side::Dst, ".mirrorfs/ledger")
+        .on("open", Side::Dst, ".mirrorfs/ledger")?;
+    // Without it the entries are kept in memory until there is room.
+    let _ = crate::sys::copy::preallocate(file.as_fd(), 0..RESERVED); // As said.
+    Ok(file)
 }
 
 /// By path, then side or piece of metadata.

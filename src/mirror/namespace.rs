@@ -492,8 +492,8 @@ impl Mirror {
             }) => {
                 match node.kind {
                     FileType::RegularFile => Err(Retry::Hydrate(Arc::clone(node))),
-                    // mv(1) copies then, as between file systems.
-                    _ => Err(Errno::XDEV).on("rename", Side::Dst, name.as_os_str())?,
+                    // mv(1) copies then, as between file systems; where dst is full it could not.
+                    _ => Err(self.full_or_xdev()).on("rename", Side::Dst, name.as_os_str())?,
                 }
             }
             other => Ok(other?),

@@ -180,16 +180,23 @@ impl Mirror {
 
     /// Applies src's metadata to an open inode of dst that is, or will be, marked. What comes back
     /// belongs into the mark: permissions that are not true yet.
-    pub(super) fn stamp(&self, meta: &Meta, inode: BorrowedFd<'_>, path: &RelPath) -> Option<u32> {
+    pub(super) fn stamp(
+        &self,
+        meta: &Meta,
+        inode: BorrowedFd<'_>,
+        path: &RelPath,
+    ) -> Result<Option<u32>> {
         let add = match self.modes_bind {
             true => bits(meta.stat.kind()),
             false => 0,
         };
-        let applied = meta.apply_fd_adding(inode, add);
-        for refused in &applied.refused {
-            self.refused(path, refused);
-        }
-        (applied.perm & add != add).then_some(applied.perm)
+        let mut perm = 0;
+        self.applied(path, || {
+            let applied = meta.apply_fd_adding(inode, add);
+            perm = applied.perm;
+            applied.refused
+        })?;
+        Ok((perm & add != add).then_some(perm))
     }
 
     /// As `stamp`, of an inode that carries no mark: its permissions are true at once.
@@ -199,7 +206,7 @@ impl Mirror {
         inode: BorrowedFd<'_>,
         path: &RelPath,
     ) -> Result<()> {
-        match self.stamp(meta, inode, path) {
+        match self.stamp(meta, inode, path)? {
             Some(perm) => meta::chmod_fd(inode, perm).on("chmod", Side::Dst, path),
             None => Ok(()),
         }

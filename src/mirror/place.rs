@@ -224,7 +224,7 @@ impl<'a> Placer<'a> {
             meta.xattrs.retain(|(n, _)| n.as_c_str() != CAPABILITY);
         }
         self.drop_acl(&meta, file.as_fd(), path)?;
-        let perm = self.mirror.stamp(&meta, file.as_fd(), path);
+        let perm = self.mirror.stamp(&meta, file.as_fd(), path)?;
         let dst_ino = stat::stat_fd(file.as_fd())
             .on("statx", Side::Dst, path)?
             .key
@@ -293,10 +293,12 @@ impl<'a> Placer<'a> {
                     origin: None,
                     ..mark
                 };
-                self.mirror
-                    .mark
-                    .set(Target::Open(fd), &short)
-                    .on("setxattr", Side::Dst, path)
+                self.set_mark(fd, short, path)
+            }
+            Err(Errno::NOSPC) => {
+                self.mirror.no_room(Errno::NOSPC, path)?;
+                // There is room in dst, and none in this inode.
+                Err(Errno::TOOBIG).on("setxattr", Side::Dst, path)
             }
             other => other.on("setxattr", Side::Dst, path),
         }
@@ -383,7 +385,7 @@ impl<'a> Placer<'a> {
         if mark.is_some_and(|m| m.populated) {
             return self.tell(|| Ok(None));
         }
-        let perm = self.mirror.stamp(&meta, opened.as_fd(), path);
+        let perm = self.mirror.stamp(&meta, opened.as_fd(), path)?;
         let mark = Mark {
             perm,
             ..Mark::pending()
@@ -444,9 +446,8 @@ impl<'a> Placer<'a> {
             )
             .on("mknod", Side::Dst, path)?,
         }
-        for refused in meta.apply_at(self.dst, name) {
-            self.mirror.refused(path, &refused);
-        }
+        self.mirror
+            .applied(path, || meta.apply_at(self.dst, name))?;
         if let Some(key) = key {
             let links = &self.mirror.control.links;
             match self
@@ -591,6 +592,7 @@ fn cannot_hold(error: &Error) -> bool {
         } => matches!(
             *errno,
             Errno::NAMETOOLONG
+                | Errno::TOOBIG
                 | Errno::INVAL
                 | Errno::PERM
                 | Errno::FBIG

@@ -401,7 +401,7 @@ impl Mirror {
             origin: placer.recorded_origin(opened)?,
             perm: match fault::breaks("D8") {
                 true => None,
-                false => self.stamp(meta, opened.as_fd(), &src.path),
+                false => self.stamp(meta, opened.as_fd(), &src.path)?,
             },
             ..Mark::populated()
         };

@@ -199,10 +199,9 @@ impl Mirror {
         if let Err(e) = &result
             && !matches!(e, Error::Stopped)
         {
-            match e.is_dst_full() {
-                true => self.progress.dst_full.store(true, Ordering::Relaxed),
+            match e.is_bad_read() {
                 // The readers look closer, and tell which bytes.
-                false if e.is_bad_read() => self.spoil(hydration.file.ino),
+                true => self.spoil(hydration.file.ino),
                 false => self.fail(&hydration.path, e),
             }
         }
@@ -234,7 +233,10 @@ impl Mirror {
                 Ok(()) => {
                     (reader.then)(self.read_here(&hydration.file, &hydration.path, reader.range))
                 }
-                Err(e) if e.is_bad_read() => self.salvage_later(hydration, reader),
+                // Not even begun, where dst is read-only: src has the bytes all the same.
+                Err(e) if e.is_bad_read() || e.is_dst_full() => {
+                    self.salvage_later(hydration, reader);
+                }
                 Err(e) => (reader.then)(Err(e.clone())),
             }
         }

@@ -47,11 +47,16 @@ impl Mirror {
         self.reserve_like_src(hydration, copied, dst.as_fd(), &src, &name)?;
         if mark.capability {
             let value = xattr::get(Target::At(src.fd.as_fd(), &name), CAPABILITY);
-            if let Some(value) = value.on("getxattr", Side::Src, path)?
-                && let Err(errno) = xattr::set(target, CAPABILITY, &value)
-            {
+            if let Some(value) = value.on("getxattr", Side::Src, path)? {
                 let what = CAPABILITY.to_string_lossy().into_owned();
-                self.refused(path, &meta::Refused { what, errno });
+                self.applied(path, || {
+                    let set = xattr::set(target, CAPABILITY, &value);
+                    let what = what.clone();
+                    set.map_err(|errno| meta::Refused { what, errno })
+                        .err()
+                        .into_iter()
+                        .collect()
+                })?;
             }
         }
         let (atime, mtime) = mark.times.unwrap_or((copied.src.atime, copied.src.mtime));

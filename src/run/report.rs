@@ -103,6 +103,9 @@ pub struct Report {
     /// When that was.
     #[serde(default)]
     pub src_away_since_unix: Option<u64>,
+    /// What dst said when it took nothing more; null while it does.
+    #[serde(default)]
+    pub dst_full: Option<String>,
     /// Free in dst, bytes.
     pub dst_free: Option<u64>,
     /// What you should do.

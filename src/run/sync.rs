@@ -155,7 +155,8 @@ fn report(config: &SyncConfig, report: &SyncReport) -> Outcome {
         return Err(interrupted());
     }
     if report.dst_full {
-        return Err(Failure::new(exit::IO, "DST is full: the copy ended early"));
+        let line = "DST is full, or read-only: the copy ended early; the same command goes on";
+        return Err(Failure::new(exit::IO, line));
     }
     if report.failed > 0 {
         let line = format!("{} entries failed, see above", count(seen));

@@ -223,6 +223,7 @@ impl Watch {
                 let since = a.since_wall.duration_since(UNIX_EPOCH);
                 since.unwrap_or_default().as_secs()
             }),
+            dst_full: self.dst_says(),
             dst_free: free.map(|s| s.bavail.saturating_mul(s.frsize)),
         }
     }
@@ -242,6 +243,13 @@ impl Watch {
             Phase::Serving if counts.walk_done => State::Migrating,
             Phase::Serving => State::Walking,
         }
+    }
+
+    /// Why dst takes nothing, while that is so.
+    fn dst_says(&self) -> Option<String> {
+        let full = self.progress.dst_full.load(Relaxed);
+        full.then(|| self.progress.dst_says.lock().clone())
+            .flatten()
     }
 
     fn background(&self) -> &'static str {
@@ -281,7 +289,10 @@ impl Watch {
                 format!("bring src back; {what}, and the background goes on by itself")
             }
             State::Degraded if self.progress.dst_full.load(Relaxed) => {
-                "make room in dst; reading goes on, from src".into()
+                let why = self.dst_says().unwrap_or_default();
+                format!(
+                    "make room in dst, or raise the quota, or make it writable ({why}); reading goes on, from src"
+                )
             }
             State::Degraded => format!(
                 "{} entries could not be pulled: mirrorfs errors {mountpoint}; mend and mount \

@@ -26,21 +26,28 @@ pub fn have_dac_override() -> bool {
 /// Without it a write clears setuid and setgid, as a user's write must (DESIGN: passthrough keeps
 /// the credentials of the thread that registered the backing file).
 fn set_fsetid(on: bool) -> bool {
+    set_effective(CapabilitySet::FSETID, on)
+}
+
+/// As `set_fsetid`, for any capability or several.
+fn set_effective(which: CapabilitySet, on: bool) -> bool {
     let Ok(mut caps) = capabilities(None) else {
         return false;
     };
-    let was = caps.effective.contains(CapabilitySet::FSETID);
+    let was = caps.effective.contains(which);
     if was != on {
-        caps.effective.set(CapabilitySet::FSETID, on);
+        caps.effective.set(which, on);
         // Not permitted (rootless): then there is no privilege to add or to drop either.
         let _ = set_capabilities(None, caps); // EPERM changes nothing.
     }
     was
 }
 
-/// Drops CAP_FSETID from the calling thread for good; threads that it spawns inherit that.
+/// Drops CAP_FSETID from the calling thread for good, and CAP_SYS_RESOURCE, with which users' writes
+/// and creations would pass their quotas; threads that it spawns inherit that.
 pub fn drop_fsetid() {
     set_fsetid(false);
+    set_effective(CapabilitySet::SYS_RESOURCE, false);
 }
 
 /// Runs `f` with CAP_FSETID in effect, so that chmod and create keep S_ISGID as asked.
@@ -51,11 +58,14 @@ pub fn with_fsetid<T>(f: impl FnOnce() -> T) -> T {
     value
 }
 
-/// Runs `f` without CAP_FSETID: for truncate, write and BACKING_OPEN on a user's behalf.
+/// Runs `f` without CAP_FSETID and CAP_SYS_RESOURCE: for truncate, write and BACKING_OPEN on a user's
+/// behalf.
 pub fn without_fsetid<T>(f: impl FnOnce() -> T) -> T {
-    let was = set_fsetid(false);
+    let setid = set_fsetid(false);
+    let quota = set_effective(CapabilitySet::SYS_RESOURCE, false);
     let value = f();
-    set_fsetid(was);
+    set_fsetid(setid);
+    set_effective(CapabilitySet::SYS_RESOURCE, quota);
     value
 }
 

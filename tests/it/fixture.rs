@@ -331,6 +331,11 @@ impl LoopFs {
     }
 
     pub(crate) fn sized(kind: &str, bytes: u64) -> LoopFs {
+        LoopFs::with(kind, bytes, &[], "loop")
+    }
+
+    /// With more arguments for mkfs, and mount options.
+    pub(crate) fn with(kind: &str, bytes: u64, more: &[&str], mount: &str) -> LoopFs {
         let scratch = Scratch::new();
         let image = scratch.path().join("image");
         File::create(&image).unwrap().set_len(bytes).unwrap();
@@ -348,10 +353,10 @@ impl LoopFs {
             _ => &["-q", "-f", "-K"],
         };
         let mkfs = find_program(&format!("mkfs.{kind}")).unwrap();
-        run(Command::new(mkfs).args(options).arg(&image)).expect_code(0);
+        run(Command::new(mkfs).args(options).args(more).arg(&image)).expect_code(0);
         let at = scratch.dir("fs");
         run(Command::new("mount")
-            .args(["-o", "loop"])
+            .args(["-o", mount])
             .arg(&image)
             .arg(&at))
         .expect_code(0);

@@ -18,6 +18,7 @@ mod differential;
 mod documents;
 mod fidelity;
 mod fixture;
+mod full;
 mod hostile;
 mod huge;
 mod mixed;

@@ -1,0 +1,159 @@
+//! Room: dst that takes nothing more: full, out of inodes, over a quota, read-only.
+//!
+//!   note_full()   a call said so: `status` tells, and why; the background waits
+//!   has_room()    dst is asked for a little, as the background would: true, and it goes on
+//!   expect_room() a large file that does not fit is not begun
+//!   applied()     metadata that found no room is no metadata that dst cannot hold: the entry waits
+//!
+//! Nothing is begun that could not be undone by beginning it again: what has no room stays pending,
+//! and its bytes are read from src. One user's quota keeps nobody but him.
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use rustix::io::Errno;
+
+use super::Mirror;
+use super::hydrate::Hydration;
+use crate::error::{Context, Error, Result, Side};
+use crate::meta::Refused;
+use crate::sys::name::RelPath;
+use crate::sys::{fd, host, room, stat};
+
+/// What is known of dst's room.
+#[derive(Debug, Default)]
+pub(super) struct Room {
+    /// It is neither one user's quota nor one large file: the next entry would fare no better.
+    none: AtomicBool,
+    /// What the log has said, and when.
+    told: Mutex<Option<(Errno, Instant)>>,
+}
+
+/// The log says the same again after this long.
+const TELL_AGAIN: Duration = Duration::from_secs(600);
+/// From this size on, bytes, a file that does not fit is not begun: what was written of it would be in
+/// everybody's way.
+const WEIGHED: u64 = 1 << 20;
+
+impl Mirror {
+    /// dst has refused something for want of room, or because it is read-only.
+    pub(super) fn note_full(&self, error: &Error) {
+        if !self.is_dst_shut() && self.ask_room().is_err() {
+            self.room.none.store(true, Ordering::Relaxed);
+        }
+        *self.progress.dst_says.lock() = Some(error.to_string());
+        self.progress.dst_full.store(true, Ordering::Relaxed);
+        let mut told = self.room.told.lock();
+        let news =
+            |(errno, at): (Errno, Instant)| errno != error.errno() || at.elapsed() > TELL_AGAIN;
+        if told.is_none_or(news) {
+            *told = Some((error.errno(), Instant::now()));
+            tracing::warn!("dst takes nothing more: {error}; the background waits until it does");
+        }
+    }
+
+    /// ENOSPC for a file that is larger than what is free in dst: its copy need not begin. Only where
+    /// free blocks are counted as they are written (ext4, xfs), and src's cannot be shared.
+    pub(super) fn expect_room(
+        &self,
+        hydration: &Hydration,
+        (src, dst): (BorrowedFd<'_>, BorrowedFd<'_>),
+    ) -> Result<()> {
+        let path = &hydration.path;
+        let there = stat::stat_fd(dst).on("statx", Side::Dst, path)?;
+        if there.size < WEIGHED {
+            return Ok(());
+        }
+        let fs = host::fs_stat(dst).on("statfs", Side::Dst, path)?;
+        let counted = [host::EXT4_MAGIC, host::XFS_MAGIC].contains(&fs.magic);
+        if !counted || fd::device_of(src).is_ok_and(|dev| dev == there.key.dev) {
+            return Ok(());
+        }
+        // How much of it is data only src tells.
+        let Some(known) = self.source.recall(hydration.file.ino) else {
+            return Ok(());
+        };
+        let want = there.size.min(known.blocks.saturating_mul(512));
+        let want = want.saturating_sub(there.blocks.saturating_mul(512));
+        match want > fs.bfree.saturating_mul(fs.frsize) {
+            true => Err(Errno::NOSPC).on("fallocate", Side::Dst, path),
+            false => Ok(()),
+        }
+    }
+
+    /// True while dst takes nothing, from anybody.
+    pub fn is_dst_shut(&self) -> bool {
+        self.room.none.load(Ordering::Relaxed)
+    }
+
+    /// Asks dst for a little room, after it has refused some. True: the background may try.
+    pub fn has_room(&self) -> bool {
+        if !self.progress.dst_full.load(Ordering::Relaxed) {
+            return true;
+        }
+        if self.is_dst_shut()
+            && let Err(errno) = self.ask_room()
+        {
+            tracing::debug!("dst takes nothing yet: {errno}");
+            return false;
+        }
+        self.room.none.store(false, Ordering::Relaxed);
+        self.progress.dst_full.store(false, Ordering::Relaxed);
+        *self.progress.dst_says.lock() = None;
+        tracing::info!("dst is asked again");
+        true
+    }
+
+    fn ask_room(&self) -> Result<(), Errno> {
+        room::ask(self.control.dir.as_fd())
+    }
+
+    /// Why something does not fit into a mark: dst has no room, or the mark has none.
+    pub(super) fn full_or_xdev(&self) -> Errno {
+        match self.ask_room() {
+            Ok(()) => Errno::XDEV,
+            Err(_) => Errno::NOSPC,
+        }
+    }
+
+    /// Applies metadata. What dst refuses is in the ledger, unless it was for want of room: then it is
+    /// an error, and the entry is to be made again. ENOSPC says both, so dst is asked which.
+    pub(super) fn applied(
+        &self,
+        path: &RelPath,
+        mut apply: impl FnMut() -> Vec<Refused>,
+    ) -> Result<()> {
+        let mut refused = apply();
+        if let Some(want) = wants_room(&refused) {
+            self.no_room(want, path)?;
+            // There may be room since.
+            refused = apply();
+            if let Some(want) = wants_room(&refused) {
+                self.no_room(want, path)?;
+            }
+        }
+        for refused in &refused {
+            self.refused(path, refused);
+        }
+        Ok(())
+    }
+
+    /// An error when this refusal was for want of room.
+    pub(super) fn no_room(&self, errno: Errno, path: &RelPath) -> Result<()> {
+        let asked = match errno {
+            Errno::NOSPC => self.ask_room(),
+            other => Err(other),
+        };
+        match asked {
+            Ok(()) => Ok(()),
+            Err(_) => Err(errno).on("setxattr", Side::Dst, path),
+        }
+    }
+}
+
+fn wants_room(refused: &[Refused]) -> Option<Errno> {
+    let mut all = refused.iter().map(|r| r.errno);
+    all.find(|e| [Errno::NOSPC, Errno::DQUOT, Errno::ROFS].contains(e))
+}
