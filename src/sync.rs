@@ -53,6 +53,7 @@ use crate::progress::Progress;
 use crate::sys::name::{Name, RelPath};
 use crate::sys::pair::{Place, Roots};
 use crate::sys::stat::{Stat, stat_fd};
+use crate::sys::view::View;
 use crate::sys::xattr::{self, Target};
 use crate::sys::{copy, dir as sys_dir, fd, host, local, room};
 use crate::throttle::Throttle;
@@ -102,7 +103,7 @@ pub fn run_throttled(
 ) -> Result<SyncReport> {
     let begin = Instant::now();
     let selection = Selection::new(config)?;
-    let (roots, fresh) = open_roots(config)?;
+    let (roots, _view, fresh) = open_roots(config)?;
     let job = Job::new(config, progress, roots, throttle)?;
     let halt = AtomicBool::new(false);
     let cpus = host::cpus().len().max(1);
@@ -165,7 +166,7 @@ fn note(report: &mut SyncReport, event: &Event) {
 }
 
 /// Opens both roots; makes dst's last component when it is missing (then it is fresh).
-fn open_roots(config: &SyncConfig) -> Result<(Arc<Roots>, bool)> {
+fn open_roots(config: &SyncConfig) -> Result<(Arc<Roots>, View, bool)> {
     let unusable = |what: &str, path: &Path, e: Errno| {
         Error::Unusable(format!("{what} \"{}\": {e}", path.display()))
     };
@@ -202,7 +203,11 @@ fn open_roots(config: &SyncConfig) -> Result<(Arc<Roots>, bool)> {
             config.dst.display()
         )));
     }
-    Ok((Roots::new(src, dst, PAIRS_MAX), fresh))
+    // Nothing that we do can change it; kept as long as the run lasts.
+    let view = View::of(src);
+    let quiet = |src| fd::open_src_dir(src, &RelPath::root());
+    let src = quiet(view.root()).map_err(|e| unusable("SRC", &config.src, e))?;
+    Ok((Roots::new(src, dst, PAIRS_MAX), view, fresh))
 }
 
 /// What all threads share.

@@ -25,6 +25,7 @@ pub mod process;
 pub mod room;
 pub mod stat;
 pub mod succeed;
+pub mod view;
 pub mod xattr;
 
 use rustix::io::Errno;

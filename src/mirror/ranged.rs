@@ -221,6 +221,12 @@ impl Mirror {
             }
         }
         let (left, after) = job.map(|job| (job.readers, job.after)).unwrap_or_default();
+        // src may have shrunk meanwhile: dst's placeholder has zeros there.
+        let here: Vec<bool> = {
+            let state = hydration.state.lock();
+            let is_here = |r: &RangeReader| is_mixed || state.present.contains(&r.range);
+            left.iter().map(is_here).collect()
+        };
         after.into_iter().for_each(|w| w(result.clone()));
         let waiting = waiting.unwrap_or_default();
         waiting.into_iter().for_each(|w| w(Ok(())));
@@ -228,13 +234,17 @@ impl Mirror {
             let state = hydration.state.lock();
             state.stage == Stage::Queued && state.asked.is_none() && state.ranges.is_empty()
         };
-        for reader in left {
+        for (reader, here) in left.into_iter().zip(here) {
             match &result {
+                Ok(()) if !here => (reader.then)(Err(Error::SrcChanged {
+                    path: hydration.path.to_path(),
+                })),
                 Ok(()) => {
                     (reader.then)(self.read_here(&hydration.file, &hydration.path, reader.range))
                 }
-                // Not even begun, where dst is read-only: src has the bytes all the same.
-                Err(e) if e.is_bad_read() || e.is_dst_full() => {
+                // Not even begun, where dst is read-only: src has the bytes all the same, unless some
+                // are a user's.
+                Err(e) if e.is_bad_read() || e.is_dst_full() && !is_mixed => {
                     self.salvage_later(hydration, reader);
                 }
                 Err(e) => (reader.then)(Err(e.clone())),

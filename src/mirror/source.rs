@@ -18,6 +18,7 @@ use crate::mark::MarkName;
 use crate::meta::Capture;
 use crate::sys::name::RelPath;
 use crate::sys::stat::{self, Stat, Time};
+use crate::sys::view::{MountWatch, View};
 use crate::sys::{fd, host};
 
 const OPEN_DIRS: NonZeroUsize = NonZeroUsize::new(512).expect("not zero");
@@ -99,7 +100,9 @@ impl Face {
 /// The tree that is copied from.
 #[derive(Debug)]
 pub struct Source {
-    root: RwLock<Arc<OwnedFd>>,
+    view: RwLock<Arc<View>>,
+    /// Tells when the view may lack a mount.
+    mounts_changed: Option<MountWatch>,
     face: Face,
     /// SRC's path, where it leads past our own mount.
     path: Option<PathBuf>,
@@ -113,14 +116,34 @@ impl Source {
     /// A source with its root open; `path`: where it can be found again after it was away.
     pub fn new(root: OwnedFd, path: Option<PathBuf>, mark: MarkName) -> Result<Source> {
         let face = Face::of(root.as_fd())?;
-        Ok(Source::again(root, path, face, mark))
+        let source = Source::again(root, path, face, mark);
+        source.look_for_private_view();
+        Ok(source)
+    }
+
+    /// A root that was opened past dead mounts lies in no namespace any more; by its path it may.
+    fn look_for_private_view(&self) {
+        let Some(path) = self.path.as_ref().filter(|_| !self.view().is_private()) else {
+            return;
+        };
+        let here = stat::stat_fd(self.view().original()).map(|s| s.key);
+        if let Ok(root) = host::open_dir(path)
+            && here.is_ok()
+            && stat::stat_fd(root.as_fd()).map(|s| s.key) == here
+        {
+            let view = View::of(root);
+            if view.is_private() {
+                *self.view.write() = Arc::new(view);
+            }
+        }
     }
 
     /// The one of the program before us, which is not asked for anything.
     pub fn again(root: OwnedFd, path: Option<PathBuf>, face: Face, mark: MarkName) -> Source {
         Source {
             face,
-            root: RwLock::new(Arc::new(root)),
+            mounts_changed: MountWatch::new().ok(),
+            view: RwLock::new(Arc::new(View::of(root))),
             path,
             mark,
             dirs: Mutex::new(LruCache::new(OPEN_DIRS)),
@@ -134,16 +157,37 @@ impl Source {
         self.face
     }
 
-    /// SRC's root.
-    pub fn root(&self) -> Arc<OwnedFd> {
-        Arc::clone(&self.root.read())
+    /// SRC's root, and through what it is seen.
+    pub fn view(&self) -> Arc<View> {
+        Arc::clone(&self.view.read())
+    }
+
+    /// The view to open a directory in: a new one, when something was mounted below SRC since.
+    fn fresh_view(&self) -> Arc<View> {
+        let view = self.view();
+        let changed = self.mounts_changed.as_ref().is_some_and(|w| w.changed());
+        if !changed || !view.is_stale() {
+            return view;
+        }
+        match view.again() {
+            Ok(new) => self.replace(new),
+            Err(_) => view, // No fd is free for it: the next one who asks tries again.
+        }
+    }
+
+    fn replace(&self, new: View) -> Arc<View> {
+        let new = Arc::new(new);
+        *self.view.write() = Arc::clone(&new);
+        self.dirs.lock().clear();
+        self.mounts.lock().clear();
+        new
     }
 
     /// Asks the root whether it is there, past all caches; opens it anew where it is not and its path
     /// leads to the same directory. May hang.
     pub fn ask(&self) -> Result<()> {
-        let asked = self.root();
-        let old = Face::of(asked.as_fd());
+        let asked = self.view();
+        let old = Face::of(asked.original());
         let (Err(_), Some(path)) = (&old, &self.path) else {
             return old.map(|_| ());
         };
@@ -151,9 +195,7 @@ impl Source {
         if Face::of(new.as_fd())? != self.face {
             return old.map(|_| ());
         }
-        *self.root.write() = Arc::new(new);
-        self.dirs.lock().clear();
-        self.mounts.lock().clear();
+        self.replace(View::of(new));
         Ok(())
     }
 
@@ -172,8 +214,8 @@ impl Source {
         if let Some(dir) = self.cached_dir(path) {
             return Ok(dir);
         }
-        let opened =
-            fd::open_src_dir(self.root().as_fd(), path).on("open", Side::Src, path.as_ref())?;
+        let view = self.fresh_view();
+        let opened = fd::open_src_dir(view.root(), path).on("open", Side::Src, path.as_ref())?;
         let stat = stat::stat_fd(opened.as_fd()).on("statx", Side::Src, path.as_ref())?;
         let (mount, capture, may_hang) = self.mount_of(path, &stat, &opened)?;
         let dir = Arc::new(SrcDir {
@@ -189,7 +231,7 @@ impl Source {
 
     /// Opens a directory of src for somebody who lists it at an offset of his own. May wait for src.
     pub fn open_again(&self, path: &RelPath) -> Result<OwnedFd> {
-        fd::open_src_dir(self.root().as_fd(), path).on("open", Side::Src, path)
+        fd::open_src_dir(self.view().root(), path).on("open", Side::Src, path)
     }
 
     /// Remembers what src said of the file that dst's inode stands for.
@@ -222,7 +264,7 @@ impl Source {
         // Climb while the parent is on the same file system.
         let mut top = (**path).clone();
         while let Some((parent, _)) = top.split_last() {
-            let up = fd::open_beneath(self.root().as_fd(), &parent, OFlags::PATH).on(
+            let up = fd::open_beneath(self.view().root(), &parent, OFlags::PATH).on(
                 "open",
                 Side::Src,
                 &parent,

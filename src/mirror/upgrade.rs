@@ -36,6 +36,7 @@ use crate::gate::Gate;
 use crate::progress::Progress;
 use crate::sys::handle::Handle;
 use crate::sys::name::{Name, RelPath};
+use crate::sys::view::View;
 use crate::sys::{fd, host};
 use crate::throttle::Background;
 
@@ -292,9 +293,10 @@ impl Mirror {
         })
     }
 
-    /// src's root, the lock: what stays open for the next program, besides `dst_root`.
-    pub fn kept(&self) -> (Arc<OwnedFd>, &OwnedFd) {
-        (self.source.root(), &self.control.lock)
+    /// src's view, of which the original is told, and the lock: what stays open for the next program,
+    /// besides `dst_root`.
+    pub fn kept(&self) -> (Arc<View>, &OwnedFd) {
+        (self.source.view(), &self.control.lock)
     }
 
     /// The mirror of the program before us in this process. src is not asked for anything: it may be

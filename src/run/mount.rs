@@ -41,7 +41,7 @@ use crate::mirror::Mirror;
 use crate::native::{self, Native};
 use crate::progress::Progress;
 use crate::pull::replay::Replay;
-use crate::sys::{caps, host};
+use crate::sys::{caps, host, view};
 
 /// How often the main loop looks around when nothing happens.
 const TICK: Duration = Duration::from_millis(200);
@@ -149,6 +149,21 @@ fn with_absolute_file(mut args: cli::Mount) -> Result<cli::Mount, Failure> {
     Ok(args)
 }
 
+/// SRC must not change; what could change it at another place is worth a line.
+fn warn_of_writers(ground: &Ground) {
+    let points = view::writable_elsewhere(ground.trees.src.as_fd());
+    if let Some(first) = points.first() {
+        let more = match points.len() {
+            1 => String::new(),
+            n => format!(" and {} more", n - 1),
+        };
+        tracing::warn!(
+            "SRC can be written at {}{more} too: nobody should, until the migration is finished",
+            quoted(first)
+        );
+    }
+}
+
 fn serve(
     ground: Ground,
     (args, log, web, traces): (cli::Mount, Log, Option<web::Server>, Traces),
@@ -158,6 +173,9 @@ fn serve(
 ) -> Outcome {
     host::raise_nofile();
     let progress = Arc::new(Progress::default());
+    if before.is_none() {
+        warn_of_writers(&ground);
+    }
     let watch = match before {
         None => Watch::new(&ground, progress.clone()),
         Some(before) => Watch::again(&ground, progress.clone(), &before.saved().watch),

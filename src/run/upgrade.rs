@@ -272,7 +272,7 @@ impl Served<'_> {
             args: self.args.clone(),
             watch: self.watch.before(),
             fds: Fds {
-                src: kept(src.as_fd())?,
+                src: kept(src.original())?,
                 dst: kept(self.mirror.dst_root().as_fd())?,
                 lock: kept(lock.as_fd())?,
                 listener: kept(self.listener)?,

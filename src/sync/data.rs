@@ -18,7 +18,7 @@ use crate::meta::{Born, Meta};
 use crate::sys::cache::Aligned;
 use crate::sys::dir::Entry;
 use crate::sys::name::Name;
-use crate::sys::stat::{FileKey, Stat};
+use crate::sys::stat::{FileKey, Stat, stat_fd};
 use crate::sys::xattr::Target;
 use crate::sys::{copy, fd};
 
@@ -174,16 +174,21 @@ impl Work<'_, '_> {
             fd::pwrite_all(t.dst.as_fd(), &buf[..n], 0).on("write", Side::Dst, path())?;
             self.copied(n as u64);
             self.pace(n as u64);
-            let Some(after) = self.src_changed(t)? else {
+            if self.src_changed(t)?.is_none() {
                 t.unchanged = true;
                 break;
-            };
-            if attempt > 0 || after.size > SMALL as u64 {
+            }
+            // By name again: it may have been replaced; and where a server goes by names (sshfs) the
+            // attributes of an open file may be another's.
+            let src = fd::open_src(t.dir.pair.src.as_fd(), &t.name);
+            let src = src.on("openat", Side::Src, t.at())?;
+            let after = stat_fd(src.as_fd()).on("statx", Side::Src, t.at())?;
+            if attempt > 0 || !after.is_file() || after.size > SMALL as u64 {
                 break; // seal() sees it too, and tells.
             }
-            let again = self.capture(Target::Open(t.src.as_fd()), after, t.at());
+            let again = self.capture(Target::Open(src.as_fd()), after, t.at());
             copy::truncate(t.dst.as_fd(), 0).on("ftruncate", Side::Dst, path())?;
-            t.meta = again?;
+            (t.meta, t.src) = (again?, src);
         }
         Ok(())
     }

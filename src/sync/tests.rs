@@ -516,7 +516,7 @@ fn what_is_not_in_memory_is_asked_for_first_and_copied_as_it_is_by_then() {
         return;
     }
     let throttle = Throttle::default();
-    let (roots, fresh) = open_roots(&config).expect("roots");
+    let (roots, _view, fresh) = open_roots(&config).expect("roots");
     let job = Job::new(&config, Arc::default(), roots, &throttle).expect("a job");
     let first = Item::Dir {
         place: job.roots.root(),

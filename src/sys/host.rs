@@ -253,6 +253,14 @@ pub struct MountLine {
     pub source: String,
     /// Per-mount options, comma separated.
     pub options: String,
+    /// The device (major:minor): one for each file system.
+    pub device: String,
+    /// What of the file system it shows: a path from its root.
+    pub root: std::path::PathBuf,
+    /// Neither the mount nor the file system is read-only.
+    pub writable: bool,
+    /// It cannot be bound elsewhere.
+    pub unbindable: bool,
 }
 
 /// All mounts that the calling thread can see, in the order of attachment.
@@ -312,10 +320,15 @@ fn parse_mount_line(line: &[u8]) -> Option<MountLine> {
     let fields: Vec<&[u8]> = line.split(|b| *b == b' ').collect();
     let dash = fields.iter().position(|f| *f == b"-")?;
     let text = |f: &[u8]| String::from_utf8_lossy(&unescape(f)).into_owned();
+    let rw = |options: &&[u8]| options.split(|b| *b == b',').any(|o| o == b"rw");
     Some(MountLine {
         id: text(fields.first()?).parse().ok()?,
         point: std::ffi::OsString::from_vec(unescape(fields.get(4)?)).into(),
         options: text(fields.get(5)?),
+        device: text(fields.get(2)?),
+        root: std::ffi::OsString::from_vec(unescape(fields.get(3)?)).into(),
+        writable: fields.get(5).is_some_and(rw) && fields.get(dash + 3).is_some_and(rw),
+        unbindable: fields.get(6..dash)?.contains(&b"unbindable".as_slice()),
         fs_type: text(fields.get(dash + 1)?),
         source: text(fields.get(dash + 2)?),
     })
@@ -399,6 +412,9 @@ mod tests {
         assert_eq!(m.point, Path::new("/mnt 2\nx"));
         assert_eq!(m.fs_type, "fuse.mirrorfs");
         assert_eq!(m.source, "/old\\x");
+        assert_eq!((m.device.as_str(), m.writable), ("98:0", true));
+        assert!(!m.unbindable);
+        assert_eq!(m.root, Path::new("/mnt1"));
     }
 
     #[test]

@@ -88,7 +88,7 @@ impl BadSrc {
         self.start(&[]);
     }
 
-    fn unmount(&self) {
+    pub(crate) fn unmount(&self) {
         rustix::mount::unmount(&self.at, UnmountFlags::DETACH).unwrap();
     }
 
@@ -144,7 +144,7 @@ fn is_away(m: &Mounted) -> bool {
 }
 
 /// The ledger.
-fn entries(m: &Mounted) -> Vec<Value> {
+pub(crate) fn entries(m: &Mounted) -> Vec<Value> {
     let text = m.errors();
     text.lines()
         .map(|l| serde_json::from_str(l).unwrap())
@@ -177,7 +177,7 @@ fn every_row_of_the_fault_matrix_names_tests_that_exist() {
 }
 
 #[track_caller]
-fn errno<T>(result: io::Result<T>) -> i32 {
+pub(crate) fn errno<T>(result: io::Result<T>) -> i32 {
     match result {
         Ok(_) => panic!("it worked"),
         Err(e) => e.raw_os_error().unwrap(),

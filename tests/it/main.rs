@@ -9,6 +9,7 @@
 mod adopt;
 mod badsource;
 mod bench;
+mod changing;
 mod cli;
 mod compare;
 mod concurrent;
@@ -26,6 +27,7 @@ mod nasty;
 mod native;
 mod pagecache;
 mod prefetch;
+mod quiet;
 mod raw;
 mod ring;
 mod rootless;

@@ -1,0 +1,213 @@
+//! A source that changes while it is copied, or answers a little at a time (docs/FAULTS.md): what was
+//! copied meanwhile is copied again, and no reader meets zeros or an early end.
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use crate::badsource::{BadSrc, apart, entries, errno, expect_copy, world};
+use crate::fixture::{LIMIT, bytes, mirrorfs, run, wait_until};
+
+const LARGE: usize = 3 << 20;
+const SMALL: usize = 20_000;
+
+/// A name for it, and the change itself.
+type Change = (&'static str, fn(&Path));
+
+fn append(path: &Path) {
+    let mut file = File::options().append(true).open(path).unwrap();
+    file.write_all(&bytes(8, 100_000)).unwrap();
+}
+
+fn cut(path: &Path) {
+    let file = File::options().write(true).open(path).unwrap();
+    file.set_len(file.metadata().unwrap().len() / 3).unwrap();
+}
+
+/// Other bytes, the size and even the mtime as they were.
+fn rewrite(path: &Path) {
+    let file = File::options().write(true).open(path).unwrap();
+    let was = file.metadata().unwrap();
+    file.write_all_at(&bytes(9, was.len() as usize), 0).unwrap();
+    file.set_modified(was.modified().unwrap()).unwrap();
+}
+
+/// As an editor does it. The directory's own time is not what is looked at here.
+fn replace(path: &Path) {
+    let new = path.with_extension("new");
+    let dir = File::open(path.parent().unwrap()).unwrap();
+    let was = dir.metadata().unwrap().modified().unwrap();
+    fs::write(&new, bytes(7, fs::metadata(path).unwrap().len() as usize)).unwrap();
+    fs::rename(&new, path).unwrap();
+    dir.set_modified(was).unwrap();
+}
+
+const CHANGES: [Change; 4] = [
+    ("grows", append),
+    ("shrinks", cut),
+    ("is rewritten", rewrite),
+    ("is replaced", replace),
+];
+
+fn fill(bad: &BadSrc) {
+    bad.write("large", &bytes(1, LARGE));
+    bad.write("small", &bytes(2, SMALL));
+    bad.write("other", b"other");
+}
+
+/// The first read hangs; the last part of the large file's.
+const HANGS: [(&str, &str); 2] = [
+    ("large", "path=large op=read off=2M-3M hang"),
+    ("small", "path=small op=read hang"),
+];
+
+#[track_caller]
+fn wait_for_hang(bad: &BadSrc) {
+    wait_until("a read that hangs", LIMIT, || {
+        !bad.tell("list").contains("acted 0")
+    });
+}
+
+/// Lets the reads go on that hang, and no other hang.
+fn let_go(bad: &BadSrc) {
+    bad.tell("off");
+    bad.tell("release");
+}
+
+/// For each file and change, in a world of its own: the change comes while `copy` is under way.
+#[track_caller]
+fn each(mut copy: impl FnMut(&mut BadSrc, &crate::fixture::World, &str, &dyn Fn(&BadSrc))) {
+    let Some((mut bad, w)) = world(fill) else {
+        return;
+    };
+    for (name, rule) in HANGS {
+        for (what, change) in CHANGES {
+            eprintln!("{name} {what}");
+            bad.start(&[rule]);
+            copy(&mut bad, &w, name, &|bad| {
+                wait_for_hang(bad);
+                change(&bad.real.join(name));
+                let_go(bad);
+            });
+            expect_copy(&bad, &w);
+            bad.die();
+            bad.unmount();
+            fs::remove_dir_all(&w.dst).unwrap();
+            fs::create_dir(&w.dst).unwrap();
+            fill(&bad);
+        }
+    }
+}
+
+#[test]
+fn a_file_that_changes_while_the_background_copies_it_is_copied_again() {
+    each(|bad, w, _, change| {
+        let m = w.mount();
+        change(bad);
+        m.finish();
+    });
+}
+
+#[test]
+fn a_file_that_changes_while_somebody_waits_for_it_is_copied_again() {
+    each(|bad, w, name, change| {
+        let m = w.mount_lazy();
+        let path = m.path(name);
+        let read = apart(move || fs::read(path));
+        change(bad);
+        // All of it is of one time, and that is the later one.
+        let got = read.recv_timeout(LIMIT).unwrap().unwrap();
+        assert!(got == fs::read(bad.real.join(name)).unwrap(), "{name}");
+        run(mirrorfs().arg("resume").arg(&m.at)).expect_code(0);
+        m.finish();
+    });
+}
+
+#[test]
+fn a_file_that_changes_while_a_range_of_it_is_read_shows_no_zeros() {
+    let Some((mut bad, w)) = world(fill) else {
+        return;
+    };
+    let (name, rule) = HANGS[0];
+    for (what, change) in CHANGES {
+        eprintln!("{name} {what}");
+        let old = bytes(1, LARGE);
+        bad.start(&[rule]);
+        let m = w.mount_with(&["--no-background", "-o", "large=1M"], &[]);
+        let file = File::open(m.path(name)).unwrap();
+        let at = LARGE - 300_000;
+        let read = apart(move || {
+            let mut page = vec![0; 4096];
+            file.read_exact_at(&mut page, at as u64).map(|()| page)
+        });
+        wait_for_hang(&bad);
+        change(&bad.real.join(name));
+        let_go(&bad);
+        let new = fs::read(bad.real.join(name)).unwrap();
+        match read.recv_timeout(LIMIT).unwrap() {
+            Ok(page) => {
+                let is = |all: &[u8]| all.get(at..at + 4096) == Some(&page[..]);
+                assert!(is(&old) || is(&new), "neither the old nor the new bytes");
+            }
+            // The end, where the file has become so short.
+            Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => assert!(new.len() <= at),
+            Err(e) => assert_eq!(e.raw_os_error(), Some(libc::EIO), "{e}"),
+        }
+        run(mirrorfs().arg("resume").arg(&m.at)).expect_code(0);
+        wait_until("an empty ledger", LIMIT, || entries(&m).is_empty());
+        m.finish();
+        expect_copy(&bad, &w);
+        bad.die();
+        bad.unmount();
+        fs::remove_dir_all(&w.dst).unwrap();
+        fs::create_dir(&w.dst).unwrap();
+        fill(&bad);
+    }
+}
+
+#[test]
+fn a_file_that_changes_while_sync_copies_it_is_told_and_the_next_run_has_it() {
+    each(|bad, w, _, change| {
+        let sync = || mirrorfs().arg("sync").arg(&w.src).arg(&w.dst).spawn();
+        let mut first = sync().unwrap();
+        change(bad);
+        let first = first.wait().unwrap().code();
+        // 24: it kept changing, or its bytes are of two times. 0: it was copied again.
+        assert!([Some(0), Some(24)].contains(&first), "{first:?}");
+        assert!(sync().unwrap().wait().unwrap().success());
+    });
+}
+
+/// What src says is of another time with every look ends in the ledger, and is tried again.
+#[test]
+fn a_file_that_never_stops_changing_is_in_the_ledger_until_it_does() {
+    for rule in [
+        "path=large now",
+        "path=large op=read,getattr,open grow=10",
+        "path=large op=read eof=1000000",
+    ] {
+        let Some((mut bad, w)) = world(fill) else {
+            return;
+        };
+        bad.start(&[rule]);
+        let m = w.mount();
+        wait_until("an entry in the ledger", LIMIT, || !entries(&m).is_empty());
+        let entry = entries(&m).remove(0);
+        assert_eq!(
+            (&entry["path"], &entry["side"]),
+            (&"large".into(), &"src".into()),
+            "{rule}"
+        );
+        assert_eq!(entry["call"], "changed", "{rule}: {entry}");
+        // Neither a short file nor one with zeros at its end.
+        assert_eq!(errno(fs::read(m.path("large"))), libc::EIO, "{rule}");
+        assert_eq!(fs::read(m.path("small")).unwrap(), bytes(2, SMALL));
+        run(mirrorfs().arg("finish").arg(&m.at)).expect_code(23);
+        bad.tell("off");
+        run(mirrorfs().args(["errors", "--retry"]).arg(&m.at)).expect_code(0);
+        wait_until("an empty ledger", LIMIT, || entries(&m).is_empty());
+        m.finish();
+        expect_copy(&bad, &w);
+    }
+}
