@@ -12,6 +12,7 @@
 //! Floor 3. Upholds I8 (no lock is held while a Completion runs) and I9 (jobs, open files, buffers
 //! and ring entries have limits fixed at start).
 
+mod away;
 mod bell;
 pub mod buffers;
 mod copy;
@@ -36,7 +37,6 @@ use std::thread::JoinHandle;
 use parking_lot::Mutex;
 
 use self::bell::Bell;
-use self::copy::Event;
 use self::job::{CopyJob, Priority};
 use self::pace::Pace;
 pub use self::pool::Pool;
@@ -280,7 +280,7 @@ fn ring_off() -> Opcodes {
 /// What the workers share.
 struct Shared {
     queue: Queue<CopyJob>,
-    bells: Vec<Bell<(usize, Event)>>,
+    bells: Vec<Bell<away::Brought>>,
     throttle: Arc<Throttle>,
     pace: Pace,
     /// How often the background was cancelled.

@@ -243,11 +243,14 @@ impl Worker {
         let file = self.files[slot].as_ref()?;
         let small = file.buffers[chunk].as_ref()?.len() <= SMALL_BYTES;
         let (through_ring, wait) = self.data_way(slot, Kind::Read, small);
-        let once = self.once(slot, chunk, Side::Src);
+        let (away, once) = (self.reads_away(slot), self.once(slot, chunk, Side::Src));
         let file = self.files[slot].as_mut()?;
         let Some(src) = file.src.as_ref() else {
             return Some(Event::Failed(action, Errno::BADF)); // A plan reads what it has opened.
         };
+        if away {
+            return self.read_away(slot, piece, len);
+        }
         if through_ring {
             let (fd, buffer) = (Arc::clone(src), file.buffers[chunk].take()?);
             file.pieces[chunk] = Some(action);
@@ -475,36 +478,6 @@ impl Worker {
     fn control(&mut self, slot: usize, action: Action, op: Op) -> Option<Event> {
         self.files[slot].as_mut()?.control = Some(action);
         self.push(token_of(slot, CONTROL), op, true);
-        None
-    }
-
-    /// Makes a call that the ring has no opcode for: `here`, or on a thread of the pool.
-    fn on_pool(
-        &mut self,
-        slot: usize,
-        here: bool,
-        action: Action,
-        f: impl FnOnce(&OwnedFd, &OwnedFd) -> sys::Result<Event> + Send + 'static,
-    ) -> Option<Event> {
-        let file = self.files[slot].as_ref()?;
-        let Some(src) = file.src.clone() else {
-            return Some(Event::Failed(action, Errno::BADF)); // A plan works on what it has opened.
-        };
-        let (dst, priority) = (Arc::clone(&file.dst), file.priority);
-        let event = move || {
-            let event = f(&src, &dst).unwrap_or_else(|errno| Event::Failed(action, errno));
-            drop((src, dst)); // The worker closes src.
-            event
-        };
-        if here {
-            return Some(event());
-        }
-        let (shared, index) = (Arc::clone(&self.shared), self.index());
-        let task = move || {
-            let event = event();
-            shared.bells[index].deliver((slot, event));
-        };
-        self.pool.run(priority, Box::new(task));
         None
     }
 

@@ -17,6 +17,7 @@ use std::sync::{Arc, Weak};
 
 use rustix::io::Errno;
 
+use super::away::Brought;
 use super::bell::{Bell, Room};
 use super::buffers::{Buffer, BufferPool, SMALL_BYTES};
 use super::copy::{Action, CopyPlan, Event, Limits, Piece};
@@ -90,6 +91,8 @@ pub(super) struct Worker {
     /// Reads that wait for a buffer or their turn: demand, background.
     pub(super) reads: [VecDeque<(usize, Piece)>; 2],
     pub(super) latencies: HashMap<Device, Latencies>,
+    /// Sources that are FUSE file systems.
+    pub(super) fuse: HashMap<Device, bool>,
     pub(super) pairs: HashMap<(Device, Device), Pair>,
     last_dir: Option<(Weak<OwnedFd>, Device)>,
     /// Actions to perform, kept for their capacity.
@@ -177,6 +180,7 @@ impl Worker {
             background_max: slots - slots / 4,
             reads: [VecDeque::new(), VecDeque::new()],
             latencies: HashMap::new(),
+            fuse: HashMap::new(),
             pairs: HashMap::new(),
             last_dir: None,
             todo: VecDeque::new(),
@@ -195,7 +199,7 @@ impl Worker {
         loop {
             self.calls = self.shared.calls.load(SeqCst);
             let mut busy = self.take_jobs();
-            for (slot, event) in self.bell().take_results() {
+            for (slot, event) in self.take_brought() {
                 self.drive(slot, event);
                 busy = true;
             }
@@ -247,7 +251,7 @@ impl Worker {
     }
 
     /// How others reach this worker.
-    pub(super) fn bell(&self) -> &Bell<(usize, Event)> {
+    pub(super) fn bell(&self) -> &Bell<Brought> {
         &self.shared.bells[self.index]
     }
 

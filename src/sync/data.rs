@@ -175,6 +175,9 @@ impl Work<'_, '_> {
             self.copied(n as u64);
             self.pace(n as u64);
             if self.src_changed(t)?.is_none() {
+                if n < size {
+                    return self.ends_early(t);
+                }
                 t.unchanged = true;
                 break;
             }
@@ -294,7 +297,11 @@ impl Work<'_, '_> {
         while data.start < data.end {
             let n = self.piece(buffers, t, &data)?;
             if n == 0 {
-                return Ok(range.end); // src shrank: seal() sees it.
+                let now = stat_fd(t.src.as_fd()).on("statx", Side::Src, path())?;
+                return match now.size < range.end {
+                    true => Ok(range.end), // src shrank: seal() sees it.
+                    false => self.ends_early(t),
+                };
             }
             self.copied(n);
             self.pace(n);
@@ -304,6 +311,11 @@ impl Work<'_, '_> {
             }
         }
         Ok(data.start)
+    }
+
+    /// src says that a file ends, and that it does not: what is there is not all.
+    fn ends_early<T>(&self, t: &Transfer) -> Result<T> {
+        Err(Errno::IO).on("read", Side::Src, t.at())
     }
 
     /// Copies the beginning of a range of data; returns how much, 0 at src's end.
@@ -326,6 +338,8 @@ impl Work<'_, '_> {
             match pipe.fill(src, data.start, len) {
                 // Not from a file of this kind.
                 Err(Errno::INVAL | Errno::NOSYS) => t.pipes.store(false, Relaxed),
+                // Some servers' files give nothing this way before they end.
+                Ok(0) => t.pipes.store(false, Relaxed),
                 filled => {
                     let n = filled.on("splice", Side::Src, at)?;
                     let drained = pipe.drain(dst, data.start);

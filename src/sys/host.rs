@@ -299,19 +299,28 @@ pub fn may_hang(dev: (u32, u32)) -> bool {
     const SERVED: [&str; 9] = [
         "nfs", "nfs4", "cifs", "smb3", "ceph", "9p", "afs", "lustre", "gpfs",
     ];
+    type_of(dev).is_some_and(|kind| is_fuse_type(&kind) || SERVED.contains(&kind.as_str()))
+}
+
+/// True for the device of a FUSE file system. Asks nobody.
+pub fn is_fuse(dev: (u32, u32)) -> bool {
+    type_of(dev).is_some_and(|kind| is_fuse_type(&kind))
+}
+
+fn is_fuse_type(kind: &str) -> bool {
+    kind == "fuse" || kind.starts_with("fuse.")
+}
+
+/// The type of the mounted file system with this device number; `None` for a block device's.
+fn type_of(dev: (u32, u32)) -> Option<String> {
     let lines = match dev.0 {
         0 => std::fs::read("/proc/thread-self/mountinfo").unwrap_or_default(),
-        _ => return false,
+        _ => return None,
     };
     let device = format!("{}:{}", dev.0, dev.1);
-    lines.split(|b| *b == b'\n').any(|line| {
-        let here = line.split(|b| *b == b' ').nth(2) == Some(device.as_bytes());
-        let served = |m: MountLine| {
-            let kind = m.fs_type;
-            kind == "fuse" || kind.starts_with("fuse.") || SERVED.contains(&kind.as_str())
-        };
-        here && parse_mount_line(line).is_some_and(served)
-    })
+    let here = |line: &&[u8]| line.split(|b| *b == b' ').nth(2) == Some(device.as_bytes());
+    let line = lines.split(|b| *b == b'\n').find(here)?;
+    parse_mount_line(line).map(|m| m.fs_type)
 }
 
 /// See proc_pid_mountinfo(5). Space, tab, newline and backslash in a field are octal escapes.

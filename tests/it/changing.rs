@@ -7,7 +7,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use crate::badsource::{BadSrc, apart, entries, errno, expect_copy, world};
-use crate::fixture::{LIMIT, bytes, mirrorfs, run, wait_until};
+use crate::fixture::{LIMIT, World, bytes, mirrorfs, run, wait_until};
 
 const LARGE: usize = 3 << 20;
 const SMALL: usize = 20_000;
@@ -77,7 +77,7 @@ fn let_go(bad: &BadSrc) {
 
 /// For each file and change, in a world of its own: the change comes while `copy` is under way.
 #[track_caller]
-fn each(mut copy: impl FnMut(&mut BadSrc, &crate::fixture::World, &str, &dyn Fn(&BadSrc))) {
+fn each(mut copy: impl FnMut(&mut BadSrc, &World, &str, &dyn Fn(&BadSrc))) {
     let Some((mut bad, w)) = world(fill) else {
         return;
     };
@@ -209,5 +209,64 @@ fn a_file_that_never_stops_changing_is_in_the_ledger_until_it_does() {
         wait_until("an empty ledger", LIMIT, || entries(&m).is_empty());
         m.finish();
         expect_copy(&bad, &w);
+    }
+}
+
+/// The kernel's io_uring asks for the rest of a short answer by itself, and gets the same bytes again.
+#[test]
+fn a_server_that_answers_a_little_at_a_time_gives_every_byte() {
+    let Some((mut bad, w)) = world(fill) else {
+        return;
+    };
+    type Copy = fn(&World);
+    let copies: [(&str, Copy); 3] = [
+        ("background", |w| w.mount().finish()),
+        ("demand", |w| {
+            let m = w.mount_with(&["--no-background", "-o", "large=1M"], &[]);
+            let file = File::open(m.path("large")).unwrap();
+            let mut page = vec![0; 10_000];
+            file.read_exact_at(&mut page, 2_000_001).unwrap();
+            assert!(page == bytes(1, LARGE)[2_000_001..2_010_001]);
+            drop(file);
+            assert!(fs::read(m.path("small")).unwrap() == bytes(2, SMALL));
+            run(mirrorfs().arg("resume").arg(&m.at)).expect_code(0);
+            m.finish();
+        }),
+        ("sync", |w| {
+            run(mirrorfs().arg("sync").arg(&w.src).arg(&w.dst)).expect_code(0);
+        }),
+    ];
+    for (what, copy) in copies {
+        eprintln!("{what}");
+        bad.start(&["path=* short=1111"]);
+        copy(&w);
+        bad.tell("off");
+        expect_copy(&bad, &w);
+        bad.die();
+        bad.unmount();
+        fs::remove_dir_all(&w.dst).unwrap();
+        fs::create_dir(&w.dst).unwrap();
+    }
+}
+
+/// A file whose reads end before its size is no copy of it, and no success.
+#[test]
+fn sync_takes_no_early_end_for_the_file() {
+    let Some((mut bad, w)) = world(fill) else {
+        return;
+    };
+    let sync = || run(mirrorfs().arg("sync").arg(&w.src).arg(&w.dst));
+    for (name, end) in [("large", "1000000"), ("small", "5000")] {
+        bad.start(&[&format!("path={name} op=read eof={end}")]);
+        let said = sync().expect_code(23);
+        assert!(said.err.contains(name), "{}", said.err);
+        assert!(!w.dst.join(name).exists(), "{name}");
+        bad.tell("off");
+        sync().expect_code(0);
+        expect_copy(&bad, &w);
+        bad.die();
+        bad.unmount();
+        fs::remove_dir_all(&w.dst).unwrap();
+        fs::create_dir(&w.dst).unwrap();
     }
 }
