@@ -40,7 +40,6 @@ mod populate;
 mod prefetch;
 mod prepare;
 mod ranged;
-mod recent;
 mod room;
 mod running;
 mod salvage;
@@ -177,7 +176,6 @@ pub struct Mirror {
     aside: aside::Aside,
     spoiled: salvage::Spoiled,
     patience: Arc<Patience>,
-    recent: recent::Recent,
     source_timeout: Duration,
     large_file_bytes: u64,
     /// Large files may be changed before they are here (mixed.rs).
@@ -306,7 +304,6 @@ impl Mirror {
             aside: aside::Aside::default(),
             spoiled: salvage::Spoiled::default(),
             patience: Patience::new(config.on_error, config.source_timeout),
-            recent: Default::default(),
             source_timeout: config.source_timeout,
             large_file_bytes: config.large_file_bytes,
             mixes: !config.native && mixed::is_possible(&fs),

@@ -12,8 +12,6 @@
 //! marked was moved since the pass began (`Mirror::epoch`), and then another pass follows. Memory is
 //! bounded by the depth of the tree times `CHUNK`, not by its size.
 
-mod stack;
-
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -29,7 +27,6 @@ use crate::mirror::{Carrier, DirRef, DoneDir, FileRef, Mirror, Need, Origin, Pla
 use crate::sys::dir::{self, Entry};
 use crate::sys::host;
 use crate::throttle::Background;
-use stack::Stack;
 
 /// Entries of one directory that are looked at before its subdirectories are walked.
 const CHUNK: usize = 1024;
@@ -59,7 +56,7 @@ pub struct Walker {
 
 struct Shared {
     mirror: Arc<Mirror>,
-    stack: Mutex<Stack<Step>>,
+    stack: Mutex<Vec<Step>>,
     /// Threads that have no step.
     idle: AtomicUsize,
     /// Threads that take steps.
@@ -113,7 +110,7 @@ impl Walker {
         let workers = (THREADS_PER_CPU * host::cpus().len()).clamp(THREADS.0, THREADS.1);
         let shared = Arc::new(Shared {
             mirror,
-            stack: Mutex::default(),
+            stack: Mutex::new(Vec::new()),
             idle: AtomicUsize::new(0),
             workers: AtomicUsize::new(0),
             workers_fast: workers,
@@ -308,11 +305,7 @@ impl Shared {
     fn push(self: &Arc<Self>, steps: Vec<Step>) {
         self.steps.fetch_add(steps.len(), Ordering::Relaxed);
         self.add_workers(steps.len());
-        let mut stack = self.stack.lock();
-        for step in steps {
-            stack.push(step.task.dir.ino, step);
-        }
-        drop(stack);
+        self.stack.lock().extend(steps);
         self.wake.notify_all();
     }
 
@@ -347,7 +340,7 @@ impl Shared {
                         return;
                     }
                     if self.may_work(n)
-                        && let Some(step) = stack.pop(&self.mirror.used_dirs())
+                        && let Some(step) = stack.pop()
                     {
                         break step;
                     }

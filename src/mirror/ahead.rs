@@ -121,7 +121,6 @@ impl Mirror {
 
     /// Calls `then` on a pool thread when a name of a P directory can be looked up in dst.
     pub(super) fn look_ahead(self: &Arc<Self>, parent: &Node, name: Name, then: Waiter) {
-        self.note_use(parent.ino);
         let dir = DirRef::of(parent);
         let shown = dir.origin.as_ref().map(|o| o.join(&name).to_path());
         let then = self.waiting(shown.unwrap_or_default(), then);
@@ -227,7 +226,6 @@ impl Mirror {
         if !node.is_pending_dir() {
             return then(Ok(None));
         }
-        self.note_use(ino);
         let (mirror, held) = (Arc::clone(self), Arc::clone(&node));
         let ready = move |ready: Result<()>| match ready {
             Err(e) => then(Err(e)),

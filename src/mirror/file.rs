@@ -47,11 +47,6 @@ impl Mirror {
             self.trace_open(node);
             self.note_open(node);
         }
-        if node.is_pending_file()
-            && let Some(place) = node.place()
-        {
-            self.note_use(place.parent);
-        }
         let (mirror, held) = (Arc::clone(self), Arc::clone(node));
         let access = flags & OFlags::ACCMODE;
         let write = access != OFlags::RDONLY;

@@ -296,20 +296,22 @@ impl Mirror {
     /// Looks whether an earlier daemon has left the file mixed; then it is that again.
     pub(super) fn look(self: &Arc<Self>, hydration: &Arc<Hydration>) -> Result<()> {
         let path = &hydration.path;
-        let file = match hydration.file.anchor.open(self.dst.as_fd(), OFlags::RDWR) {
+        let dst = self.dst.as_fd();
+        // Not for writing: a dst that is read-only is read on.
+        let mark = match hydration.file.anchor.open(dst, OFlags::PATH) {
             // Deleted meanwhile: whoever comes next is told.
-            Err(Errno::STALE | Errno::NOENT) => None,
-            other => Some(other.on("open", Side::Dst, path)?),
-        };
-        let mark = match &file {
-            Some(file) => self.mark.get(Target::Open(file.as_fd())),
-            None => Ok(None),
+            Err(Errno::STALE | Errno::NOENT) => Ok(None),
+            other => self
+                .mark
+                .get(Target::Fd(other.on("open", Side::Dst, path)?.as_fd())),
         };
         let mark = mark.on("getxattr", Side::Dst, path)?;
-        let (Some(file), Some(mark)) = (file, mark.filter(|m| m.mixed.is_some())) else {
+        let Some(mark) = mark.filter(|m| m.mixed.is_some()) else {
             hydration.state.lock().looked = true;
             return Ok(());
         };
+        let file = hydration.file.anchor.open(dst, OFlags::RDWR);
+        let file = file.on("open", Side::Dst, path)?;
         let ground = self.load(hydration, file, &mark)?;
         self.install(hydration, ground);
         Ok(())

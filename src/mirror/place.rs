@@ -21,6 +21,7 @@ use super::links::LinkKey;
 use super::node::ROOT;
 use super::partial::Partial;
 use super::populate::DirRef;
+use super::room::cannot_hold;
 use super::source::{SrcDir, SrcInfo};
 use crate::engine::job::Priority;
 use crate::error::{Context, Error, Result, Side};
@@ -579,29 +580,5 @@ impl<'a> Placer<'a> {
         Ok(mark
             .on("getxattr", Side::Dst, self.src.path.as_ref())?
             .and_then(|m| m.origin))
-    }
-}
-
-/// Errors that will not pass: dst's file system has no room for such a thing, of its kind.
-fn cannot_hold(error: &Error) -> bool {
-    match error {
-        Error::Call {
-            side: Side::Dst,
-            errno,
-            ..
-        } => matches!(
-            *errno,
-            Errno::NAMETOOLONG
-                | Errno::TOOBIG
-                | Errno::INVAL
-                | Errno::PERM
-                | Errno::FBIG
-                | Errno::OVERFLOW
-                | Errno::OPNOTSUPP
-                | Errno::MLINK
-                | Errno::ILSEQ
-        ),
-        Error::WrongType { .. } => true,
-        _ => false,
     }
 }

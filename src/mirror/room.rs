@@ -157,3 +157,27 @@ fn wants_room(refused: &[Refused]) -> Option<Errno> {
     let mut all = refused.iter().map(|r| r.errno);
     all.find(|e| [Errno::NOSPC, Errno::DQUOT, Errno::ROFS].contains(e))
 }
+
+/// Errors that will not pass: dst's file system has no room for such a thing, of its kind.
+pub(super) fn cannot_hold(error: &Error) -> bool {
+    match error {
+        Error::Call {
+            side: Side::Dst,
+            errno,
+            ..
+        } => matches!(
+            *errno,
+            Errno::NAMETOOLONG
+                | Errno::TOOBIG
+                | Errno::INVAL
+                | Errno::PERM
+                | Errno::FBIG
+                | Errno::OVERFLOW
+                | Errno::OPNOTSUPP
+                | Errno::MLINK
+                | Errno::ILSEQ
+        ),
+        Error::WrongType { .. } => true,
+        _ => false,
+    }
+}

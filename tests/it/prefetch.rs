@@ -208,32 +208,3 @@ fn a_trace_that_cannot_be_used_is_one_line_and_nothing_is_mounted() {
     let dst: Vec<_> = fs::read_dir(&w.dst).unwrap().collect();
     assert!(dst.is_empty(), "{dst:?}");
 }
-
-/// Without a user it would be the last: the walker takes the directory that was listed last first.
-#[test]
-fn the_walker_goes_first_to_where_a_user_is() {
-    let Some(w) = world() else { return };
-    for n in 0..200 {
-        for f in 0..3 {
-            file(&w, &format!("d{n:03}/sub/f{f}"), 60_000 + f);
-        }
-    }
-    let listed = fs::read_dir(&w.src).unwrap();
-    let first = listed
-        .map(|e| e.unwrap())
-        .find(|e| e.file_name() != "lost+found");
-    let dir = first.unwrap().file_name().into_string().unwrap();
-    let m = w.mount_with(&["--bwlimit", "2M", "-o", "noprefetch"], &[]);
-    let sub = format!("{dir}/sub");
-    fs::read(m.path(format!("{sub}/f1"))).unwrap();
-    wait_until("its neighbours", LIMIT, || pulled_in(&w, &sub) == 3);
-    let all: usize = (0..200)
-        .map(|n| format!("d{n:03}/sub"))
-        .filter(|d| w.dst.join(d).exists())
-        .map(|d| pulled_in(&w, &d))
-        .sum();
-    eprintln!("{all} of 600 files were here by then");
-    assert!(all < 300, "{all} of 600 came before");
-    run(mirrorfs().args(["set", "--bwlimit", "0"]).arg(&m.at)).expect_code(0);
-    m.finish();
-}
