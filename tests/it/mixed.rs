@@ -555,9 +555,10 @@ fn a_deleted_mixed_file_gives_back_its_room() {
     write(&f, &mut all, 4_096, 50_000).unwrap();
     fs::remove_file(m.path("f")).unwrap();
     write(&f, &mut all, 500_000, 5).unwrap();
-    let mut got = vec![0; all.len()];
+    // Not all of it: then it would be whole, and no mixed file any more.
+    let mut got = vec![0; 600_000];
     f.read_exact_at(&mut got, 0).unwrap();
-    assert!(got == all, "a deleted file reads as before");
+    assert!(got == all[..600_000], "a deleted file reads as before");
     let maps = w.dst.join(".mirrorfs/maps");
     assert_eq!(fs::read_dir(&maps).unwrap().count(), 1);
     drop(f);
@@ -697,6 +698,9 @@ fn what_src_cannot_read_can_be_written_over_and_the_rest_is_usable() {
     f.sync_all().unwrap();
     drop(f);
     run(mirrorfs().arg("errors").arg(&m.at).arg("--retry"));
+    wait_until("nothing is in the ledger", LIMIT, || {
+        m.status()["errors"] == 0
+    });
     finish(&w, m, &all, "written over");
 }
 
@@ -751,7 +755,9 @@ fn a_change_elsewhere_does_not_wait_for_bytes_that_hang() {
         move || File::open(path)?.read_exact_at(&mut [0; 4096], 100_000)
     });
     assert!(hung.recv_timeout(Duration::from_millis(300)).is_err());
-    write(&f, &mut all, (8 << 20) + 100, 70_000).unwrap();
+    // Whole blocks: a source that is FUSE itself lets nobody open a file while a read of it hangs.
+    write(&f, &mut all, (8 << 20) + 4096, 65_536).unwrap();
+    write(&f, &mut all, (8 << 20) + 100, 10_000).unwrap();
     f.sync_data().unwrap();
     bad.tell("off");
     bad.tell("release");
