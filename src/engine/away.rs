@@ -1,10 +1,10 @@
 //! Away: what a thread of the pool does for a worker: calls that may wait and that the ring has no
-//! opcode for, and reads of FUSE sources, for which the ring would get other bytes.
+//! opcode for, and reads for which it would get other bytes.
 //!
 //! A FUSE server that reads around the page cache (FOPEN_DIRECT_IO) may answer a read short. io_uring
 //! then asks for the rest by itself, but the kernel has not moved the position (fuse_direct_IO, seen on
-//! Linux 6.18): it gets the same bytes again, and its result does not tell. Whether a file is open that
-//! way cannot be seen, so nothing of a FUSE source is read through the ring.
+//! Linux 6.18): it gets the same bytes again, and its result does not tell. So no file that is open that
+//! way is read through the ring.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -59,16 +59,24 @@ impl Worker {
         None
     }
 
-    /// Whether data of this file's source is read away.
+    /// Whether this file's data is read away.
     pub(super) fn reads_away(&mut self, slot: usize) -> bool {
         if self.ring.is_none() {
             return false;
         }
-        let Some(source) = self.files[slot].as_ref().map(|f| f.source) else {
+        let Some(file) = self.files[slot].as_mut() else {
             return false;
         };
+        if let Some(away) = file.away {
+            return away;
+        }
+        let source = file.source;
         let fuse = self.fuse.entry(source);
-        *fuse.or_insert_with(|| sys::host::is_fuse(source))
+        let fuse = *fuse.or_insert_with(|| sys::host::is_fuse(source));
+        let around = |src: &Arc<OwnedFd>| sys::fd::is_read_around_cache(src.as_fd());
+        let away = fuse && file.src.as_ref().is_some_and(around);
+        file.away = Some(away);
+        away
     }
 
     /// Reads into the chunk's buffer on a thread of the pool.

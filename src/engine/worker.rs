@@ -51,6 +51,8 @@ pub(super) struct File {
     pub(super) done: Box<dyn Completion>,
     pub(super) plan: CopyPlan,
     pub(super) src: Option<Arc<OwnedFd>>,
+    /// Its data does not come through the ring (away.rs), once that is known.
+    pub(super) away: Option<bool>,
     /// The device of src's directory: whose latencies count.
     pub(super) source: Device,
     /// Of src, once it is known.
@@ -325,6 +327,7 @@ impl Worker {
             done,
             plan: CopyPlan::new(span, durability, self.limits),
             src: None,
+            away: None,
             source,
             device: source,
             dst_device: source,

@@ -160,6 +160,24 @@ pub fn pread_all(fd: BorrowedFd<'_>, buf: &mut [u8], offset: u64) -> Result<usiz
     Ok(done)
 }
 
+/// True for an open file of a FUSE file system that its server reads around the page cache
+/// (FOPEN_DIRECT_IO). Such a file has no shared mapping (ENODEV); of a server that allows those all the
+/// same (FUSE_DIRECT_IO_ALLOW_MMAP) it is not seen.
+pub fn is_read_around_cache(file: BorrowedFd<'_>) -> bool {
+    use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+    const LEN: usize = 4096;
+    // SAFETY: a mapping of its own, at an address that the kernel picks, which nobody looks into.
+    let mapped = unsafe {
+        let none = std::ptr::null_mut();
+        mmap(none, LEN, ProtFlags::READ, MapFlags::SHARED, file, 0)
+    };
+    match mapped {
+        // SAFETY: the mapping that was just made.
+        Ok(at) => unsafe { munmap(at, LEN) }.is_err(),
+        Err(errno) => errno == Errno::NODEV,
+    }
+}
+
 /// Writes all of `buf`. A write that makes no progress is ENOSPC's cousin and ends as EIO.
 pub fn pwrite_all(fd: BorrowedFd<'_>, buf: &[u8], offset: u64) -> Result<()> {
     let mut done = 0;
