@@ -31,6 +31,8 @@ use crate::sys::{cache, dir, fault, fd, stat};
 mod dirs;
 pub use dirs::DoneDir;
 
+/// Rounds after the mirror has stopped, at the most: what is durable needs three.
+const LAST_ROUNDS: u8 = 8;
 /// How long a round waits for more. Each stops the journal for a moment, so few large ones are
 /// cheaper than many small ones.
 const GATHER: Duration = Duration::from_secs(1);
@@ -87,6 +89,8 @@ struct Queue {
     /// Nobody is about to bring more.
     hungry: bool,
     stopped: bool,
+    /// How many rounds there are still, once it has stopped.
+    last_rounds: u8,
     /// A round has been taken and is not over.
     in_round: bool,
 }
@@ -216,6 +220,7 @@ impl Commit {
     pub(super) fn stop(&self) {
         let mut queue = self.queue.lock();
         queue.stopped = true;
+        queue.last_rounds = LAST_ROUNDS;
         self.wake.notify_all();
     }
 
@@ -231,8 +236,8 @@ impl Commit {
             let idle =
                 queue.files.is_empty() && queue.publishes.is_empty() && queue.dirs.is_empty();
             let tail = !queue.unmarked.is_empty() || !queue.gates.is_empty();
-            if queue.stopped && idle && !tail {
-                return None;
+            if queue.stopped && (idle && !tail || queue.last_rounds == 0) {
+                return None; // With no round left: dst takes nothing. What is marked stays pending.
             }
             let due = match queue.first {
                 Some(first) if queue.urgent || queue.stopped => Some(first),
@@ -259,6 +264,9 @@ impl Commit {
                 }
                 None => self.wake.wait(&mut queue),
             }
+        }
+        if queue.stopped {
+            queue.last_rounds -= 1;
         }
         queue.first = None;
         queue.urgent = false;
