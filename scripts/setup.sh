@@ -6,7 +6,7 @@ set -eu
 # program:package
 build="cc:gcc cargo:-"
 tests="mkfs.ext4:e2fsprogs mkfs.xfs:xfsprogs mkfs.btrfs:btrfs-progs chattr:e2fsprogs
-  getfattr:attr getfacl:acl rsync:rsync setcap:libcap2-bin fusermount3:fuse3 python3:python3
+  getfattr:attr getfacl:acl git:git rsync:rsync setcap:libcap2-bin fusermount3:fuse3 python3:python3
   losetup:mount setpriv:util-linux systemd-analyze:systemd chromium:chromium chromedriver:chromium-driver"
 programs="$build $tests"
 tools=""
