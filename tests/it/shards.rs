@@ -375,7 +375,7 @@ fn an_inode_with_more_names_than_dst_can_give_it_gets_a_successor() {
             fs::create_dir(&dir).unwrap();
         }
         if fs::hard_link(&first, dir.join(n.to_string())).is_err() {
-            need(false, "a temporary directory that allows 65,100 hard links");
+            eprintln!("skipped: ext4 below the temporary directory allows 65,000 hard links");
             return;
         }
     }
