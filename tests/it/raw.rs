@@ -52,6 +52,18 @@ pub(crate) fn die_with_parent(command: &mut Command) -> &mut Command {
     }
 }
 
+/// The child ends by SIGINT and SIGQUIT, also where its parents ignore them (a shell's `&`).
+pub(crate) fn take_signals(command: &mut Command) -> &mut Command {
+    // SAFETY: signal is async-signal-safe and touches no memory of ours.
+    unsafe {
+        command.pre_exec(|| {
+            libc::signal(libc::SIGINT, libc::SIG_DFL);
+            libc::signal(libc::SIGQUIT, libc::SIG_DFL);
+            Ok(())
+        })
+    }
+}
+
 /// Sends a signal to one process that we started.
 pub(crate) fn kill(pid: u32, signal: i32) {
     // SAFETY: integers only.
