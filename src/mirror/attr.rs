@@ -22,9 +22,9 @@ use crate::engine::job::Priority;
 use crate::error::{Context, Error, Result, Side};
 use crate::mark::Mark;
 use crate::meta::{self, ACCESS_ACL, CAPABILITY, DEFAULT_ACL};
+use crate::sys::fault;
 use crate::sys::stat::{self, Stat, Time};
 use crate::sys::xattr::{self, Target};
-use crate::sys::{caps, copy, fault};
 
 /// What the mount says of an inode.
 #[derive(Debug, Clone, Copy)]
@@ -263,21 +263,7 @@ impl Mirror {
             .on("open", Side::Dst, shown())?;
         let fd = opened.as_fd();
         if let Some(size) = change.size {
-            let again;
-            let file = match file {
-                Some(file) => file,
-                None => {
-                    let opened = self.nodes.open(node, OFlags::WRONLY);
-                    again = opened.on("open", Side::Dst, shown())?;
-                    &again
-                }
-            };
-            // A user's truncate clears setuid and setgid.
-            caps::without_fsetid(|| copy::truncate(file.as_fd(), size)).on(
-                "ftruncate",
-                Side::Dst,
-                shown(),
-            )?;
+            self.truncate_plain(node, size, file)?;
         }
         if change.uid.is_some() || change.gid.is_some() {
             self.forget_privileges(node)?;

@@ -131,21 +131,23 @@ impl Mirror {
         };
         let work = move |mirror: &Arc<Mirror>, ready: Result<On>| {
             then(ready.and_then(|on| {
-                let shown = || held.display_name();
-                caps::without_fsetid(|| match on {
-                    None => mirror.truncate_plain(&held, size, file.as_deref()),
-                    Some(ground) => {
-                        mirror
-                            .cut(&held, &ground, size)
-                            .on("ftruncate", Side::Dst, shown())
-                    }
-                })
+                let Some(ground) = on else {
+                    return mirror.truncate_plain(&held, size, file.as_deref());
+                };
+                let cut = caps::without_fsetid(|| mirror.cut(&held, &ground, size));
+                cut.on("ftruncate", Side::Dst, held.display_name())
             }));
         };
         self.change(node, span, Box::new(work));
     }
 
-    fn truncate_plain(&self, node: &Node, size: u64, file: Option<&OwnedFd>) -> Result<()> {
+    /// A user's truncate of dst's file: it clears setuid and setgid.
+    pub(super) fn truncate_plain(
+        &self,
+        node: &Node,
+        size: u64,
+        file: Option<&OwnedFd>,
+    ) -> Result<()> {
         let shown = || node.display_name();
         let again;
         let file = match file {
@@ -156,7 +158,8 @@ impl Mirror {
                 &again
             }
         };
-        copy::truncate(file.as_fd(), size).on("ftruncate", Side::Dst, shown())
+        let cut = caps::without_fsetid(|| copy::truncate(file.as_fd(), size));
+        cut.on("ftruncate", Side::Dst, shown())
     }
 
     fn cut(&self, node: &Node, ground: &Ground, size: u64) -> Result<(), Errno> {

@@ -56,25 +56,28 @@ impl Roots {
 
     /// Two open directories become a pair.
     pub fn pair(self: &Arc<Self>, path: RelPath, src: OwnedFd, dst: OwnedFd) -> Arc<Pair> {
-        self.open.fetch_add(1, Relaxed);
-        Arc::new(Pair {
-            roots: Arc::clone(self),
-            path,
-            src,
-            dst,
-            half: false,
-        })
+        self.count(path, (src, dst), false)
     }
 
     /// A directory of which only src is open; `dst` is any directory in dst.
     pub fn half(self: &Arc<Self>, path: RelPath, src: OwnedFd, dst: OwnedFd) -> Arc<Pair> {
+        self.count(path, (src, dst), true)
+    }
+
+    /// One more that is open.
+    fn count(
+        self: &Arc<Self>,
+        path: RelPath,
+        (src, dst): (OwnedFd, OwnedFd),
+        half: bool,
+    ) -> Arc<Pair> {
         self.open.fetch_add(1, Relaxed);
         Arc::new(Pair {
             roots: Arc::clone(self),
             path,
             src,
             dst,
-            half: true,
+            half,
         })
     }
 }
