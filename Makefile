@@ -102,12 +102,13 @@ shards: build ## sync --shard under a Slurm of four nodes and Open MPI, one kill
 	MIRRORFS=$(abspath $(BIN)) scripts/shards/slurm.sh
 
 POWERCUT_STATES ?= 1000
-powercut: build ## power cuts on ext4, ext4 data=writeback, xfs, btrfs: 1,000 states each, of migrations, under programs, of sync (as root; hours)
-	for what in mount mix pending adopt huge sync; do \
+powercut: build ## power cuts on ext4, ext4 data=writeback, xfs, btrfs: 1,000 states each, of migrations, of large files that are changed early, under programs, of sync (as root; hours)
+	for what in mount mix mixed pending adopt huge sync; do \
 	  MIRRORFS=$(abspath $(BIN)) WHAT=$$what scripts/crash/powercut.sh $(POWERCUT_STATES) || exit 1; done
 
 LOAD_SECONDS ?= 300
-load: build ## many processes at work on a tree that is being pulled, on each file system and transport (as root)
+load: build ## many processes at work on a tree that is being pulled, on each file system and transport (as root; installs fio, stress-ng)
+	scripts/setup.sh --load
 	MIRRORFS=$(abspath $(BIN)) python3 scripts/load.py --seconds $(LOAD_SECONDS)
 
 coverage: setup ## lines that the tests run, in the daemons too (as root)

@@ -82,6 +82,7 @@ class Watch:
                 last, since = now, time.monotonic()
             elif time.monotonic() - since > HANG and not self.hung:
                 self.hung = self.dump()
+                self.mount.kill()       # Whoever waits hears of it, and the run ends.
             try:
                 self.samples.append((time.monotonic() - t0, *look_at(self.mount.proc.pid)))
             except OSError:
@@ -150,7 +151,7 @@ def stress(at, name, seconds):
         os.killpg(p.pid, signal.SIGKILL)
         return 'does not end'
     shutil.rmtree(d, ignore_errors=True)
-    # 3: not here; 4: not enough resources.
+    # 3: not enough resources; 4: not here.
     return '' if p.returncode in (0, 3, 4) else 'exit %d: %s' % (p.returncode, said.strip()[-300:])
 
 

@@ -1,5 +1,5 @@
 #!/bin/sh
-# setup.sh [--only-build] [--pjdfstest] [--fsx] [--bench] [--shards] - what building and testing need, if it is missing.
+# setup.sh [--only-build] [--pjdfstest] [--fsx] [--bench] [--shards] [--load] - what building and testing need, if it is missing.
 # On Debian by apt, as root or through sudo; elsewhere it names what to install. Safe to run again.
 set -eu
 
@@ -17,6 +17,7 @@ for arg in "$@"; do
     --fsx) tools="$tools fsx@0.3.2" ;;
     # The runner has to be of the version of the crate: see Cargo.toml.
     --bench) programs="$programs valgrind:valgrind python3:python3" tools="$tools gungraun-runner@0.20.0" ;;
+    --load) programs="$programs fio:fio stress-ng:stress-ng" ;;
     --shards)
         programs="$programs slurmctld:slurmctld slurmd:slurmd sbatch:slurm-client munged:munge mpirun:openmpi-bin"
         programs="$programs pgrep:procps" ;;

@@ -1,7 +1,6 @@
 #!/bin/sh
 # A tree copied by N processes of GNU parallel, on this machine or, with --sshlogin, on several.
-# Use: parallel.sh N SRC DST. Run it again to make good what failed: --resume-failed of parallel.
+# Use: parallel.sh N SRC DST. Run it again to make good what failed, or what has changed.
 set -eu
 n=$1 src=$2 dst=$3
-seq "$n" | parallel --will-cite --jobs "$n" --joblog "${JOBLOG:-mirrorfs.joblog}" --resume-failed \
-    mirrorfs sync --shard "{}/$n" "$src" "$dst"
+seq "$n" | parallel --will-cite --jobs "$n" mirrorfs sync --shard "{}/$n" "$src" "$dst"

@@ -15,9 +15,7 @@ KIND=pending (WHAT=pending): a directory of ordinary size; each file is pending 
 KIND=adopt (WHAT=adopt): dst is an earlier copy that is equal, and the mount adopts it: its files never have a mark, so only the
 directory's L keeps a later start from taking a changed one for a stale copy.
 """
-import glob
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -50,22 +48,14 @@ def body(mig, k):
 def write(where):
     src, dst, at = where + '/src', os.environ['DST'], where + '/mnt'
     os.makedirs(at, exist_ok=True)
-    ack = open(os.environ['ACK'], 'w')
-    now = {'mount': None}
-
-    def end(*_):
-        if now['mount']:
-            now['mount'].kill()
-            now['mount'].stop()
-        os._exit(0)
-    signal.signal(signal.SIGTERM, end)
+    w = lab.Writer()
     for mig in range(10_000):
         root = '%s/dst%d' % (dst, mig)
         os.mkdir(root)
         if ADOPT:
             subprocess.run(['cp', '-a', src + '/.', root], check=True)
             os.sync()
-        m = now['mount'] = lab.Mount(src, root, at, where + '/log', ['--no-background'] + ['--adopt'] * ADOPT)
+        m = w.mount = lab.Mount(src, root, at, where + '/log', ['--no-background'] + ['--adopt'] * ADOPT)
         if KIND == 'huge':
             for p in PATHS:
                 lab.read(at + '/' + p)
@@ -77,23 +67,18 @@ def write(where):
             if os.pwrite(fds[k % FILES], body(mig, k), 0) != SIZE:
                 raise OSError('short write')
             os.fdatasync(fds[k % FILES])
-            ack.write('%d %d\n' % (mig, k))
-            ack.flush()
+            w.promise(mig, k)
         for fd in fds:
             os.close(fd)
         m.stop()
-        now['mount'] = None
+        w.mount = None
 
 
 def check(where):
     src, dst, at = where + '/src', os.environ['DST'], where + '/check'
     os.makedirs(at, exist_ok=True)
-    acked = {}
-    for line in open(os.environ['ACKED']):
-        if line.count(' ') == 1 and line.endswith('\n'):
-            mig, k = map(int, line.split())
-            acked[mig] = max(acked.get(mig, -1), k)
-    there = sorted(int(os.path.basename(p)[3:]) for p in glob.glob(dst + '/dst*'))
+    acked = lab.latest((int(w[0]), w[1]) for w in lab.promised() if len(w) == 2)
+    there = lab.migrations(dst)
     bad = ['dst%d is gone' % mig for mig in acked if mig not in there]
     for mig in there[-2:]:
         last = acked.get(mig, -1)

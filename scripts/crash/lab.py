@@ -4,6 +4,7 @@ Nothing here asks the program what it thinks: trees are compared entry by entry 
 """
 import ctypes
 import errno
+import glob
 import hashlib
 import os
 import shutil
@@ -11,6 +12,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -159,6 +161,47 @@ class Mount:
             self.proc.wait(5)
         except subprocess.TimeoutExpired:
             self.kill()
+
+
+class Writer:
+    """What the writer of a power cut has: a mount, promises, and an end by SIGTERM. `also` is called at the end."""
+
+    def __init__(self, also=lambda: None):
+        self.mount, self.also, self.lock = None, also, threading.Lock()
+        self.ack = open(os.environ['ACK'], 'w')
+        signal.signal(signal.SIGTERM, self.end)
+
+    def promise(self, *words):
+        with self.lock:
+            self.ack.write(' '.join(str(w) for w in words) + '\n')
+            self.ack.flush()
+
+    def end(self, *_):
+        self.also()
+        if self.mount:
+            self.mount.kill()
+            self.mount.stop()
+        os._exit(0)
+
+
+def promised():
+    """The words of each promise that was told whole."""
+    for line in open(os.environ['ACKED'], errors='replace'):
+        if line.endswith('\n') and line.strip():
+            yield line.split()
+
+
+def latest(pairs):
+    """The greatest number of each key."""
+    best = {}
+    for key, n in pairs:
+        best[key] = max(best.get(key, -1), int(n))
+    return best
+
+
+def migrations(dst):
+    """The numbers of $DST/dst0, dst1 ... that are there."""
+    return sorted(int(os.path.basename(p)[3:]) for p in glob.glob(dst + '/dst*'))
 
 
 def ask(*args):

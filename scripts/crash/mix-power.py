@@ -17,7 +17,6 @@ import glob
 import os
 import random
 import shutil
-import signal
 import sqlite3
 import stat
 import subprocess
@@ -303,29 +302,18 @@ def write(where):
     os.umask(0o022)
     src, dst, at = where + '/src', os.environ['DST'], where + '/mnt'
     os.makedirs(at, exist_ok=True)
-    ack, lock = open(os.environ['ACK'], 'w'), threading.Lock()
-    now = {'mount': None}
 
-    def end(*_):
+    def kill_actors():
         for name in chosen():
             getattr(ACTORS[name], 'kill', lambda: None)()
-        if now['mount']:
-            now['mount'].kill()
-            now['mount'].stop()
-        os._exit(0)
-    signal.signal(signal.SIGTERM, end)
-
-    def promise(*words):
-        with lock:
-            ack.write(' '.join(str(w) for w in words) + '\n')
-            ack.flush()
+    w = lab.Writer(kill_actors)
 
     def act(root, mig, name, failed):
         rng = rng_of(mig, name)
         pace = random.Random(mig)
         try:
             for k, _ in enumerate(ACTORS[name].steps('%s/%s' % (root, name), rng), 1):
-                promise('done', mig, name, k)
+                w.promise('done', mig, name, k)
                 if k == STEPS:
                     return
                 time.sleep(pace.choice([0, 0.002, 0.02]))
@@ -343,37 +331,32 @@ def write(where):
         else:
             # Every other without the walker: then the last part is what the walker of a second mount does.
             lazy = mig % 2 == 0
-            m = now['mount'] = lab.Mount(src, root, at, where + '/log', ['--no-background'] if lazy else [])
+            m = w.mount = lab.Mount(src, root, at, where + '/log', ['--no-background'] if lazy else [])
         failed = []
         threads = [threading.Thread(target=act, args=(at, mig, name, failed), daemon=True) for name in chosen()]
         [t.start() for t in threads]
         [t.join() for t in threads]
         if failed:
             # The checker never sees that; the line does.
-            promise('failed', mig, '; '.join(failed).replace('\n', ' '))
+            w.promise('failed', mig, '; '.join(failed).replace('\n', ' '))
             lab.die('; '.join(failed))
         if not os.environ.get('PLAIN'):
             if lazy:
                 m.stop()
-                m = now['mount'] = lab.Mount(src, root, at, where + '/log')
+                m = w.mount = lab.Mount(src, root, at, where + '/log')
             m.finish()
-            now['mount'] = None
-        promise('finished', mig)
+            w.mount = None
+        w.promise('finished', mig)
 
 
 def check(where):
     src, dst, at = where + '/src', os.environ['DST'], where + '/check'
     os.makedirs(at, exist_ok=True)
-    acked, finished, bad = {}, set(), []
-    for line in open(os.environ['ACKED'], errors='replace'):
-        w = line.split()
-        if w[:1] == ['done'] and len(w) == 4:
-            acked[int(w[1]), w[2]] = max(acked.get((int(w[1]), w[2]), 0), int(w[3]))
-        elif w[:1] == ['finished'] and len(w) == 2:
-            finished.add(int(w[1]))
-        elif w[:1] == ['failed']:
-            bad.append('the writer: ' + line.strip())
-    there = sorted(int(os.path.basename(p)[3:]) for p in glob.glob(dst + '/dst*'))
+    lines = list(lab.promised())
+    acked = lab.latest(((int(w[1]), w[2]), w[3]) for w in lines if w[0] == 'done')
+    finished = {int(w[1]) for w in lines if w[0] == 'finished'}
+    bad = ['the writer: ' + ' '.join(w) for w in lines if w[0] == 'failed']
+    there = lab.migrations(dst)
     bad += ['dst%d is gone' % mig for mig in sorted(finished | {m for m, _ in acked}) if mig not in there]
     # The one that was cut, and now and then the one before it.
     for mig in there[-random.choice([1, 1, 1, 2]):]:

@@ -12,12 +12,10 @@ the file had at the last acknowledged sync or later: src's only where nobody had
 made them.
 """
 import ctypes
-import glob
 import json
 import mmap
 import os
 import random
-import signal
 import sys
 import time
 
@@ -124,22 +122,14 @@ def mount(where, root, at, background):
 def write(where):
     dst, at = os.environ['DST'], where + '/mnt'
     os.makedirs(at, exist_ok=True)
-    log, ack = open(where + '/ops', 'w'), open(os.environ['ACK'], 'w')
+    log, w = open(where + '/ops', 'w'), lab.Writer()
     rng = random.Random(int(os.environ.get('SEED', '1')))
     disk = os.open(dst, os.O_RDONLY)
-    now = {'mount': None}
-
-    def end(*_):
-        if now['mount']:
-            now['mount'].kill()
-            now['mount'].stop()
-        os._exit(0)
-    signal.signal(signal.SIGTERM, end)
     for mig in range(10_000):
         root = '%s/dst%d' % (dst, mig)
         os.mkdir(root)
         background = mig % 3 == 2
-        now['mount'] = mount(where, root, at, background)
+        w.mount = mount(where, root, at, background)
         fd, size = os.open(at + '/f', os.O_RDWR), SIZE
         for k in range(OPS):
             op = choose(rng, size)
@@ -149,34 +139,29 @@ def write(where):
             log.flush()
             if op[0] == 'kill':
                 os.close(fd)
-                now['mount'].kill()
-                now['mount'].stop()
-                now['mount'] = mount(where, root, at, background)
+                w.mount.kill()
+                w.mount.stop()
+                w.mount = mount(where, root, at, background)
                 fd = os.open(at + '/f', os.O_RDWR)
             do(at + '/f', fd, op, disk)
             size = os.fstat(fd).st_size
             if op[0] in SYNCS:
-                ack.write('%d %d\n' % (mig, k))
-                ack.flush()
+                w.promise(mig, k)
             time.sleep(rng.choice([0, 0, 0.002, 0.02]))
         os.close(fd)
-        now['mount'].stop()
-        now['mount'] = None
+        w.mount.stop()
+        w.mount = None
 
 
 def check(where):
     dst, at = os.environ['DST'], where + '/check'
     os.makedirs(at, exist_ok=True)
-    acked, ops = {}, {}
-    for line in open(os.environ['ACKED']):
-        if line.count(' ') == 1 and line.endswith('\n'):
-            mig, k = map(int, line.split())
-            acked[mig] = max(acked.get(mig, -1), k)
+    acked, ops = lab.latest((int(w[0]), w[1]) for w in lab.promised() if len(w) == 2), {}
     for line in open(where + '/ops'):
         if line.endswith('\n'):
             mig, k, op = json.loads(line)
             ops.setdefault(mig, []).append(op)
-    there = sorted(int(os.path.basename(p)[3:]) for p in glob.glob(dst + '/dst*'))
+    there = lab.migrations(dst)
     bad = ['dst%d is gone' % mig for mig in acked if mig not in there]
     for mig in there[-3:]:
         root, last = '%s/dst%d' % (dst, mig), acked.get(mig, -1)

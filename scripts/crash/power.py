@@ -12,11 +12,9 @@ for every name knows the states that it may be in: the one that was acknowledged
 A migration that was cut is resumed and finished first. What no operation touched must be as src has it.
 ONLY="write truncate" chooses operations.
 """
-import glob
 import json
 import os
 import random
-import signal
 import stat
 import sys
 import threading
@@ -175,22 +173,9 @@ def write(where):
     os.umask(0o022)
     src, dst, at = where + '/src', os.environ['DST'], where + '/mnt'
     os.makedirs(at, exist_ok=True)
-    log, ack = open(where + '/ops', 'w'), open(os.environ['ACK'], 'w')
+    log = open(where + '/ops', 'w')
     rng = random.Random(int(os.environ.get('SEED', '1')))
-    now = {'mount': None}
-    stop = threading.Event()
-
-    def end(*_):
-        stop.set()
-        if now['mount']:
-            now['mount'].kill()
-            now['mount'].stop()
-        os._exit(0)
-    signal.signal(signal.SIGTERM, end)
-
-    def promise(*words):
-        ack.write(' '.join(str(w) for w in words) + '\n')
-        ack.flush()
+    w = lab.Writer()
 
     def reads(names):
         """Somebody who reads at random, so that some files are pulled because they are asked for."""
@@ -210,7 +195,7 @@ def write(where):
         # Every other without the walker: then most is pending when it is changed, and the last part is what the
         # walker of a second mount does.
         lazy = mig % 2 == 0
-        m = now['mount'] = lab.Mount(src, root, at, where + '/log', ['--no-background'] if lazy else [])
+        m = w.mount = lab.Mount(src, root, at, where + '/log', ['--no-background'] if lazy else [])
         done = threading.Event()
         reader = threading.Thread(target=reads, args=(names,), daemon=True)
         reader.start()
@@ -220,34 +205,30 @@ def write(where):
             log.flush()
             do(at, op)
             model.apply(k, op)
-            promise('done', mig, k)
+            w.promise('done', mig, k)
             time.sleep(rng.choice([0, 0.002, 0.02]))
         done.set()
         reader.join()
         if lazy:
             m.stop()
-            m = now['mount'] = lab.Mount(src, root, at, where + '/log')
+            m = w.mount = lab.Mount(src, root, at, where + '/log')
         m.finish()
-        now['mount'] = None
-        promise('finished', mig)
+        w.mount = None
+        w.promise('finished', mig)
 
 
 def check(where):
     src, dst, at = where + '/src', os.environ['DST'], where + '/check'
     os.makedirs(at, exist_ok=True)
-    acked, finished = {}, set()
-    for line in open(os.environ['ACKED']):
-        w = line.split()
-        if w and w[0] == 'done':
-            acked[int(w[1])] = max(acked.get(int(w[1]), -1), int(w[2]))
-        elif w and w[0] == 'finished':
-            finished.add(int(w[1]))
+    lines = list(lab.promised())
+    acked = lab.latest((int(w[1]), w[2]) for w in lines if w[0] == 'done')
+    finished = {int(w[1]) for w in lines if w[0] == 'finished'}
     ops = {}
     for line in open(where + '/ops'):
         if line.endswith('\n'):
             mig, k, op = json.loads(line)
             ops.setdefault(mig, []).append((k, op))
-    there = sorted(int(os.path.basename(p)[3:]) for p in glob.glob(dst + '/dst*'))
+    there = lab.migrations(dst)
     bad = ['dst%d is gone' % mig for mig in sorted(finished | set(acked)) if mig not in there]
     # The one that was cut, the one before it, and one of the older ones.
     some = there[-2:] + ([random.choice(there[:-2])] if len(there) > 2 else [])

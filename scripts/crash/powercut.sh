@@ -53,24 +53,23 @@ for fs in ${FS:-ext4 ext4-writeback xfs btrfs}; do
   left=$states seed=${SEED:-1} total=0
   while [ "$left" -gt 0 ]; do
     n=$((left < ${EACH:-50} ? left : ${EACH:-50}))
-    rm -rf "$work/lab"
+    rm -rf "$work/lab" "$work/failed"
     mkdir -p "$work/lab"
     python3 "$script" prepare "$work/lab"
     start=$(date +%s)
     SEED=$seed MIRRORFS_KIT=$kit python3 "$here/cut.py" run --work "$work/w" --fs "${fs%%-*}" $(options "$fs") --disk wlog --states "$n" --seed "$seed" \
-      --seconds "${SECONDS_EACH:-15}" --policy "${POLICY:-none,all,prefix,random,torn,but-one,one}" --writer "exec python3 '$script' write '$work/lab'" \
+      --seconds "${SECONDS_EACH:-15}" --policy "${POLICY:-none,all,prefix,random,torn,but-one,one}" --writer "python3 '$script' write '$work/lab' || touch '$work/failed'" \
       --checker "exec python3 '$script' check '$work/lab'" | tee "$work/out" | grep -v '^[0-9]* states' || true
+    [ ! -e "$work/failed" ] || { echo "$fs: the writer failed" >&2; exit 2; }
     line=$(grep '^[0-9]* states' "$work/out" || echo "0 states, 1 bad")
     b=$(echo "$line" | sed 's/.* \([0-9]*\) bad/\1/')
-    count() { cat "$work/lab/$1" 2>/dev/null | wc -l; }
-    case ${WHAT:-mount} in
-      mix) done="$(grep -c . "$work/w/acked" 2>/dev/null || true) promises before the last cut" ;;
-      huge | pending | adopt) done="$(count log) lines of the log" ;;
-      mount | mixed) done="$(count ops) operations" ;;
-      sync) done="$(count hits) files that only looked complete after a cut" ;;
-    esac
+    count() { cat "$work/$1" 2>/dev/null | wc -l; }
+    promised=$(count w/acked)
+    done="$promised promises before the last cut"
+    [ "${WHAT:-mount}" != sync ] || done="$done, $(count lab/hits) files that only looked complete after a cut"
     echo "$fs: $line, seed $seed, $done, $(($(date +%s) - start)) s"
     case "$line" in "0 states"*) exit 2 ;; esac
+    [ "$promised" != 0 ] || { echo "nothing was promised: SECONDS_EACH is too short" >&2; exit 2; }
     total=$((total + n)) bad=$((bad + b)) left=$((left - n)) seed=$((seed + 1))
   done
   echo "$fs: $total power cuts"

@@ -15,7 +15,6 @@ writer's --fsync (never promises nothing about what a run that ended had copied)
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -69,14 +68,9 @@ def sync(src, dst, *options):
 
 
 def write(where):
-    dst, ack = os.environ['DST'], open(os.environ['ACK'], 'w')
+    dst, w = os.environ['DST'], lab.Writer()
     rng = random.Random(int(os.environ.get('SEED', '1')))
     how = '--fsync=' + os.environ.get('FSYNC', 'end')
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-
-    def promise(*words):
-        ack.write(' '.join(str(w) for w in words) + '\n')
-        ack.flush()
 
     def somebody_else():
         while True:
@@ -86,12 +80,12 @@ def write(where):
     for n in range(10_000):
         at = '%s/dst%d' % (dst, n)
         for k in (0, 1):
-            promise('begin', n, k)
+            w.promise('begin', n, k)
             if sync('%s/src%d' % (where, k), at, how) != 0:
                 lab.die('sync failed')
-            promise('end', n, k)
+            w.promise('end', n, k)
         if n >= KEPT:
-            promise('gone', n - KEPT)
+            w.promise('gone', n - KEPT)
             shutil.rmtree('%s/dst%d' % (dst, n - KEPT))
 
 
@@ -118,10 +112,8 @@ def differences(src, dst):
 
 def check(where):
     dst, state, bad = os.environ['DST'], {}, []
-    for line in open(os.environ['ACKED']):
-        w = line.split()
-        if len(w) > 1:
-            state[int(w[1])] = w
+    for w in lab.promised():
+        state[int(w[1])] = w
     for n, w in sorted(state.items()):
         if w[0] == 'gone':
             continue
