@@ -4,12 +4,9 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::Command;
-use std::time::Duration;
 
+use crate::crash::FAULT_EXIT;
 use crate::fixture::{LIMIT, World, bytes, can_mount_on, mirrorfs, run};
-
-/// The status with which a fault point ends the daemon.
-const FAULT_EXIT: i32 = 99;
 
 fn sync(w: &World) {
     run(mirrorfs().arg("sync").args([&w.src, &w.dst])).expect_code(0);
@@ -130,7 +127,11 @@ fn an_exit_while_extras_go_loses_nothing_that_users_made() {
             let fault = format!("{point}:{n}");
             let args = ["--adopt", "--delete", "--no-background"];
             // The first half of the work, until the daemon dies.
-            if let Ok(mut m) = w.try_mount(&args, &[("MIRRORFS_FAULT", &fault)]) {
+            let mounted = w.try_mount(&args, &[("MIRRORFS_FAULT", &fault)]);
+            if let Err((code, log)) = &mounted {
+                assert_eq!(*code, FAULT_EXIT, "{fault}: {log}");
+            }
+            if let Ok(mut m) = mounted {
                 let early = m.path("empty/early");
                 let made = fs::write(&early, "early").is_ok();
                 let _ = fs::metadata(m.path("c/gone")); // Populates, or dies.
@@ -206,7 +207,7 @@ fn what_delete_could_not_be_told_from_later_is_refused() {
     assert!(w.dst.join("five").exists());
     fs::write(w.src.join("file"), "x").unwrap();
     let mut m = w.mount_with(&["--adopt", "--no-background"], &[]);
-    assert!(m.wait_exit(Duration::from_millis(1)).is_none());
+    assert!(m.runs());
     m.unmount();
     refused(&["--adopt", "--delete"], 3, "cannot be added later");
     run(Command::new("chattr").arg("-i").arg(w.dst.join("c/fixed"))).expect_code(0);

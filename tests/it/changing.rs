@@ -8,6 +8,7 @@ use std::path::Path;
 
 use crate::badsource::{BadSrc, apart, entries, errno, expect_copy, world};
 use crate::fixture::{LIMIT, World, bytes, mirrorfs, run, wait_until};
+use crate::raw;
 
 const LARGE: usize = 3 << 20;
 const SMALL: usize = 20_000;
@@ -91,10 +92,7 @@ fn each(mut copy: impl FnMut(&mut BadSrc, &World, &str, &dyn Fn(&BadSrc))) {
                 let_go(bad);
             });
             expect_copy(&bad, &w);
-            bad.die();
-            bad.unmount();
-            fs::remove_dir_all(&w.dst).unwrap();
-            fs::create_dir(&w.dst).unwrap();
+            bad.end(&w);
             fill(&bad);
         }
     }
@@ -158,10 +156,7 @@ fn a_file_that_changes_while_a_range_of_it_is_read_shows_no_zeros() {
         wait_until("an empty ledger", LIMIT, || entries(&m).is_empty());
         m.finish();
         expect_copy(&bad, &w);
-        bad.die();
-        bad.unmount();
-        fs::remove_dir_all(&w.dst).unwrap();
-        fs::create_dir(&w.dst).unwrap();
+        bad.end(&w);
         fill(&bad);
     }
 }
@@ -169,13 +164,18 @@ fn a_file_that_changes_while_a_range_of_it_is_read_shows_no_zeros() {
 #[test]
 fn a_file_that_changes_while_sync_copies_it_is_told_and_the_next_run_has_it() {
     each(|bad, w, _, change| {
-        let sync = || mirrorfs().arg("sync").arg(&w.src).arg(&w.dst).spawn();
-        let mut first = sync().unwrap();
+        let sync = || {
+            let mut command = mirrorfs();
+            command.arg("sync").arg(&w.src).arg(&w.dst);
+            command
+        };
+        let mut first = raw::die_with_parent(&mut sync()).spawn().unwrap();
         change(bad);
+        wait_until("sync", LIMIT, || first.try_wait().unwrap().is_some());
         let first = first.wait().unwrap().code();
         // 24: it kept changing, or its bytes are of two times. 0: it was copied again.
         assert!([Some(0), Some(24)].contains(&first), "{first:?}");
-        assert!(sync().unwrap().wait().unwrap().success());
+        run(&mut sync()).expect_code(0);
     });
 }
 
@@ -242,10 +242,7 @@ fn a_server_that_answers_a_little_at_a_time_gives_every_byte() {
         copy(&w);
         bad.tell("off");
         expect_copy(&bad, &w);
-        bad.die();
-        bad.unmount();
-        fs::remove_dir_all(&w.dst).unwrap();
-        fs::create_dir(&w.dst).unwrap();
+        bad.end(&w);
     }
 }
 
@@ -264,9 +261,6 @@ fn sync_takes_no_early_end_for_the_file() {
         bad.tell("off");
         sync().expect_code(0);
         expect_copy(&bad, &w);
-        bad.die();
-        bad.unmount();
-        fs::remove_dir_all(&w.dst).unwrap();
-        fs::create_dir(&w.dst).unwrap();
+        bad.end(&w);
     }
 }

@@ -31,7 +31,6 @@ fn on_own_subtrees(kind: &str, background: bool) {
         return;
     }
     let seed = Random::seeded(21).next();
-    eprintln!("MIRRORFS_TEST_SEED={seed}");
     let w = World::on(kind);
     for client in 0..CLIENTS {
         fs::create_dir(w.src.join(format!("c{client}"))).unwrap();
@@ -309,7 +308,6 @@ fn on_the_same_names(kind: &str, background: bool) {
         return;
     }
     let seed = Random::seeded(31).next();
-    eprintln!("MIRRORFS_TEST_SEED={seed}");
     let w = World::on(kind);
     fill(&w.src);
     let m = match background {

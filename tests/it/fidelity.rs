@@ -9,7 +9,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use crate::compare::{self, Ignore};
-use crate::fixture::{self, Random, World, can_mount_on, kit, need, run_for};
+use crate::fixture::{self, Random, World, can_mount_on, kit, need, run_for, tests_all};
 use crate::{nasty, raw};
 
 /// One module of tests for each file system.
@@ -173,7 +173,7 @@ fn the_kits_nasty_tree_comes_over_whole(kind: &str) {
         run_for(&mut command, Duration::from_secs(200))
     };
     // The whole of it (50,000 entries, paths of 2,200 directories) where time does not matter.
-    let whole = std::env::var_os("MIRRORFS_TEST_ALL").is_some_and(|v| v == "1");
+    let whole = tests_all();
     python(&make, &[&w.src], if whole { &[] } else { &["--small"] }).expect_code(0);
     w.mount().finish();
     // xfs gives a src that grew more blocks than its data needs: only a dst with more is wrong.

@@ -38,11 +38,16 @@ pub(crate) fn need(have: bool, what: &str) -> bool {
     if !have {
         eprintln!("not run: this test needs {what}");
         assert!(
-            std::env::var_os("MIRRORFS_TEST_ALL").is_none_or(|v| v != "1"),
+            !tests_all(),
             "MIRRORFS_TEST_ALL=1 and this test needs {what}"
         );
     }
     have
+}
+
+/// CI: nothing is left out, and what can be long is.
+pub(crate) fn tests_all() -> bool {
+    std::env::var_os("MIRRORFS_TEST_ALL").is_some_and(|v| v == "1")
 }
 
 /// True when mounts can be made here.
@@ -422,6 +427,13 @@ impl World {
             scratch,
             _fs: fs,
         }
+    }
+
+    /// dst as it was in the beginning.
+    #[track_caller]
+    pub(crate) fn empty_dst(&self) {
+        fs::remove_dir_all(&self.dst).unwrap();
+        fs::create_dir(&self.dst).unwrap();
     }
 
     /// The mount goes on top of dst.

@@ -13,7 +13,7 @@ use serde_json::Value;
 use crate::compare;
 use crate::fixture::{
     LIMIT, LoopFs, Mounted, World, bytes, can_mount_on, find_program, mirrorfs, need, run,
-    wait_until,
+    tests_all, wait_until,
 };
 use crate::nasty::{self, At};
 
@@ -148,9 +148,15 @@ fn expect_readable(m: &Mounted, src: &Path, files: &[PathBuf], errno: i32) -> us
     seen
 }
 
-/// Migrates with nothing but `left`, then with room; the copy must be whole.
+/// Migrates with nothing but what `leave` leaves, then with room; the copy must be whole. True: dst was
+/// full.
 #[track_caller]
-fn migrate_through(w: &World, files: &[PathBuf], leave: impl FnOnce(), room: impl FnOnce()) {
+fn migrate_through(
+    w: &World,
+    files: &[PathBuf],
+    leave: impl FnOnce(),
+    room: impl FnOnce(),
+) -> bool {
     leave();
     let m = match w.try_mount(&[], &[]) {
         Ok(m) => m,
@@ -161,12 +167,14 @@ fn migrate_through(w: &World, files: &[PathBuf], leave: impl FnOnce(), room: imp
             let m = w.mount();
             m.finish();
             w.expect_finished_copy();
-            return empty(w);
+            w.empty_dst();
+            return true;
         }
     };
     wait_until("COMPLETE or full", LIMIT, || {
         is_full(&m) || m.status()["state"] == "COMPLETE"
     });
+    let full = is_full(&m);
     let seen = expect_readable(&m, &w.src, files, libc::ENOSPC);
     let status = m.status();
     eprintln!(
@@ -194,19 +202,12 @@ fn migrate_through(w: &World, files: &[PathBuf], leave: impl FnOnce(), room: imp
     run(mirrorfs().arg("resume").arg(&m.at)).expect_code(0);
     m.finish();
     w.expect_finished_copy();
-    empty(w);
-}
-
-fn empty(w: &World) {
-    fs::remove_dir_all(&w.dst).unwrap();
-    fs::create_dir(&w.dst).unwrap();
+    w.empty_dst();
+    full
 }
 
 fn more<T>(few: Vec<T>, many: impl FnOnce() -> Vec<T>) -> Vec<T> {
-    match std::env::var_os("MIRRORFS_TEST_ALL") {
-        Some(_) => many(),
-        None => few,
-    }
+    if tests_all() { many() } else { few }
 }
 
 fn sweep(kind: &str, size: u64, mkfs: &[&str]) {
@@ -220,15 +221,13 @@ fn sweep(kind: &str, size: u64, mkfs: &[&str]) {
         let close = (0..24).map(|n| n * 36);
         close.chain((4..32).map(|n| n * 256)).collect()
     });
+    let mut full = 0;
     for kib in steps {
         eprintln!("{kind}, {kib} KiB free");
-        migrate_through(
-            &w,
-            &files,
-            || target.leave(kib << 10),
-            || target.make_room(),
-        );
+        let leave = || target.leave(kib << 10);
+        full += usize::from(migrate_through(&w, &files, leave, || target.make_room()));
     }
+    assert!(full > 0, "DST was never full");
 }
 
 #[test]
@@ -258,6 +257,7 @@ fn nothing_is_lost_wherever_the_inodes_run_out() {
     let steps = more(vec![40, 200], || {
         vec![0, 1, 2, 3, 5, 7, 8, 9, 12, 20, 60, 100, 150, 250, 300]
     });
+    let mut full = 0;
     for left in steps {
         eprintln!("{left} inodes free");
         let leave = || {
@@ -268,8 +268,9 @@ fn nothing_is_lost_wherever_the_inodes_run_out() {
             }
         };
         let room = || fs::remove_dir_all(&fillers).unwrap();
-        migrate_through(&w, &files, leave, room);
+        full += usize::from(migrate_through(&w, &files, leave, room));
     }
+    assert!(full > 0, "DST never lacked inodes");
 }
 
 /// What a metadata block could not be had for is set when it can: ENOSPC says "too large" as well.
@@ -279,8 +280,7 @@ fn an_xattr_that_found_no_room_is_not_left_out_and_one_that_never_fits_is_in_the
     if !can_mount_on("ext4") || !can_mount_on("xfs") {
         return;
     }
-    let (a, b) = (LoopFs::new("xfs"), LoopFs::new("ext4"));
-    let w = World::from(a.dir("src"), b.dir("dst"), vec![a, b]);
+    let w = World::on_two("xfs", "ext4");
     let root = At::open(&w.src);
     for name in ["a", "b"] {
         root.file(name, name.as_bytes());
@@ -499,12 +499,14 @@ fn sync_sweep(kind: &str, size: u64, mkfs: &[&str]) {
     };
     fill(&w.src);
     let steps = more(vec![300, 1700], || (0..40).map(|n| n * 90).collect());
+    let mut refused = 0;
     for kib in steps {
         target.leave(kib << 10);
         let sync = || run(mirrorfs().arg("sync").arg(&w.src).arg(&w.dst));
         let first = sync();
         eprintln!("{kind}, {kib} KiB free: {} {}", first.code(), first.err);
         if first.code() != 0 {
+            refused += 1;
             let full = first
                 .err
                 .lines()
@@ -515,8 +517,9 @@ fn sync_sweep(kind: &str, size: u64, mkfs: &[&str]) {
         target.make_room();
         sync().expect_code(0);
         w.expect_finished_copy();
-        empty(&w);
+        w.empty_dst();
     }
+    assert!(refused > 0, "DST was never full");
 }
 
 #[test]

@@ -143,22 +143,18 @@ fn what_is_mounted_below_src_is_copied_also_when_it_came_later() {
     }
     let tmpfs = |name: &str| {
         let at = w.src.join(name);
-        fs::create_dir(&at).unwrap();
         run(Command::new("mount").args(["-t", "tmpfs", "none"]).arg(&at)).expect_code(0);
         fs::write(at.join("in"), name).unwrap();
         at
     };
-    fs::create_dir(w.src.join("later")).unwrap();
+    for name in ["first", "later"] {
+        fs::create_dir(w.src.join(name)).unwrap();
+    }
     tmpfs("first");
     // Where the daemon lives, so that it sees what is mounted later.
     let m = w.mount_lazy();
     assert_eq!(fs::read_to_string(m.path("first/in")).unwrap(), "first");
-    let later = w.src.join("later");
-    run(Command::new("mount")
-        .args(["-t", "tmpfs", "none"])
-        .arg(&later))
-    .expect_code(0);
-    fs::write(later.join("in"), "later").unwrap();
+    let later = tmpfs("later");
     assert_eq!(fs::read_to_string(m.path("later/in")).unwrap(), "later");
     let all = attempts(&m, &later);
     assert!(
