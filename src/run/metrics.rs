@@ -291,7 +291,7 @@ impl Collector for Scrape {
             ),
             (
                 "errors",
-                "Entries in the ledger",
+                "Failures in the ledger",
                 None,
                 Some(c.errors as f64),
             ),
