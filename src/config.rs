@@ -443,6 +443,9 @@ impl SyncConfig {
                 "--shard is for whole trees: not with filters, --files-from, --existing".into(),
             );
         }
+        if self.error_file.is_some() && self.error_file == self.files_from {
+            return Err("--error-file would empty the list of --files-from".into());
+        }
         if self.verify && selects {
             return Err("--verify compares whole trees: not with filters or --files-from".into());
         }
@@ -497,5 +500,11 @@ mod tests {
         assert!(sync.clone().validated().is_ok());
         (sync.dry_run, sync.verify) = (true, true);
         assert!(sync.validated().is_err());
+        let mut sync = SyncConfig::new("/a", "/b");
+        sync.files_from = Some("/list".into());
+        sync.error_file = Some("/others".into());
+        assert!(sync.clone().validated().is_ok());
+        sync.error_file = Some("/list".into());
+        assert!(sync.validated().is_err(), "it would be empty");
     }
 }

@@ -28,6 +28,12 @@ pub const SYNC_RECORD: &str = "sync";
 /// In the control directory: what the shards of a `sync` on several machines have in common.
 pub const SHARDS_DIR: &str = "shards";
 
+/// The path of one of these two.
+pub fn in_control(name: &str) -> RelPath {
+    let text = format!("{CONTROL_DIR}/{name}");
+    RelPath::from_bytes(text.as_bytes()).unwrap_or_else(|| unreachable!("two valid names"))
+}
+
 const VERSION: u8 = 1 << 4;
 const VERSION_PERM: u8 = 2 << 4;
 const VERSION_MIXED: u8 = 3 << 4;

@@ -112,7 +112,7 @@ pub fn run_throttled(
         place: job.roots.root(),
         fresh,
         shallow: false,
-        selection: Box::new(selection),
+        selection,
     };
     let mut depth = Depth::new(job.limits(cpus));
     let shift = Crew::led(
@@ -239,6 +239,8 @@ struct Job<'a> {
     /// Room is reserved in dst for large files.
     reserves: bool,
     deletes_left: AtomicU64,
+    /// What names of this run have in common.
+    run_id: String,
     temp_count: AtomicU64,
     record: Record,
     /// The other processes that copy the same tree now.
@@ -262,7 +264,7 @@ enum Item {
         fresh: bool,
         shallow: bool,
         /// What counts in its parent.
-        selection: Box<Selection>,
+        selection: Selection,
     },
     /// The rest of an open directory, from this offset in src.
     More(Arc<Dir>, u64),
@@ -315,6 +317,7 @@ impl<'a> Job<'a> {
             allowance: Allowance::new(config.cache),
             reserves,
             deletes_left: AtomicU64::new(config.max_delete.unwrap_or(u64::MAX)),
+            run_id: local::run_id(),
             temp_count: AtomicU64::new(0),
             roots,
         })
@@ -336,7 +339,7 @@ impl<'a> Job<'a> {
     /// A name that no user has, for an entry that is not complete yet.
     fn temp_name(&self) -> Name {
         let n = self.temp_count.fetch_add(1, Relaxed);
-        let text = format!("{}{:x}.{n:x}", delete::TEMP, std::process::id());
+        let text = format!("{}{}.{n:x}", delete::TEMP, self.run_id);
         Name::new(text.as_bytes()).unwrap_or_else(|| unreachable!("no slash, no NUL"))
     }
 
@@ -354,18 +357,20 @@ impl<'a> Job<'a> {
     fn settle(&self, report: &SyncReport) -> Result<Vec<u32>> {
         let path = &self.config.dst;
         let mut synced = Ok(());
-        if self.config.fsync == Fsync::End {
+        if self.config.fsync != Fsync::Never {
             let devs =
                 std::mem::take(&mut *self.dst_devs.lock().unwrap_or_else(|e| e.into_inner()));
             for (_, dir) in devs {
                 synced = synced.and(fd::syncfs(dir.as_fd()).on("syncfs", Side::Dst, path));
             }
         }
-        let looked = !self.config.update && !self.config.ignore_existing;
+        let c = self.config;
+        let chooses = !c.filters.is_empty() || c.files_from.is_some() || c.one_file_system;
+        let looked = !c.update && !c.ignore_existing && !chooses;
         let whole = looked && report.failed == 0 && !report.interrupted && !report.dst_full;
         let end = record::End {
-            durable: synced.is_ok() && self.config.fsync != Fsync::Never,
-            carefree: self.config.fsync == Fsync::Never,
+            durable: synced.is_ok() && c.fsync != Fsync::Never,
+            carefree: c.fsync == Fsync::Never,
             whole,
         };
         let root = self.roots.dst.as_fd();
@@ -373,7 +378,7 @@ impl<'a> Job<'a> {
         match self.round() {
             Some(_) if report.interrupted || report.dst_full => Ok(Vec::new()),
             Some(round) => round.end(root, end),
-            None if whole => round::give_up(root).map(|()| Vec::new()),
+            None if whole && end.durable => round::give_up(root).map(|()| Vec::new()),
             None => Ok(Vec::new()),
         }
     }
@@ -393,6 +398,11 @@ impl<'a> Job<'a> {
             }
         }
     }
+}
+
+/// dst takes nothing more.
+fn has_none(errno: Errno) -> bool {
+    matches!(errno, Errno::NOSPC | Errno::DQUOT | Errno::ROFS)
 }
 
 /// One step's surroundings.
@@ -447,8 +457,8 @@ impl Work<'_, '_> {
     /// seen by the next run.
     fn has_no_room(&self, errno: Errno) -> bool {
         match errno {
-            Errno::NOSPC => room::ask(self.job.roots.dst.as_fd()).is_err(),
-            other => other == Errno::DQUOT || other == Errno::ROFS,
+            Errno::NOSPC => room::ask(self.job.roots.dst.as_fd()).is_err_and(has_none),
+            other => has_none(other),
         }
     }
 

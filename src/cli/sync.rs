@@ -109,7 +109,7 @@ pub struct Sync {
     #[arg(short = '0', long, help_heading = "What is copied")]
     pub from0: bool,
 
-    /// Copy workers; one for each CPU unless given
+    /// Threads that copy, at the most; unless given as many as SRC and DST are fast with
     #[arg(short = 'j', long, value_name = "N", help_heading = "How it is copied")]
     pub jobs: Option<usize>,
     /// What may be copied in a second

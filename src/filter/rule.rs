@@ -105,7 +105,7 @@ pub(super) fn parse(text: &[u8], template: Flags, grammar: Grammar) -> Result<Li
     })
 }
 
-const WORDS: [(&[u8], u8); 10] = [
+const WORDS: [(&[u8], u8); 9] = [
     (b"clear", b'!'),
     (b"dir-merge", b':'),
     (b"exclude", b'-'),
@@ -115,8 +115,6 @@ const WORDS: [(&[u8], u8); 10] = [
     (b"protect", b'P'),
     (b"risk", b'R'),
     (b"show", b'S'),
-    // Never reached with a word: keeps the short ones in one place.
-    (b"!", b'!'),
 ];
 
 /// A line that begins with a rule's name.

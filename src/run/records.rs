@@ -51,7 +51,11 @@ impl Records {
     /// One path that failed.
     pub(super) fn failed(&mut self, error: &SyncError) {
         if let Some(errors) = &mut self.errors {
-            let mut line = error.path.as_os_str().as_bytes().to_vec();
+            let path = error.path.as_os_str().as_bytes();
+            // For --files-from such a line would be a comment.
+            let comment = matches!(path.first(), Some(b'#' | b';'));
+            let mut line = if comment { b"./".to_vec() } else { Vec::new() };
+            line.extend_from_slice(path);
             line.push(self.end);
             let _ = errors.write_all(&line); // It was told on standard error too.
         }

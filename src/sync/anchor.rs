@@ -99,7 +99,12 @@ impl Work<'_, '_> {
         for generation in 0..GENERATIONS {
             let anchor = key.anchor(generation).on("linkat", Side::Dst, &path)?;
             let to = anchor.as_cstr();
-            match rustix::fs::linkat(dst, name.as_cstr(), links, to, AtFlags::empty()) {
+            let ours = StandIn {
+                path: path.clone(),
+                key: now.key,
+            };
+            let publish = || rustix::fs::linkat(dst, name.as_cstr(), links, to, AtFlags::empty());
+            match self.unlocked(&ours, publish) {
                 Ok(()) => {
                     fault::point("shard-shared");
                     return Ok(true);
@@ -112,7 +117,8 @@ impl Work<'_, '_> {
                 return Ok(true);
             }
             let temp = self.job.temp_name();
-            match rustix::fs::linkat(links, to, dst, temp.as_cstr(), AtFlags::empty()) {
+            let join = || rustix::fs::linkat(links, to, dst, temp.as_cstr(), AtFlags::empty());
+            match self.unlocked(&stand_in(&anchor, first.key), join) {
                 Ok(()) => return self.publish(dir, &temp, name, Some(&now)).map(|()| true),
                 Err(Errno::MLINK) => {}
                 Err(e) => return Err(e).on("linkat", Side::Dst, &path),
@@ -170,7 +176,7 @@ impl Work<'_, '_> {
                 // Only the one that was looked at: somebody may have made another meanwhile.
                 let still = stat_at(links, anchor.as_cstr());
                 if still.is_ok_and(|s| s.key == now.key) {
-                    let gone = rustix::fs::unlinkat(links, anchor.as_cstr(), AtFlags::empty());
+                    let gone = round::unlink_anchor(links, &anchor, now.kind());
                     gone.on("unlinkat", Side::Dst, &path)?;
                 }
                 return Ok(None);

@@ -186,7 +186,9 @@ impl Work<'_, '_> {
             let src = fd::open_src(t.dir.pair.src.as_fd(), &t.name);
             let src = src.on("openat", Side::Src, t.at())?;
             let after = stat_fd(src.as_fd()).on("statx", Side::Src, t.at())?;
-            if attempt > 0 || !after.is_file() || after.size > SMALL as u64 {
+            // Its other names are not this file's.
+            let other = t.group.is_some() && after.key != t.meta.stat.key;
+            if attempt > 0 || other || !after.is_file() || after.size > SMALL as u64 {
                 break; // seal() sees it too, and tells.
             }
             let again = self.capture(Target::Open(src.as_fd()), after, t.at());

@@ -361,7 +361,7 @@ impl Work<'_, '_> {
                         place: dir.pair.place(&entry.name),
                         fresh,
                         shallow: shallow || empty,
-                        selection: Box::new(selection),
+                        selection,
                     });
                 }
                 Err(e) => self.fail(&dir.path(&entry.name), &e),
@@ -484,7 +484,11 @@ impl Work<'_, '_> {
         self.placed();
         self.job.progress.dirs_populated.add(1);
         if !dir.selection.counts_itself(path) {
-            return Ok(());
+            // Only what was taken off to work in it comes back.
+            return match dir.before.late_flags() {
+                flags if flags == 0 || dir.fresh || self.job.config.dry_run => Ok(()),
+                flags => stamp::add_flags(fd, flags).on("FS_IOC_SETFLAGS", Side::Dst, path),
+            };
         }
         if dir.fresh {
             self.line('c', FileType::Directory, path, What::New, "");

@@ -207,18 +207,11 @@ impl Work<'_, '_> {
         };
         let temp = now.filter(|n| !n.is_dir()).map(|_| self.job.temp_name());
         let new = temp.as_ref().unwrap_or(name);
-        match self.link_once(dir, new, stand_in) {
-            Ok(()) => {}
-            Err(Errno::PERM) if self.unlock(stand_in).map_err(|e| on("linkat", e))? => {
-                let again = self.link_once(dir, new, stand_in);
-                again.map_err(|e| on("linkat", e))?;
-            }
-            Err(e) => {
-                // As many names as dst can hold (EMLINK), or removed meanwhile: the next name of
-                // this inode makes another one.
-                self.job.groups.forget(group);
-                return Err(on("linkat", e));
-            }
+        if let Err(e) = self.unlocked(stand_in, || self.link_once(dir, new, stand_in)) {
+            // As many names as dst can hold (EMLINK), or removed meanwhile: the next name of this
+            // inode makes another one.
+            self.job.groups.forget(group);
+            return Err(on("linkat", e));
         }
         if temp.is_some() {
             self.publish(dir, new, name, now.as_ref())?;
@@ -250,6 +243,18 @@ impl Work<'_, '_> {
         let root = self.job.roots.dst.as_fd();
         let from = fd::open_beneath(root, &parent, OFlags::PATH | OFlags::DIRECTORY)?;
         rustix::fs::linkat(from, old.as_cstr(), dst, new.as_cstr(), AtFlags::empty())
+    }
+
+    /// Links once more without +i and +a where they forbid it.
+    pub(super) fn unlocked(
+        &self,
+        of: &StandIn,
+        link: impl Fn() -> Result<(), Errno>,
+    ) -> Result<(), Errno> {
+        match link() {
+            Err(Errno::PERM) if self.unlock(of)? => link(),
+            other => other,
+        }
     }
 
     /// Clears +i and +a, which forbid links; they are set again at the end. False: there are none.

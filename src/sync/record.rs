@@ -25,8 +25,8 @@ use rustix::io::Errno;
 use super::round::{self, Round};
 use super::stamp;
 use crate::error::{Context, Result, Side};
-use crate::mark::{CONTROL_DIR, SYNC_RECORD};
-use crate::meta::{self, LATE_FLAGS};
+use crate::mark::{self, CONTROL_DIR, SYNC_RECORD};
+use crate::meta;
 use crate::sys::name::{Name, RelPath};
 use crate::sys::stat::{Stat, Time, stat_fd};
 use crate::sys::{fd, host, stat};
@@ -94,14 +94,14 @@ impl Record {
         for file in others {
             record.doubt_since(&file)?;
         }
-        let file = match record.open(root, OFlags::RDONLY) {
+        let file = match open_to_lock(|flags| record.open(root, flags)) {
             Ok(file) => file,
             Err(Errno::NOENT) => return Ok(record),
             Err(e) => return Err(e).on("openat2", Side::Dst, &path),
         };
         let before = record.doubt;
         record.doubt_since(&file)?;
-        let ours = host::try_lock(file.as_fd()).is_ok();
+        let ours = host::try_lock_if_any(file.as_fd()).is_ok();
         if ours && stat_fd(file.as_fd()).on("statx", Side::Dst, &path)?.nlink == 0 {
             // Whoever was at work has just ended.
             record.doubt = before;
@@ -157,7 +157,10 @@ impl Record {
         if *state == State::Absent {
             let made = match round {
                 None => at_root(root, || self.make(root, sync)),
-                Some(round) => self.make_shard(root, round, sync),
+                Some(round) => {
+                    let at = (round.own.as_fd(), &*round.record());
+                    self.write(at, sync, || round.sync_dirs(root))
+                }
             };
             *state = match made {
                 Ok(()) => State::Here,
@@ -178,45 +181,37 @@ impl Record {
             Ok(()) | Err(Errno::EXIST) => {}
             Err(e) => return Err(e),
         }
-        let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY;
-        let flags = flags | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let mode = Mode::RUSR | Mode::WUSR;
-        let file = rustix::fs::openat(root, path().as_bytes(), flags, mode)?;
-        self.write(&file, sync)?;
-        if sync {
+        let name = format!("{CONTROL_DIR}/{SYNC_RECORD}");
+        self.write((root, &name), sync, || {
             let control = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
             fd::fsync(rustix::fs::openat(root, CONTROL_DIR, control, Mode::empty())?.as_fd())?;
-            fd::fsync(root)?;
-        }
-        *self.held.lock().unwrap_or_else(PoisonError::into_inner) = Some(file);
-        Ok(())
+            fd::fsync(root)
+        })
     }
 
-    fn make_shard(&self, root: BorrowedFd<'_>, round: &Round, sync: bool) -> Result<(), Errno> {
+    /// `sync_dirs` makes the record's name durable.
+    fn write(
+        &self,
+        (dir, name): (BorrowedFd<'_>, &str),
+        sync: bool,
+        sync_dirs: impl FnOnce() -> Result<(), Errno>,
+    ) -> Result<(), Errno> {
         let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY;
         let flags = flags | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let mode = Mode::RUSR | Mode::WUSR;
-        let file = rustix::fs::openat(&round.own, round.record(), flags, mode)?;
-        self.write(&file, sync)?;
+        let file = rustix::fs::openat(dir, name, flags, Mode::RUSR | Mode::WUSR)?;
+        host::try_lock_if_any(file.as_fd())?;
+        let text = self.ours.as_deref().unwrap_or("").as_bytes();
+        fd::pwrite_all(file.as_fd(), text, 0)?;
         if sync {
-            round.sync_dirs(root)?;
+            fd::fsync(file.as_fd())?;
+            sync_dirs()?;
         }
-        *self.held.lock().unwrap_or_else(PoisonError::into_inner) = Some(file);
+        *self.held() = Some(file);
         Ok(())
     }
 
-    fn write(&self, file: &OwnedFd, sync: bool) -> Result<(), Errno> {
-        match host::try_lock(file.as_fd()) {
-            // A server that knows no locks: nobody else can hold one either.
-            Ok(()) | Err(Errno::NOLCK | Errno::NOSYS | Errno::OPNOTSUPP) => {}
-            Err(e) => return Err(e),
-        }
-        let text = self.ours.as_deref().unwrap_or("").as_bytes();
-        fd::pwrite_all(file.as_fd(), text, 0)?;
-        match sync {
-            true => fd::fsync(file.as_fd()),
-            false => Ok(()),
-        }
+    fn held(&self) -> MutexGuard<'_, Option<OwnedFd>> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The root's times are not to be set while this lives: `begin` keeps them over what it does.
@@ -242,17 +237,13 @@ impl Record {
         }
         if let Some((dir, name)) = &self.shard {
             let gone = rustix::fs::unlinkat(dir, name, AtFlags::empty());
+            // Not before: who has the lock must find the name, or none. Then: NFS keeps another name
+            // of what is open.
+            drop(self.held().take());
             return gone.on("unlinkat", Side::Dst, path());
         }
-        at_root(root, || {
-            rustix::fs::unlinkat(root, path().as_bytes(), AtFlags::empty())?;
-            match rustix::fs::unlinkat(root, CONTROL_DIR, AtFlags::REMOVEDIR) {
-                // It also holds what a migration needs.
-                Ok(()) | Err(Errno::NOTEMPTY | Errno::EXIST) => Ok(()),
-                Err(e) => Err(e),
-            }
-        })
-        .on("unlinkat", Side::Dst, path())?;
+        let gone = remove(root, || self.held().take());
+        gone.on("unlinkat", Side::Dst, path())?;
         match end.carefree {
             true => Ok(()),
             false => fd::fsync(root).on("fsync", Side::Dst, path()),
@@ -261,6 +252,51 @@ impl Record {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Takes the record away; `held` gives up what is open of it. The directory goes unless it also holds
+/// what a migration or shards need.
+fn remove(root: BorrowedFd<'_>, held: impl FnOnce() -> Option<OwnedFd>) -> Result<(), Errno> {
+    at_root(root, || {
+        rustix::fs::unlinkat(root, path().as_bytes(), AtFlags::empty())?;
+        drop(held());
+        remove_control(root)
+    })
+}
+
+/// The control directory, if it is empty.
+pub(super) fn remove_control(root: BorrowedFd<'_>) -> Result<(), Errno> {
+    match rustix::fs::unlinkat(root, CONTROL_DIR, AtFlags::REMOVEDIR) {
+        Ok(()) | Err(Errno::NOENT | Errno::NOTEMPTY | Errno::EXIST) => Ok(()),
+        Err(e) => Err(e),
+    }
+}
+
+/// Takes the record of a run without shards away, which every shard has looked after. One that is at
+/// work keeps it.
+pub(super) fn forget(root: BorrowedFd<'_>) -> Result<(), Errno> {
+    let file = match open_to_lock(|flags| fd::open_beneath(root, &path(), flags)) {
+        Err(Errno::NOENT) => return Ok(()),
+        other => other?,
+    };
+    match host::try_lock_if_any(file.as_fd()) {
+        Err(Errno::WOULDBLOCK) => return Ok(()),
+        other => other?,
+    }
+    match stat_fd(file.as_fd())?.nlink {
+        0 => Ok(()),
+        _ => remove(root, || Some(file)),
+    }
+}
+
+/// For writing, as locks of NFS want it, or where that may not be for reading.
+pub(super) fn open_to_lock(
+    open: impl Fn(OFlags) -> Result<OwnedFd, Errno>,
+) -> Result<OwnedFd, Errno> {
+    match open(OFlags::RDWR) {
+        Err(Errno::ACCESS | Errno::PERM | Errno::ROFS) => open(OFlags::RDONLY),
+        other => other,
     }
 }
 
@@ -276,8 +312,7 @@ fn beginning(record: &Stat) -> Time {
 
 /// The record of a run that copies all of a tree.
 pub(super) fn path() -> RelPath {
-    let text = format!("{CONTROL_DIR}/{SYNC_RECORD}");
-    RelPath::from_bytes(text.as_bytes()).unwrap_or_else(|| unreachable!("two valid names"))
+    mark::in_control(SYNC_RECORD)
 }
 
 /// Changes names in dst's root so that nothing is seen of it after: its times stay, and +i and +a,
@@ -287,10 +322,7 @@ pub(super) fn at_root(
     change: impl FnOnce() -> Result<(), Errno>,
 ) -> Result<(), Errno> {
     let before = stat_fd(root)?;
-    let flags = match before.immutable || before.append {
-        true => crate::sys::copy::inode_flags(root)?.unwrap_or(0) & LATE_FLAGS,
-        false => 0,
-    };
+    let flags = before.late_flags();
     if flags != 0 {
         stamp::clear_flags(root, flags)?;
     }

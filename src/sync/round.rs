@@ -17,6 +17,7 @@
 //! | `links/` | anchors of hard links (`anchor`) |
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Mutex, PoisonError};
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags};
 use rustix::io::Errno;
@@ -25,10 +26,10 @@ use super::record::{self, End};
 use super::stamp;
 use crate::config::Shard;
 use crate::error::{Context, Result, Side};
-use crate::mark::{CONTROL_DIR, SHARDS_DIR};
+use crate::mark::{self, CONTROL_DIR, SHARDS_DIR};
 use crate::meta::LATE_FLAGS;
 use crate::sys::name::{Name, RelPath};
-use crate::sys::{copy, dir as sys_dir, fault, fd, host};
+use crate::sys::{copy, dir as sys_dir, fault, fd, host, local};
 
 /// Where anchors are, in the round's directory.
 const LINKS: &str = "links";
@@ -45,7 +46,7 @@ pub(super) struct Round {
     /// `.mirrorfs/shards/links`.
     pub(super) links: OwnedFd,
     /// `K.run`, flock(2)ed while this process works.
-    _running: OwnedFd,
+    running: Mutex<Option<OwnedFd>>,
 }
 
 impl Round {
@@ -63,8 +64,14 @@ impl Round {
     }
 
     fn join(root: BorrowedFd<'_>, shard: Shard) -> Result<Option<Round>, Errno> {
-        // The root's times are its owner's business, who has not ended before us.
-        let control = make_dir(root, CONTROL_DIR)?;
+        let control = match open_dir(root, CONTROL_DIR) {
+            Err(Errno::NOENT) => {
+                // Its owner may have ended: its times, +i and +a stay.
+                record::at_root(root, || make_dir(root, CONTROL_DIR).map(drop))?;
+                open_dir(root, CONTROL_DIR)?
+            }
+            other => other?,
+        };
         let shards = make_dir(control.as_fd(), SHARDS_DIR)?;
         let own = make_dir(shards.as_fd(), &shard.count().to_string())?;
         ignore_missing(rustix::fs::unlinkat(
@@ -79,20 +86,29 @@ impl Round {
         if matches!(host::try_lock(running.as_fd()), Err(Errno::WOULDBLOCK)) {
             tracing::warn!("shard {shard} is at work elsewhere too: that is safe, and of no use");
         }
-        let there = rustix::fs::statat(&control, SHARDS_DIR, AtFlags::SYMLINK_NOFOLLOW)?;
-        let ours = rustix::fs::fstat(&shards)?;
-        let joined = (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino)
-            && [&own, &links]
-                .iter()
-                .all(|d| rustix::fs::fstat(d).is_ok_and(|s| s.st_nlink > 0));
-        Ok(joined.then_some(Round {
+        let round = Round {
             shard,
             control,
             shards,
             own,
             links,
-            _running: running,
-        }))
+            running: Mutex::new(Some(running)),
+        };
+        let joined = round.is_current()?
+            && [&round.own, &round.links]
+                .iter()
+                .all(|d| rustix::fs::fstat(d).is_ok_and(|s| s.st_nlink > 0));
+        Ok(joined.then_some(round))
+    }
+
+    /// Nobody has taken the round away.
+    fn is_current(&self) -> Result<bool, Errno> {
+        let there = rustix::fs::statat(&self.control, SHARDS_DIR, AtFlags::SYMLINK_NOFOLLOW);
+        let Some(there) = absent(there)? else {
+            return Ok(false);
+        };
+        let ours = rustix::fs::fstat(&self.shards)?;
+        Ok((there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino))
     }
 
     /// The name of this shard's record.
@@ -116,18 +132,32 @@ impl Round {
     /// This shard has seen all of its directories. Ends the round if it is the last one; returns the
     /// shards that are still to come.
     pub(super) fn end(&self, root: BorrowedFd<'_>, end: End) -> Result<Vec<u32>> {
-        let ended = self.ended(root, end);
+        let ended = match self.ended(root, end) {
+            // The last shard, which ends at the same moment, has taken it away under us.
+            Err(Errno::NOENT) => self.is_current().and_then(|current| match current {
+                true => Err(Errno::NOENT),
+                false => Ok(Vec::new()),
+            }),
+            Ok(left) if !left.is_empty() => self
+                .is_current()
+                .map(|current| if current { left } else { Vec::new() }),
+            other => other,
+        };
         ended.on("unlinkat", Side::Dst, path())
     }
 
     fn ended(&self, root: BorrowedFd<'_>, end: End) -> Result<Vec<u32>, Errno> {
         let name = format!("{}.run", self.shard.number());
         ignore_missing(rustix::fs::unlinkat(&self.own, name, AtFlags::empty()))?;
+        // NFS keeps another name of what is open.
+        let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        drop(running.take());
         let flags = OFlags::CREATE | OFlags::TRUNC | OFlags::WRONLY | OFlags::NOFOLLOW;
         let flags = flags | OFlags::CLOEXEC;
         let mode = Mode::RUSR | Mode::WUSR;
         let file = rustix::fs::openat(&self.own, done(self.shard.number()), flags, mode)?;
-        let text: &[u8] = if end.whole { b"whole\n" } else { b"partial\n" };
+        let whole = end.whole && end.durable;
+        let text: &[u8] = if whole { b"whole\n" } else { b"partial\n" };
         fd::pwrite_all(file.as_fd(), text, 0)?;
         drop(file);
         fault::point("shard-ended");
@@ -135,7 +165,8 @@ impl Round {
         if !left.is_empty() {
             return Ok(left);
         }
-        if !self.all_whole()? && has_records(self.shards.as_fd())? {
+        let all_whole = self.all_whole()?;
+        if !all_whole && has_records(self.shards.as_fd())? {
             return Ok(left); // Some bytes are still doubted: the next round looks at them.
         }
         take_away(root, self.control.as_fd(), |old| {
@@ -143,6 +174,9 @@ impl Round {
             let own = open_dir(old, &self.shard.count().to_string())?;
             Ok(self.missing(own.as_fd())?.is_empty())
         })?;
+        if all_whole {
+            record::forget(root)?;
+        }
         Ok(left)
     }
 
@@ -210,14 +244,14 @@ pub(super) fn records(root: BorrowedFd<'_>, round: Option<&Round>) -> Result<Vec
 /// A run without shards that has looked at everything ends a round that nobody works on any more.
 pub(super) fn give_up(root: BorrowedFd<'_>) -> Result<()> {
     let gone = || {
-        let Some(shards) = absent(open_path(root))? else {
+        let Some(control) = absent(open_dir(root, CONTROL_DIR))? else {
             return Ok(());
         };
-        if is_running(shards.as_fd())? {
-            return Ok(());
+        match absent(open_path(root))? {
+            Some(shards) if is_running(shards.as_fd())? => Ok(()),
+            Some(_) => take_away(root, control.as_fd(), |_| Ok(true)),
+            None => remove_moved(root, control.as_fd()),
         }
-        let control = open_dir(root, CONTROL_DIR)?;
-        take_away(root, control.as_fd(), |_| Ok(true))
     };
     gone().on("unlinkat", Side::Dst, path())
 }
@@ -228,7 +262,7 @@ fn take_away(
     control: BorrowedFd<'_>,
     still: impl FnOnce(BorrowedFd<'_>) -> Result<bool, Errno>,
 ) -> Result<(), Errno> {
-    let old = format!("{SHARDS_DIR}-{:x}", std::process::id());
+    let old = format!("{SHARDS_DIR}-{}", local::run_id());
     match rustix::fs::renameat(control, SHARDS_DIR, control, &old) {
         Ok(()) => {}
         Err(Errno::NOENT) => return Ok(()), // Another one was as fast.
@@ -239,23 +273,23 @@ fn take_away(
     if !still(dir.as_fd())? {
         return rustix::fs::renameat(control, &old, control, SHARDS_DIR);
     }
-    // What others left half removed, too.
+    remove_moved(root, control)
+}
+
+/// Removes what was moved away, also by others who were killed then.
+fn remove_moved(root: BorrowedFd<'_>, control: BorrowedFd<'_>) -> Result<(), Errno> {
+    let moved = format!("{SHARDS_DIR}-");
+    let mut found = false;
     for entry in sys_dir::list(control)? {
-        if entry
-            .name
-            .as_bytes()
-            .starts_with(format!("{SHARDS_DIR}-").as_bytes())
-        {
+        if entry.name.as_bytes().starts_with(moved.as_bytes()) {
             remove_round(control, &entry.name)?;
+            found = true;
         }
     }
-    record::at_root(root, || {
-        match rustix::fs::unlinkat(root, CONTROL_DIR, AtFlags::REMOVEDIR) {
-            // It also holds other things.
-            Ok(()) | Err(Errno::NOENT | Errno::NOTEMPTY | Errno::EXIST) => Ok(()),
-            Err(e) => Err(e),
-        }
-    })
+    match found {
+        true => record::at_root(root, || record::remove_control(root)),
+        false => Ok(()),
+    }
 }
 
 /// Removes two levels of directories; somebody else may do the same.
@@ -274,7 +308,7 @@ fn remove_round(control: BorrowedFd<'_>, name: &Name) -> Result<(), Errno> {
             continue;
         };
         for file in sys_dir::list(dir.as_fd())? {
-            unlink_anchor(dir.as_fd(), &file)?;
+            unlink_anchor(dir.as_fd(), &file.name, file.kind)?;
         }
         let gone = rustix::fs::unlinkat(&top, entry.name.as_cstr(), AtFlags::REMOVEDIR);
         ignore_missing(gone)?;
@@ -287,17 +321,11 @@ fn remove_round(control: BorrowedFd<'_>, name: &Name) -> Result<(), Errno> {
 }
 
 /// Removes a name of an inode that may have +i or +a: they stay.
-fn unlink_anchor(dir: BorrowedFd<'_>, entry: &sys_dir::Entry) -> Result<(), Errno> {
-    let unlink = || {
-        ignore_missing(rustix::fs::unlinkat(
-            dir,
-            entry.name.as_cstr(),
-            AtFlags::empty(),
-        ))
-    };
+pub(super) fn unlink_anchor(dir: BorrowedFd<'_>, name: &Name, kind: FileType) -> Result<(), Errno> {
+    let unlink = || ignore_missing(rustix::fs::unlinkat(dir, name.as_cstr(), AtFlags::empty()));
     match unlink() {
-        Err(Errno::PERM) if entry.kind == FileType::RegularFile => {
-            let file = fd::open_at(dir, &entry.name, OFlags::RDONLY | OFlags::NONBLOCK)?;
+        Err(Errno::PERM) if kind == FileType::RegularFile => {
+            let file = fd::open_at(dir, name, OFlags::RDONLY | OFlags::NONBLOCK)?;
             let flags = copy::inode_flags(file.as_fd())?.unwrap_or(0) & LATE_FLAGS;
             stamp::clear_flags(file.as_fd(), flags)?;
             let gone = unlink();
@@ -313,7 +341,8 @@ fn is_running(shards: BorrowedFd<'_>) -> Result<bool, Errno> {
         if !name.as_bytes().ends_with(b".run") {
             return Ok(false);
         }
-        let Some(file) = absent(fd::open_at(dir, name, OFlags::RDONLY))? else {
+        let open = record::open_to_lock(|flags| fd::open_at(dir, name, flags));
+        let Some(file) = absent(open)? else {
             return Ok(false);
         };
         Ok(matches!(
@@ -354,8 +383,7 @@ fn done(number: u32) -> String {
 
 /// `.mirrorfs/shards`.
 pub(super) fn path() -> RelPath {
-    let text = format!("{CONTROL_DIR}/{SHARDS_DIR}");
-    RelPath::from_bytes(text.as_bytes()).unwrap_or_else(|| unreachable!("two valid names"))
+    mark::in_control(SHARDS_DIR)
 }
 
 /// `.mirrorfs/shards/links`.

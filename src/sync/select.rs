@@ -226,29 +226,36 @@ impl Work<'_, '_> {
         let rest = pick.children.get(from..).unwrap_or_default();
         let some = &rest[..rest.len().min(max)];
         let mut entries = Vec::with_capacity(some.len());
-        for (name, _) in some {
+        let missing = |path: RelPath, errno| {
+            let error = Error::Call {
+                call: "statx",
+                side: Side::Src,
+                path: path.to_path(),
+                errno,
+            };
+            // It was asked for by name: not there is an error, and not a change of src.
+            let error = SyncError {
+                vanished: false,
+                ..SyncError::new(&path, &error)
+            };
+            self.crew.tell(Event::Error(error));
+        };
+        for (name, pick) in some {
             match stat_at(dir.pair.src.as_fd(), name.as_cstr()) {
-                Ok(stat) => entries.push(Entry {
-                    name: name.clone(),
-                    ino: stat.key.ino,
-                    kind: stat.kind(),
-                    next: 0,
-                }),
-                Err(errno) => {
-                    let path = dir.path(name);
-                    let error = Error::Call {
-                        call: "statx",
-                        side: Side::Src,
-                        path: path.to_path(),
-                        errno,
-                    };
-                    // It was asked for by name: not there is an error, and not a change of src.
-                    let error = SyncError {
-                        vanished: false,
-                        ..SyncError::new(&path, &error)
-                    };
-                    self.crew.tell(Event::Error(error));
+                Ok(stat) => {
+                    if !stat.is_dir()
+                        && let Some((below, _)) = pick.children.first()
+                    {
+                        missing(dir.path(name).join(below), Errno::NOTDIR);
+                    }
+                    entries.push(Entry {
+                        name: name.clone(),
+                        ino: stat.key.ino,
+                        kind: stat.kind(),
+                        next: 0,
+                    });
                 }
+                Err(errno) => missing(dir.path(name), errno),
             }
         }
         Some((entries, some.len() == rest.len()))

@@ -23,6 +23,7 @@ use rustix::io::Errno;
 use super::data::Buffers;
 use super::dir::Dir;
 use super::round::Round;
+use super::select::Selection;
 use super::{Item, Work, stamp};
 use crate::config::Shard;
 use crate::error::{Context, Error, Result, Side};
@@ -142,7 +143,7 @@ impl Work<'_, '_> {
                 place: pair.place(&entry.name),
                 fresh: false,
                 shallow,
-                selection: Box::default(),
+                selection: Selection::default(),
             });
         }
         self.crew.push(items);
@@ -164,7 +165,7 @@ impl Work<'_, '_> {
             && self.job.shards.is_some()
             && matches!(
                 self.job.roots.open_dst(place),
-                Err(Errno::NOENT | Errno::NOTDIR)
+                Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP)
             )
     }
 
@@ -172,7 +173,8 @@ impl Work<'_, '_> {
     pub(super) fn open_owned(&self, place: &Place) -> Result<OwnedFd> {
         let opened = self.job.roots.open_dst(place);
         match opened {
-            Err(Errno::NOENT | Errno::NOTDIR) if !self.job.config.dry_run => {}
+            // LOOP: a symlink is in the way.
+            Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) if !self.job.config.dry_run => {}
             other => return other.on("openat2", Side::Dst, &place.path),
         }
         let root = self.job.roots.dst.as_fd();
@@ -212,7 +214,7 @@ impl Work<'_, '_> {
                         path: path.to_path(),
                     });
                 }
-                Ok(stat) => match self.unlink(at, name, path, &stat, false) {
+                Ok(stat) => match self.unlink(at, name, path, &stat, true) {
                     Err(e) if e.errno() == Errno::ISDIR => {}
                     other => other?,
                 },

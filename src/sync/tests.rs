@@ -5,7 +5,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 
 use super::*;
-use crate::config::{Cache, Reflink};
+use crate::config::{Cache, FilterArg, Reflink};
 use crate::verify::{Difference, VerifyOptions, verify};
 
 /// A src and a dst that does not exist yet.
@@ -296,13 +296,22 @@ fn the_record_of_another_boot_stays_until_every_file_was_looked_at() {
     let t = trees();
     t.sync();
     cut_power(&t);
-    let existing = SyncConfig {
-        fsync: Fsync::End,
-        ignore_existing: true,
-        ..t.config()
+    let some = |change: fn(&mut SyncConfig)| {
+        let mut config = SyncConfig {
+            fsync: Fsync::End,
+            ..t.config()
+        };
+        change(&mut config);
+        config
     };
-    sync(&existing);
-    assert!(t.dst.join(".mirrorfs/sync").exists());
+    for left_out in [
+        some(|c| c.ignore_existing = true),
+        some(|c| c.one_file_system = true),
+        some(|c| c.filters = vec![FilterArg::Exclude("large".into())]),
+    ] {
+        sync(&left_out);
+        assert!(t.dst.join(".mirrorfs/sync").exists(), "{left_out:?}");
+    }
     // What another boot has left is not taken away by a run that makes nothing durable.
     t.sync();
     assert!(t.dst.join(".mirrorfs/sync").exists());
@@ -522,7 +531,7 @@ fn what_is_not_in_memory_is_asked_for_first_and_copied_as_it_is_by_then() {
         place: job.roots.root(),
         fresh,
         shallow: false,
-        selection: Box::default(),
+        selection: Selection::default(),
     };
     let (halt, put_off) = (AtomicBool::new(false), AtomicU64::new(0));
     Crew::run(

@@ -72,6 +72,15 @@ pub fn try_lock(fd: BorrowedFd<'_>) -> Result<()> {
     rustix::fs::flock(fd, rustix::fs::FlockOperation::NonBlockingLockExclusive)
 }
 
+/// As [`try_lock`]; where a server knows no locks nobody else can hold one either. NFS locks only what
+/// is open for writing.
+pub fn try_lock_if_any(fd: BorrowedFd<'_>) -> Result<()> {
+    match try_lock(fd) {
+        Err(Errno::NOLCK | Errno::NOSYS | Errno::OPNOTSUPP) => Ok(()),
+        other => other,
+    }
+}
+
 /// Raises RLIMIT_NOFILE to its hard limit; returns the limit now in force.
 pub fn raise_nofile() -> u64 {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};

@@ -34,6 +34,13 @@ pub fn umask() -> u32 {
     })
 }
 
+/// What no other run has had for a name of its own: process ids come again, in a container each time.
+pub fn run_id() -> String {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    let nanos = now.unwrap_or_default().as_nanos();
+    format!("{:x}-{nanos:x}", std::process::id())
+}
+
 /// The user at the other end of a Unix stream socket, as of its connect(2).
 pub fn peer_uid(socket: BorrowedFd<'_>) -> Result<u32> {
     Ok(rustix::net::sockopt::socket_peercred(socket)?.uid.as_raw())

@@ -65,6 +65,11 @@ pub struct Stat {
 }
 
 impl Stat {
+    /// FS_IMMUTABLE_FL and FS_APPEND_FL, where they are set.
+    pub fn late_flags(&self) -> u32 {
+        (0x10 * u32::from(self.immutable)) | (0x20 * u32::from(self.append))
+    }
+
     /// The file type.
     pub fn kind(&self) -> FileType {
         FileType::from_raw_mode(self.mode)

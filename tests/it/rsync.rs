@@ -373,6 +373,41 @@ fn lists_of_names_mean_what_rsync_means() {
     bench.compare(&["-r", "--exclude=*.o", "--files-from={}/files/dirs"]);
 }
 
+/// rsync copies through the symlink, or fails as a whole; a file is no way to its name here.
+#[test]
+fn what_is_listed_below_no_directory_is_an_error() {
+    let scratch = Scratch::new();
+    let (src, dst) = (scratch.dir("src"), scratch.dir("dst"));
+    build(
+        &src,
+        "mkdir real; echo x > real/file; ln -s real link; echo y > plain; echo z > other",
+    );
+    let list = scratch.path().join("list");
+    fs::write(&list, "link/file\nplain/below\nother\n").unwrap();
+    let errors = scratch.path().join("errors");
+    let said = run(mirrorfs()
+        .args(["sync", "--files-from"])
+        .arg(&list)
+        .arg("--error-file")
+        .arg(&errors)
+        .args([&src, &dst]))
+    .expect_code(23);
+    let lines: Vec<_> = said
+        .err
+        .lines()
+        .filter(|l| l.contains("Not a directory"))
+        .collect();
+    assert_eq!(lines.len(), 2, "{}", said.err);
+    assert!(dst.join("other").exists());
+    let mut left: Vec<_> = fs::read_to_string(&errors)
+        .unwrap()
+        .lines()
+        .map(String::from)
+        .collect();
+    left.sort();
+    assert_eq!(left, ["link/file", "plain/below"]);
+}
+
 /// Names that patterns are about, and some that they are not.
 const NAMES: &[&str] = &["a", "b", "ab", "a.o", "b.c", "x y", "[a]", "-z", "c\\d"];
 

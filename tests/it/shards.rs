@@ -449,3 +449,78 @@ fn a_dry_run_of_a_shard_changes_nothing_and_leaves_no_trace() {
     assert!(said.out.contains("+++++++++"), "{}", said.out);
     compare::expect_equal(&before, &compare::manifest(&t.dst));
 }
+
+#[test]
+fn shards_that_end_at_the_same_moment_all_succeed_and_leave_nothing() {
+    let t = Trees::new();
+    t.all_at_once(4);
+    // Nothing is left to do: they end together.
+    for _ in 0..8 {
+        t.all_at_once(4);
+        assert!(!t.control().exists());
+    }
+    t.expect_copy();
+}
+
+#[test]
+fn what_others_have_left_goes_with_the_round() {
+    let t = Trees::new();
+    // A killed run of another boot without shards, and a round that was half taken away.
+    let left = |t: &Trees| {
+        fs::create_dir_all(t.control().join("shards-7/links")).unwrap();
+        fs::write(t.control().join("shards-7/links/anchor"), "x").unwrap();
+    };
+    left(&t);
+    fs::write(t.control().join("sync"), "another boot\n").unwrap();
+    t.all_at_once(2);
+    t.expect_copy();
+    left(&t);
+    run(mirrorfs().arg("sync").arg(&t.src).arg(&t.dst)).expect_code(0);
+    t.expect_copy();
+    // One shard once more: the root stays as its owner has left it.
+    for shard in ["1/2", "2/2"] {
+        run(&mut t.shard(shard)).expect_code(0);
+        let mtime = |root: &Path| fs::metadata(root).unwrap().modified().unwrap();
+        assert_eq!(mtime(&t.src), mtime(&t.dst), "{shard}");
+    }
+    t.expect_copy();
+}
+
+#[test]
+fn hard_links_that_nobody_may_change_and_symlinks_in_the_way_are_no_failures() {
+    if !can_mount_on("ext4") {
+        return;
+    }
+    let fs = LoopFs::new("ext4");
+    let t = Trees {
+        src: fs.dir("src"),
+        dst: fs.dir("dst"),
+        _scratch: None,
+        _fs: Some(fs),
+    };
+    fill(&t.src);
+    let flag = |flag: &str, root: &Path| {
+        for g in ["d0/e0/g0", "d1/e1/g1"] {
+            run(Command::new("chattr").arg(flag).arg(root.join(g))).expect_code(0);
+        }
+    };
+    flag("+i", &t.src);
+    t.all_at_once(2);
+    t.all_at_once(3);
+    t.expect_copy();
+    for root in [&t.src, &t.dst] {
+        flag("-i", root);
+    }
+    // One after the other: whose parent is another's meets the symlink first.
+    let outside = t.src.with_file_name("outside");
+    fs::create_dir(&outside).unwrap();
+    for dir in ["d2", "d3", "d4"] {
+        fs::remove_dir_all(t.dst.join(dir)).unwrap();
+        std::os::unix::fs::symlink(&outside, t.dst.join(dir)).unwrap();
+    }
+    for shard in ["1/3", "2/3", "3/3"] {
+        run(&mut t.shard(shard)).expect_code(0);
+    }
+    t.expect_copy();
+    assert_eq!(fs::read_dir(&outside).unwrap().count(), 0);
+}
