@@ -39,7 +39,11 @@ Exit codes:
 const VERIFY_ABOUT: &str = "\
 Compares two trees: every byte of every file, and type, owner, mode, mtime, xattrs, ACLs, hard \
 links, symlink targets, device numbers. Prints one line for each difference and exits with 9 when \
-there is any, with 23 when something could not be read. Neither tree is changed.";
+there is any, with 23 when something could not be read. Neither tree is changed.
+
+With --manifest one tree is compared with what it was when `mirrorfs sync --manifest` copied it; SRC is \
+not needed. `changed`: size, mtime, mode, owner or target are others, so somebody has changed it \
+since. `corrupt`: nobody has, but its bytes are others.";
 
 const FINISH_ABOUT: &str = "\
 Ends a migration: makes DST durable, removes every trace of mirrorfs from it and takes the mount \
@@ -131,18 +135,30 @@ pub enum Command {
 /// `mirrorfs verify`.
 #[derive(Debug, Args)]
 #[command(
-    after_help = EXIT_CODES
+    after_help = EXIT_CODES,
+    override_usage = "mirrorfs verify [OPTIONS] <SRC> <DST>\n       mirrorfs verify [OPTIONS] --manifest <FILE> <DST>"
 )]
 pub struct Verify {
-    /// The one tree
-    pub src: PathBuf,
+    /// The one tree; with --manifest there is only DST
+    #[arg(value_name = "SRC")]
+    pub first: PathBuf,
     /// The other tree; its mount shows the same as the finished tree
-    pub dst: PathBuf,
+    #[arg(value_name = "DST", required_unless_present = "manifest")]
+    pub second: Option<PathBuf>,
+    /// Compare DST with this manifest, which `mirrorfs sync --manifest` has written
+    ///
+    /// Files whose size and mtime are in it are read and hashed, the others are not. It knows no xattrs,
+    /// ACLs and inode flags.
+    #[arg(long, value_name = "FILE")]
+    pub manifest: Option<PathBuf>,
+    /// With --manifest: what somebody has changed, removed or made since is no difference
+    #[arg(long, requires = "manifest")]
+    pub ignore_changed: bool,
     /// Write a line for each entry: `= path` equal, `* path` different, `+ path` missing in DST,
     /// `- path` only in DST, `! path` not readable
     ///
-    /// As rclone check --combined does. Of a directory that one side lacks only its own name. `-`:
-    /// standard output, in the place of the lines that say what differs.
+    /// As rclone check --combined does; with --manifest `X path` is corrupt. Of a directory that one side
+    /// lacks only its own name. `-`: standard output, in the place of the lines that say what differs.
     #[arg(long, value_name = "FILE")]
     pub combined: Option<PathBuf>,
     /// Compare the bytes of the K-th of N parts of the files

@@ -363,6 +363,8 @@ pub struct SyncConfig {
     pub log_file: Option<PathBuf>,
     /// The paths that failed are written to this file.
     pub error_file: Option<PathBuf>,
+    /// What each entry is, and the digest of each file, is written to this file.
+    pub manifest: Option<PathBuf>,
     /// The run ends after so long.
     pub stop_after: Option<Duration>,
     /// Entries that vanish from src are no failure.
@@ -423,6 +425,7 @@ impl SyncConfig {
             progress: false,
             log_file: None,
             error_file: None,
+            manifest: None,
             stop_after: None,
             ignore_vanished: false,
         }
@@ -436,6 +439,16 @@ impl SyncConfig {
         }
         if self.shard.is_some() && self.verify {
             return Err("--verify with --shard would compare what others still copy".into());
+        }
+        if self.manifest.is_some() {
+            if self.dry_run {
+                return Err("--manifest after --dry-run would hold what was not copied".into());
+            }
+            if self.shard.is_some() || self.files_from.is_some() {
+                return Err(
+                    "--manifest is of a whole tree: not with --shard or --files-from".into(),
+                );
+            }
         }
         let selects = !self.filters.is_empty() || self.files_from.is_some();
         if self.shard.is_some() && (selects || self.existing) {

@@ -21,6 +21,7 @@ pub mod sys;
 
 pub mod engine;
 pub mod links;
+pub mod manifest;
 pub mod mark;
 pub mod meta;
 pub mod mirror;

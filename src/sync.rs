@@ -27,6 +27,7 @@ mod dir;
 mod file;
 mod flow;
 mod link;
+mod proof;
 mod record;
 mod report;
 mod round;
@@ -62,6 +63,7 @@ use crate::engine::passing::Allowance;
 use data::{Buffers, Slice};
 use depth::{Depth, Limits};
 use dir::Dir;
+use proof::Proof;
 use record::Record;
 use report::{Changes, Totals};
 use round::Round;
@@ -103,8 +105,12 @@ pub fn run_throttled(
 ) -> Result<SyncReport> {
     let begin = Instant::now();
     let selection = Selection::new(config)?;
+    let proof = config.manifest.as_deref().map(Proof::begin).transpose()?;
     let (roots, _view, fresh) = open_roots(config)?;
-    let job = Job::new(config, progress, roots, throttle)?;
+    let job = Job {
+        proof,
+        ..Job::new(config, progress, roots, throttle)?
+    };
     let halt = AtomicBool::new(false);
     let cpus = host::cpus().len().max(1);
     let mut report = SyncReport::default();
@@ -142,6 +148,10 @@ pub fn run_throttled(
     job.totals.fill(&mut report);
     if !config.dry_run {
         report.shards_left = job.settle(&report)?;
+    }
+    if let Some(proof) = &job.proof {
+        let whole = report.failed == 0 && !report.interrupted && !report.dst_full;
+        report.manifest = proof.end(whole).err().map(|trouble| trouble.to_string());
     }
     report.threads = shift.threads;
     report.utilisation = shift.utilisation;
@@ -243,6 +253,7 @@ struct Job<'a> {
     run_id: String,
     temp_count: AtomicU64,
     record: Record,
+    proof: Option<Proof>,
     /// The other processes that copy the same tree now.
     shards: Option<Shards>,
     /// File systems that dst reaches into: the root's first.
@@ -294,6 +305,7 @@ impl<'a> Job<'a> {
         let shards = config.shard.map(|s| Shards::begin(dst, s, config.dry_run));
         let shards = shards.transpose()?;
         Ok(Job {
+            proof: None,
             record: Record::look(dst, shards.as_ref().and_then(|s| s.round.as_ref()))?,
             shards,
             dst_devs: Mutex::new(vec![(dst_dev, dst_fd)]),

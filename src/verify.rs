@@ -1,4 +1,5 @@
-//! Verify: compares two trees, every name, every byte and every piece of metadata.
+//! Verify: compares two trees, every name, every byte and every piece of metadata; or one tree with
+//! the manifest of what it was when it was copied (`proof`).
 //!
 //! Both trees are walked together, by directory fds only, by a crew of threads: a directory's src
 //! entries in batches, each next to the dst entry of the same name, then dst's names that src does
@@ -8,6 +9,7 @@
 mod content;
 mod entry;
 mod groups;
+mod proof;
 
 use std::fmt;
 use std::os::fd::{AsFd, OwnedFd};
@@ -31,6 +33,8 @@ use crate::sys::{dir, host};
 
 use content::Slice;
 use groups::Groups;
+
+pub use proof::verify_manifest;
 
 /// Entries of one directory that a thread takes at once.
 const BATCH: usize = 1024;
@@ -119,6 +123,16 @@ pub enum Kind {
     Links,
     /// Inode flags that both file systems know.
     Flags,
+    /// The manifest has another size, time, mode, owner or target: somebody has changed it since.
+    Changed,
+    /// As the manifest has it in all else, the bytes are not.
+    Corrupt,
+    /// In the manifest, not in dst; of a directory only its own name is reported.
+    Missing,
+    /// In dst, not in the manifest; of a directory only its own name is reported.
+    Extra,
+    /// The manifest has no digest of a file.
+    Unproven,
     /// dst is a migration that has not finished: control directory or mark are still there.
     NotFinished,
     /// One side could not be read.
@@ -142,6 +156,11 @@ impl fmt::Display for Kind {
             Kind::Device => "device",
             Kind::Links => "links",
             Kind::Flags => "flags",
+            Kind::Changed => "changed",
+            Kind::Corrupt => "corrupt",
+            Kind::Missing => "missing",
+            Kind::Extra => "extra",
+            Kind::Unproven => "unproven",
             Kind::NotFinished => "not finished",
             Kind::Unreadable => "unreadable",
         })

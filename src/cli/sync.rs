@@ -58,6 +58,13 @@ pub struct Sync {
     /// Write the paths that failed to this file, as --files-from takes them
     #[arg(long, value_name = "FILE")]
     pub error_file: Option<PathBuf>,
+    /// Write what each entry is, and the BLAKE3 of each file, to this file
+    ///
+    /// A text in the format of mtree(5), for `mirrorfs verify --manifest`, which then needs no SRC. Files
+    /// are hashed as they are copied; what was equal already is read from SRC, unless the file has it of
+    /// an earlier run. FILE must not be in SRC or DST.
+    #[arg(long, value_name = "FILE")]
+    pub manifest: Option<PathBuf>,
 
     /// Stay on SRC's own file system
     #[arg(short = 'x', long, help_heading = "What is copied")]
@@ -341,6 +348,7 @@ impl Sync {
         config.atimes = self.always.atimes;
         config.log_file = self.log_file;
         config.error_file = self.error_file;
+        config.manifest = self.manifest;
         config.stop_after = self
             .stop_after
             .map(|minutes| Duration::from_secs(minutes.saturating_mul(60)));

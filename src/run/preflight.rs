@@ -231,8 +231,9 @@ fn look(mut config: MountConfig) -> Result<Ground, Failure> {
 /// Everything that `sync` can know beforehand.
 pub(super) fn sync(config: &SyncConfig) -> Result<(), Failure> {
     let src = Root::open("SRC", &config.src)?;
+    outside(config, &src)?;
     match Root::open("DST", &config.dst) {
-        Ok(dst) => not_nested(&src, &dst),
+        Ok(dst) => outside(config, &dst).and_then(|()| not_nested(&src, &dst)),
         // Missing: it will be made, unless its parent is missing too or lies inside SRC.
         Err(failure) => match std::fs::symlink_metadata(&config.dst) {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
@@ -252,6 +253,25 @@ pub(super) fn sync(config: &SyncConfig) -> Result<(), Failure> {
             }
             _ => Err(failure),
         },
+    }
+}
+
+/// The manifest is in neither tree: SRC is not written, and it would be no part of what DST should be.
+fn outside(config: &SyncConfig, root: &Root) -> Result<(), Failure> {
+    let Some(path) = &config.manifest else {
+        return Ok(());
+    };
+    // Not there yet: then it is no symlink either.
+    let path = &path.canonicalize().unwrap_or_else(|_| path.clone());
+    let parent = path.parent().filter(|p| !p.as_os_str().is_empty());
+    let parent = Root::open("--manifest's directory", parent.unwrap_or(Path::new(".")))?;
+    match root.contains(&parent)? {
+        true => {
+            let (role, path) = (root.role, quoted(path));
+            let line = format!("--manifest {path}: it must not be inside {role}");
+            Err(Failure::new(exit::UNUSABLE, line))
+        }
+        false => Ok(()),
     }
 }
 
@@ -279,6 +299,11 @@ pub(super) fn verify(src: &Path, dst: &Path) -> Result<(), Failure> {
     Root::open("SRC", src)?;
     Root::open("DST", dst)?;
     Ok(())
+}
+
+/// The tree of `verify --manifest`.
+pub(super) fn verify_one(dst: &Path) -> Result<(), Failure> {
+    Root::open("DST", dst).map(drop)
 }
 
 fn not_nested(src: &Root, dst: &Root) -> Result<(), Failure> {

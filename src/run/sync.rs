@@ -154,6 +154,9 @@ fn report(config: &SyncConfig, report: &SyncReport) -> Outcome {
     if report.interrupted {
         return Err(interrupted());
     }
+    if let Some(why) = &report.manifest {
+        return Err(Failure::new(exit::FAILURE, why.clone()));
+    }
     if report.dst_full {
         let line = "DST is full, or read-only: the copy ended early; the same command goes on";
         return Err(Failure::new(exit::IO, line));

@@ -13,38 +13,139 @@ use super::out::{self, bytes, count, duration};
 use super::{Failure, Outcome, exit, preflight};
 use crate::cli::Verify;
 use crate::error::Printable;
+use crate::manifest::Index;
 use crate::sys::host;
-use crate::verify::{Difference, Kind, Told, VerifyOptions, VerifyReport, verify, verify_each};
+use crate::verify::{
+    Difference, Kind, Told, VerifyOptions, VerifyReport, verify, verify_each, verify_manifest,
+};
 
 /// `mirrorfs verify`.
 pub(super) fn run_with(args: &Verify) -> Outcome {
     let mut options = options()?;
     options.sample = args.sample;
     options.tell_all = args.combined.is_some();
+    if args.manifest.is_some() && args.second.is_some() {
+        let line = "verify --manifest FILE DST: there is no SRC";
+        return Err(Failure::new(exit::USAGE, line));
+    }
+    let proof = args.manifest.as_deref().map(|path| {
+        preflight::verify_one(&args.first)?;
+        Index::open(path).map_err(|t| Failure::new(exit::UNUSABLE, t.to_string()))
+    });
+    let proof = proof.transpose()?;
     let Some(to) = &args.combined else {
-        return compare(&args.src, &args.dst, &options);
+        let mut said = Said::new(args.ignore_changed, false);
+        let report = told(args, proof.as_ref(), &options, &mut |told| {
+            said.tell(&told);
+        })?;
+        return said.end(report, proof.as_ref());
     };
-    preflight::verify(&args.src, &args.dst)?;
     let quiet = to.as_os_str() == "-";
     let failed = |e: std::io::Error| {
         Failure::new(exit::FAILURE, format!("--combined {}: {e}", to.display()))
     };
+    let mut said = Said::new(args.ignore_changed, quiet);
     let mut lines = match quiet {
         true => Combined::new(Box::new(std::io::stdout())),
         false => Combined::new(Box::new(File::create(to).map_err(failed)?)),
     };
-    let report = verify_each(&args.src, &args.dst, &options, &mut |told| {
-        if let (Told::Difference(difference), false) = (&told, quiet) {
-            out::say(&difference.to_string());
-        }
+    let report = told(args, proof.as_ref(), &options, &mut |told| {
+        said.tell(&told);
         lines.add(told);
     })?;
     lines.end().map_err(failed)?;
-    match quiet {
-        true => out::complain(&summary(&report)),
-        false => out::say(&summary(&report)),
+    said.end(report, proof.as_ref())
+}
+
+/// The comparison that was asked for.
+fn told(
+    args: &Verify,
+    proof: Option<&Index>,
+    options: &VerifyOptions,
+    on: &mut dyn FnMut(Told),
+) -> Result<VerifyReport, Failure> {
+    match (proof, &args.second) {
+        (Some(manifest), _) => Ok(verify_manifest(manifest, &args.first, options, on)?),
+        (None, Some(dst)) => {
+            preflight::verify(&args.first, dst)?;
+            Ok(verify_each(&args.first, dst, options, on)?)
+        }
+        (None, None) => Err(Failure::new(exit::USAGE, "DST is missing")),
     }
-    conclude(&report)
+}
+
+/// What was said of the differences.
+struct Said {
+    /// What users did since does not count.
+    forgives: bool,
+    /// Standard output is for something else.
+    quiet: bool,
+    counts: HashMap<Kind, u64>,
+    forgiven: u64,
+}
+
+impl Said {
+    fn new(forgives: bool, quiet: bool) -> Said {
+        Said {
+            forgives,
+            quiet,
+            counts: HashMap::new(),
+            forgiven: 0,
+        }
+    }
+
+    fn tell(&mut self, told: &Told) {
+        let Told::Difference(difference) = told else {
+            return;
+        };
+        *self.counts.entry(difference.kind).or_default() += 1;
+        let theirs = [Kind::Changed, Kind::Missing, Kind::Extra].contains(&difference.kind);
+        if self.forgives && theirs {
+            self.forgiven += 1;
+        } else if !self.quiet {
+            out::say(&difference.to_string());
+        }
+    }
+
+    /// The sum, and the exit code.
+    fn end(self, mut report: VerifyReport, proof: Option<&Index>) -> Outcome {
+        let say = match self.quiet {
+            true => out::complain,
+            false => out::say,
+        };
+        match proof {
+            None => say(&summary(&report)),
+            Some(manifest) => {
+                if !manifest.has_ended() {
+                    let line = "the run that wrote the manifest did not end, or some entries failed: \
+                                it does not hold all of the tree; the same sync completes it";
+                    out::complain(line);
+                }
+                say(&self.proof_summary(&report));
+            }
+        }
+        report.differences -= self.forgiven;
+        conclude(&report)
+    }
+
+    fn proof_summary(&self, report: &VerifyReport) -> String {
+        let of = |kind| self.counts.get(&kind).copied().unwrap_or(0);
+        let mut line = format!("{}: {} corrupt", verified(report), count(of(Kind::Corrupt)));
+        for (kind, what) in [
+            (Kind::Changed, "changed since"),
+            (Kind::Missing, "missing"),
+            (Kind::Extra, "extra"),
+            (Kind::NotFinished, "not finished"),
+            (Kind::Unproven, "without a digest"),
+            (Kind::Unreadable, "unreadable"),
+        ] {
+            let basic = [Kind::Changed, Kind::Missing, Kind::Extra].contains(&kind);
+            if basic || of(kind) > 0 {
+                line += &format!(", {} {what}", count(of(kind)));
+            }
+        }
+        line
+    }
 }
 
 /// The comparison after a `sync`.
@@ -109,12 +210,15 @@ impl Combined {
                 self.line(symbol, &path);
             }
             Told::Difference(Difference { path, kind, .. }) => match kind {
-                Kind::OnlyInSrc => self.line('+', &path),
-                Kind::OnlyInDst => self.line('-', &path),
+                Kind::OnlyInSrc | Kind::Missing => self.line('+', &path),
+                Kind::OnlyInDst | Kind::Extra => self.line('-', &path),
                 Kind::Type => self.line('*', &path),
                 // What could not be read may be equal or not.
-                Kind::Unreadable => {
+                Kind::Unreadable | Kind::Unproven => {
                     self.open.insert(path, '!');
+                }
+                Kind::Corrupt => {
+                    self.open.insert(path, 'X');
                 }
                 _ => {
                     self.open.entry(path).or_insert('*');
@@ -141,18 +245,22 @@ impl Combined {
 
 /// One line: what was compared, and what came of it.
 pub(super) fn summary(report: &VerifyReport) -> String {
-    let mut line = format!(
-        "verified {} entries, {} files, {} in {}: {} differences",
-        count(report.entries),
-        count(report.files),
-        bytes(report.bytes),
-        duration(report.elapsed),
-        count(report.differences.saturating_sub(report.unreadable)),
-    );
+    let differences = report.differences.saturating_sub(report.unreadable);
+    let mut line = format!("{}: {} differences", verified(report), count(differences));
     if report.unreadable > 0 {
         line += &format!(", {} unreadable", count(report.unreadable));
     }
     line
+}
+
+fn verified(report: &VerifyReport) -> String {
+    format!(
+        "verified {} entries, {} files, {} in {}",
+        count(report.entries),
+        count(report.files),
+        bytes(report.bytes),
+        duration(report.elapsed),
+    )
 }
 
 /// The exit code. A difference weighs more than what could not be read.

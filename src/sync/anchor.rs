@@ -224,7 +224,7 @@ impl Work<'_, '_> {
         let file = open(dir.pair.src.as_fd(), name, Side::Src)?;
         let copy = open(links, anchor, Side::Dst)?;
         if (self.job.config.checksum || self.job.record.doubts(now))
-            && !self.same_bytes(buffers, &file, &copy, &path, src.size)?
+            && !self.same_bytes(buffers, &file, &copy, &path, src.size)?.0
         {
             return Ok(false);
         }

@@ -14,6 +14,7 @@ use super::flow::{BULK, Flow};
 use super::{Item, Work};
 use crate::config::Reflink;
 use crate::error::{Context, Error, Result, Side};
+use crate::manifest::{Digest, Feed, Tree};
 use crate::meta::{Born, Meta};
 use crate::sys::cache::Aligned;
 use crate::sys::dir::Entry;
@@ -95,6 +96,14 @@ pub(super) struct Transfer {
     pub(super) flow: Flow,
     /// Its data can go through a pipe.
     pub(super) pipes: AtomicBool,
+    /// For the manifest: of the whole file, where it went through one buffer.
+    pub(super) digest: Option<Digest>,
+    /// Where it goes through in parts.
+    pub(super) tree: Option<Tree>,
+    /// src's ctime tells of each change after this copy.
+    pub(super) settled: bool,
+    /// dst shares src's extents: what is read is only hashed.
+    pub(super) cloned: bool,
     /// Parts that are not copied yet.
     pub(super) parts: AtomicUsize,
     pub(super) failed: Mutex<Option<Error>>,
@@ -111,6 +120,19 @@ impl Transfer {
 pub(super) struct Slice {
     transfer: Arc<Transfer>,
     range: Range<u64>,
+    /// What of it was hashed.
+    feed: Option<Feed>,
+}
+
+impl Slice {
+    fn new(transfer: Arc<Transfer>, range: Range<u64>) -> Slice {
+        let feed = transfer.tree.as_ref().map(|tree| tree.feed(range.start));
+        Slice {
+            transfer,
+            range,
+            feed,
+        }
+    }
 }
 
 /// What `Job::clone` knows; 0 is nothing.
@@ -179,6 +201,11 @@ impl Work<'_, '_> {
                     return self.ends_early(t);
                 }
                 t.unchanged = true;
+                t.digest = self
+                    .job
+                    .proof
+                    .as_ref()
+                    .map(|_| Digest::of(&buffers.data[..n]));
                 break;
             }
             // By name again: it may have been replaced; and where a server goes by names (sshfs) the
@@ -194,6 +221,7 @@ impl Work<'_, '_> {
             let again = self.capture(Target::Open(src.as_fd()), after, t.at());
             copy::truncate(t.dst.as_fd(), 0).on("ftruncate", Side::Dst, path())?;
             (t.meta, t.src) = (again?, src);
+            t.settled = super::proof::is_settled(&t.meta.stat);
         }
         Ok(())
     }
@@ -202,6 +230,11 @@ impl Work<'_, '_> {
     pub(super) fn large(&self, buffers: &mut Buffers, mut transfer: Transfer) -> Result<()> {
         let stat = transfer.meta.stat;
         let size = stat.size;
+        transfer.tree = self.job.proof.as_ref().map(|_| Tree::new(size));
+        if transfer.cloned {
+            self.start(buffers, transfer);
+            return Ok(());
+        }
         let data = size.min(stat.blocks.saturating_mul(512));
         transfer.flow = Flow::of(data, &self.job.allowance);
         if transfer.sparse {
@@ -223,11 +256,14 @@ impl Work<'_, '_> {
                 .on("fcntl", Side::Dst, transfer.at())
                 .inspect_err(|_| self.abandon(&transfer))?;
         }
-        copy::advise_sequential(transfer.src.as_fd());
-        let transfer = Arc::new(transfer);
-        let range = 0..size;
-        self.slice(buffers, Slice { transfer, range });
+        self.start(buffers, transfer);
         Ok(())
+    }
+
+    fn start(&self, buffers: &mut Buffers, transfer: Transfer) {
+        copy::advise_sequential(transfer.src.as_fd());
+        let range = 0..transfer.meta.stat.size;
+        self.slice(buffers, Slice::new(Arc::new(transfer), range));
     }
 
     /// Copies a part of a file; with the last part the file is finished.
@@ -235,13 +271,19 @@ impl Work<'_, '_> {
         let Slice {
             transfer: t,
             mut range,
+            mut feed,
         } = slice;
         while range.start < range.end {
             if lock(&t.failed).is_some() {
                 break;
             }
             if self.crew.crowded() {
-                self.crew.push([Item::Slice(Slice { transfer: t, range })]);
+                let transfer = t;
+                self.crew.push([Item::Slice(Slice {
+                    transfer,
+                    range,
+                    feed,
+                })]);
                 return;
             }
             if self.crew.hungry() && !buffers.rest.1.is_empty() {
@@ -254,13 +296,11 @@ impl Work<'_, '_> {
                 let middle = range.start + (range.end - range.start) / 2;
                 let middle = middle.next_multiple_of(1 << 20).min(range.end);
                 t.parts.fetch_add(1, Relaxed);
-                self.crew.push([Item::Slice(Slice {
-                    transfer: Arc::clone(&t),
-                    range: middle..range.end,
-                })]);
+                let rest = Slice::new(Arc::clone(&t), middle..range.end);
+                self.crew.push([Item::Slice(rest)]);
                 range.end = middle;
             }
-            match self.chunk(buffers, &t, &range) {
+            match self.chunk(buffers, &t, &range, &mut feed) {
                 Ok(next) => range.start = next,
                 Err(e) => {
                     lock(&t.failed).get_or_insert(e);
@@ -274,15 +314,21 @@ impl Work<'_, '_> {
     }
 
     /// Gives away the names that wait behind a large file: all of them, it will take a while.
-    fn give_rest(&self, buffers: &mut Buffers) {
+    pub(super) fn give_rest(&self, buffers: &mut Buffers) {
         let names = std::mem::take(&mut buffers.rest.1);
-        if let Some(dir) = &buffers.rest.0 {
+        if let Some(dir) = buffers.rest.0.as_ref().filter(|_| !names.is_empty()) {
             self.crew.push([Item::Names(Arc::clone(dir), names)]);
         }
     }
 
     /// Copies the next piece of data in a range; returns where to go on.
-    fn chunk(&self, buffers: &mut Buffers, t: &Transfer, range: &Range<u64>) -> Result<u64> {
+    fn chunk(
+        &self,
+        buffers: &mut Buffers,
+        t: &Transfer,
+        range: &Range<u64>,
+        feed: &mut Option<Feed>,
+    ) -> Result<u64> {
         let path = || t.at();
         // A second signal ends the process; the first ends this file: it has no name yet.
         if self.stopping() {
@@ -293,11 +339,19 @@ impl Work<'_, '_> {
             let next = copy::next_data(t.src.as_fd(), range.start, range.end);
             match next.on("lseek", Side::Src, path())? {
                 Some(extent) => data = extent,
-                None => return Ok(range.end),
+                None => {
+                    if let (Some(tree), Some(feed)) = (&t.tree, feed) {
+                        tree.zeros(feed, range.end);
+                    }
+                    return Ok(range.end);
+                }
             }
         }
         while data.start < data.end {
-            let n = self.piece(buffers, t, &data)?;
+            let n = match (&t.tree, feed.as_mut()) {
+                (Some(tree), Some(feed)) => self.hashed(buffers, t, &data, tree, feed)?,
+                _ => self.piece(buffers, t, &data)?,
+            };
             if n == 0 {
                 let now = stat_fd(t.src.as_fd()).on("statx", Side::Src, path())?;
                 return match now.size < range.end {
@@ -305,7 +359,9 @@ impl Work<'_, '_> {
                     false => self.ends_early(t),
                 };
             }
-            self.copied(n);
+            if !t.cloned {
+                self.copied(n); // Else it counts as copied already.
+            }
             self.pace(n);
             data.start += n;
             if self.crew.hungry() || self.stopping() {
@@ -354,6 +410,36 @@ impl Work<'_, '_> {
         let buf = &mut buffers.data[..left.min(SMALL)];
         let n = fd::pread_all(src, buf, data.start).on("read", Side::Src, at)?;
         fd::pwrite_all(dst, &buf[..n], data.start).on("write", Side::Dst, at)?;
+        Ok(n as u64)
+    }
+
+    /// As `piece`, through memory, for the manifest.
+    fn hashed(
+        &self,
+        buffers: &mut Buffers,
+        t: &Transfer,
+        data: &Range<u64>,
+        tree: &Tree,
+        feed: &mut Feed,
+    ) -> Result<u64> {
+        let memory = buffers.bulk.get_or_insert_with(|| Aligned::new(BULK));
+        let left = usize::try_from(data.end - data.start).unwrap_or(usize::MAX);
+        let read = match t.flow.passing {
+            true => t.flow.read(t, memory, data),
+            false => {
+                let buf = &mut memory.bytes()[..left.min(BULK)];
+                fd::pread_all(t.src.as_fd(), buf, data.start)
+            }
+        };
+        let n = read.on("read", Side::Src, t.at())?;
+        if !t.cloned && t.flow.passing {
+            let written = t.flow.write(t, memory, data.start, n);
+            written.on("write", Side::Dst, t.at())?;
+        } else if !t.cloned {
+            let written = fd::pwrite_all(t.dst.as_fd(), &memory.bytes()[..n], data.start);
+            written.on("write", Side::Dst, t.at())?;
+        }
+        tree.bytes(feed, data.start, &memory.bytes()[..n]);
         Ok(n as u64)
     }
 

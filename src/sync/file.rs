@@ -12,11 +12,13 @@ use super::data::{Buffers, SMALL, Transfer};
 use super::dir::Dir;
 use super::flow::Flow;
 use super::link::Step;
+use super::proof;
 use super::report::Changes;
 use super::stamp;
 use super::{What, Work};
 use crate::config::Fsync;
 use crate::error::{Context, Error, Result, Side};
+use crate::manifest::{Digest, Tree};
 use crate::meta::{Born, LATE_FLAGS, Meta};
 use crate::sys::name::Name;
 use crate::sys::stat::{FileKey, Stat, fd_changed_since, stat_fd};
@@ -100,6 +102,7 @@ impl Work<'_, '_> {
                 return self.create(buffers, dir, name, src, meta, group, None, What::New);
             };
             if self.job.config.ignore_existing {
+                self.prove_nothing(&dir.path(name), stat.kind());
                 return Ok(self.left_alone(now.key));
             }
             if !now.is_file() {
@@ -141,18 +144,22 @@ impl Work<'_, '_> {
         let config = self.job.config;
         let path = dir.path(name);
         if config.update && now.mtime > meta.stat.mtime {
+            self.prove_nothing(&path, meta.stat.kind());
             return Ok(self.left_alone(now.key));
         }
         let size = now.size != meta.stat.size;
         let time = now.mtime != meta.stat.mtime;
         let alone = self.may_stand(dir, &now, &meta.stat)?;
         let looks_same = !size && (!time || config.size_only || config.checksum);
+        let settled = self.job.proof.is_some() && proof::is_settled(&meta.stat);
         let mut dst = None;
+        let mut read = None;
         let mut same = alone && looks_same && !config.ignore_times;
         if same {
             let file = fd::open_src(dir.pair.dst.as_fd(), name).on("openat", Side::Dst, &path)?;
-            same = !(config.checksum || self.job.record.doubts(&now))
-                || self.same_bytes(buffers, &src, &file, &path, meta.stat.size)?;
+            if config.checksum || self.job.record.doubts(&now) {
+                (same, read) = self.same_bytes(buffers, &src, &file, &path, meta.stat.size)?;
+            }
             dst = Some(file);
         }
         let Some(file) = dst.filter(|_| same) else {
@@ -179,6 +186,9 @@ impl Work<'_, '_> {
         let root = self.job.uid == 0;
         let mut changes = stamp::changes(&meta, &was, flags && self.job.src_flags, root);
         changes.atime = config.atimes && now.atime != meta.stat.atime;
+        if !changes.any() || now.nlink < 2 {
+            self.prove_equal(buffers, &path, &src, &meta.stat, read, settled)?;
+        }
         if !changes.any() {
             return Ok(self.left_alone(now.key));
         }
@@ -242,6 +252,8 @@ impl Work<'_, '_> {
         let (dst, born) = self.born(dir, temp.as_ref().unwrap_or(name), &meta)?;
         let sparse = meta.stat.is_sparse();
         let size = meta.stat.size;
+        let proves = self.job.proof.is_some();
+        let settled = proves && proof::is_settled(&meta.stat);
         let mut transfer = Transfer {
             dir: Arc::clone(dir),
             name: name.clone(),
@@ -257,16 +269,24 @@ impl Work<'_, '_> {
             recorded,
             flow: Flow::keep(),
             pipes: AtomicBool::new(true),
+            digest: (proves && size == 0).then(|| Digest::of(&[])),
+            tree: None,
+            settled,
+            cloned: false,
             parts: AtomicUsize::new(1),
             failed: Mutex::new(None),
         };
-        if size > 0 && !self.clone_whole(&transfer)? {
+        transfer.cloned = size > 0 && self.clone_whole(&transfer)?;
+        if size > 0 && (!transfer.cloned || proves) {
             if size > SMALL as u64 || sparse {
                 self.large(buffers, transfer)?;
                 return Ok(Step::Elsewhere);
             }
-            self.small(buffers, &mut transfer)
-                .inspect_err(|_| self.abandon(&transfer))?;
+            let copied = match transfer.cloned {
+                true => self.hash_clone(buffers, &mut transfer),
+                false => self.small(buffers, &mut transfer),
+            };
+            copied.inspect_err(|_| self.abandon(&transfer))?;
         }
         self.seal(&transfer).map(Step::Done)
     }
@@ -305,7 +325,8 @@ impl Work<'_, '_> {
             // Nothing would tell the next run that these bytes may be lost.
             fd::fdatasync(dst).on("fdatasync", Side::Dst, path)?;
         }
-        if !t.unchanged && self.src_changed(t)?.is_some() {
+        let changed = !t.unchanged && self.src_changed(t)?.is_some();
+        if changed {
             // What was read is better than nothing; but it must not pass the next run's quick
             // check, so it keeps the time of this copy.
             let mut meta = t.meta.clone();
@@ -330,6 +351,7 @@ impl Work<'_, '_> {
             self.publish(&t.dir, temp, &t.name, t.now.as_ref())?;
         }
         self.late_flags_of(&t.dir, &t.name, &t.dst, &t.meta)?;
+        self.prove_copied(t, changed);
         self.placed();
         self.job.progress.files_pulled.add(1);
         // Only a group asks for it: the usual file is not looked at again.
@@ -362,7 +384,7 @@ impl Work<'_, '_> {
         }
     }
 
-    /// The bytes of both files are equal (`--checksum`).
+    /// Whether the bytes of both files are equal (`--checksum`); for the manifest src's digest.
     pub(super) fn same_bytes(
         &self,
         buffers: &mut Buffers,
@@ -370,7 +392,9 @@ impl Work<'_, '_> {
         dst: &OwnedFd,
         path: &crate::sys::name::RelPath,
         size: u64,
-    ) -> Result<bool> {
+    ) -> Result<(bool, Option<Digest>)> {
+        let tree = self.job.proof.as_ref().map(|_| Tree::new(size));
+        let mut fed = tree.as_ref().map(|tree| (tree, tree.feed(0)));
         let mut offset = 0;
         while offset < size {
             if self.stopping() {
@@ -389,14 +413,17 @@ impl Work<'_, '_> {
             let n = fd::pread_all(src.as_fd(), a, offset).on("read", Side::Src, path)?;
             let m = fd::pread_all(dst.as_fd(), b, offset).on("read", Side::Dst, path)?;
             if a[..n] != b[..m] {
-                return Ok(false);
+                return Ok((false, None));
+            }
+            if let Some((tree, feed)) = &mut fed {
+                tree.bytes(feed, offset, &a[..n]);
             }
             if n == 0 {
                 break;
             }
             offset += n as u64;
         }
-        Ok(true)
+        Ok((true, tree.and_then(|tree| tree.digest())))
     }
 
     /// A dry run or a clone counts like a copy.

@@ -172,6 +172,11 @@ impl Work<'_, '_> {
                 // The inode is compared with the stand-in right below.
                 let _ = self.job.groups.may_stand_for(&now, group); // Only counts the name.
             }
+            if now.key == stand_in.key {
+                self.prove_link(&path, kind, group);
+            } else if self.job.config.ignore_existing {
+                self.prove_nothing(&path, kind);
+            }
             if now.key == stand_in.key || self.job.config.ignore_existing {
                 self.job.totals.skipped.add(1);
                 self.placed();
@@ -216,6 +221,7 @@ impl Work<'_, '_> {
         if temp.is_some() {
             self.publish(dir, new, name, now.as_ref())?;
         }
+        self.prove_link(&path, kind, group);
         tell();
         Ok(Step::Done(stand_in.key))
     }

@@ -190,6 +190,8 @@ pub struct SyncReport {
     pub max_delete_reached: bool,
     /// Shards of this round that have not ended yet.
     pub shards_left: Vec<u32>,
+    /// Why the manifest is not written.
+    pub manifest: Option<String>,
     /// The run was stopped from outside; what has a name is whole.
     pub interrupted: bool,
     /// How long it took, the final syncfs included.

@@ -69,6 +69,7 @@ impl Work<'_, '_> {
         let mut what = What::New;
         if let Some(now) = &now {
             if self.job.config.ignore_existing {
+                self.prove_nothing(&path, stat.kind());
                 return Ok(self.unchanged(now.key));
             }
             if now.is_dir() {
@@ -76,6 +77,9 @@ impl Work<'_, '_> {
             } else if self.is_same(dir, name, &meta, target.as_deref(), now)? {
                 let at = Target::At(dir.pair.dst.as_fd(), name);
                 let (was, changes) = self.special_changes(at, &path, &meta, now)?;
+                if !changes.any() || now.nlink < 2 {
+                    self.prove(&path, &stat, target.as_deref());
+                }
                 if !changes.any() {
                     return Ok(self.unchanged(now.key));
                 }
@@ -126,6 +130,7 @@ impl Work<'_, '_> {
         if temp.is_some() {
             self.publish(dir, new, name, now.as_ref())?;
         }
+        self.prove(&path, &stat, target.as_deref());
         count();
         match group {
             Some(_) => self.key_of(dir, name).map(Step::Done),

@@ -13,9 +13,9 @@ use crate::sys::name::RelPath;
 use crate::sys::{copy, fd};
 
 /// Bytes that are read at once on each side.
-const CHUNK: usize = 256 << 10;
+pub(super) const CHUNK: usize = 256 << 10;
 /// A file with more than this left is shared with whoever has nothing to do.
-const SHARE: u64 = 16 << 20;
+pub(super) const SHARE: u64 = 16 << 20;
 
 /// One thread's buffers.
 pub(super) struct Buffers {

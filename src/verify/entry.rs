@@ -32,7 +32,7 @@ impl Work<'_, '_> {
             Err(e) => return self.unreadable(&path, Side::Dst, "statx", e),
         };
         if src.kind() != dst.kind() {
-            let detail = format!("{} != {}", type_name(&src), type_name(&dst));
+            let detail = format!("{} != {}", type_name(src.kind()), type_name(dst.kind()));
             return self.tell(&path, Kind::Type, detail);
         }
         match src.kind() {
@@ -152,7 +152,7 @@ impl Work<'_, '_> {
     }
 
     fn links(&self, path: &RelPath, src: &Stat, dst: &Stat) {
-        if !self.shared.groups.meet(src, dst) {
+        if !self.shared.groups.meet(src.into(), dst.into()) {
             let detail = format!("other names are one inode ({} != {})", src.nlink, dst.nlink);
             self.tell(path, Kind::Links, detail);
         }
@@ -214,8 +214,8 @@ fn all(target: Target<'_>) -> Result<Vec<(CString, Vec<u8>)>, Errno> {
     Ok(out)
 }
 
-fn type_name(stat: &Stat) -> &'static str {
-    match stat.kind() {
+pub(super) fn type_name(kind: FileType) -> &'static str {
+    match kind {
         FileType::RegularFile => "file",
         FileType::Directory => "directory",
         FileType::Symlink => "symlink",

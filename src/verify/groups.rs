@@ -4,7 +4,6 @@
 //! and the reverse. Only inodes with several names are kept, and only until all of them were seen.
 
 use std::collections::HashMap;
-use std::hash::Hash;
 use std::sync::{Mutex, PoisonError};
 
 use crate::sys::stat::{FileKey, Stat};
@@ -26,7 +25,7 @@ struct Met {
 
 impl Groups {
     /// Records that the two inodes have the same name. False when that breaks the partition.
-    pub(super) fn meet(&self, src: &Stat, dst: &Stat) -> bool {
+    pub(super) fn meet(&self, src: Inode, dst: Inode) -> bool {
         if src.nlink < 2 && dst.nlink < 2 {
             return true;
         }
@@ -37,21 +36,34 @@ impl Groups {
     }
 }
 
-fn meet_one(map: &mut HashMap<FileKey, Met>, stat: &Stat, other: FileKey) -> bool
-where
-    FileKey: Hash,
-{
-    if stat.nlink < 2 {
+/// An inode, and how many names it has.
+#[derive(Clone, Copy)]
+pub(super) struct Inode {
+    pub(super) key: FileKey,
+    pub(super) nlink: u32,
+}
+
+impl From<&Stat> for Inode {
+    fn from(stat: &Stat) -> Inode {
+        Inode {
+            key: stat.key,
+            nlink: stat.nlink,
+        }
+    }
+}
+
+fn meet_one(map: &mut HashMap<FileKey, Met>, inode: Inode, other: FileKey) -> bool {
+    if inode.nlink < 2 {
         return true;
     }
-    let met = map.entry(stat.key).or_insert(Met {
+    let met = map.entry(inode.key).or_insert(Met {
         other,
-        names_left: stat.nlink,
+        names_left: inode.nlink,
     });
     let same = met.other == other;
     met.names_left = met.names_left.saturating_sub(1);
     if met.names_left == 0 {
-        map.remove(&stat.key);
+        map.remove(&inode.key);
     }
     same
 }

@@ -27,6 +27,7 @@ mod nasty;
 mod native;
 mod pagecache;
 mod prefetch;
+mod proof;
 mod quiet;
 mod raw;
 mod ring;
