@@ -12,7 +12,7 @@
 //!
 //! Every action down to `Sync` is answered by exactly one event; the others are announcements.
 //! A retry never makes dst shorter than it was: readers may already use what landed. Holes are
-//! punched where the first round may have left data, and the size is set at the end.
+//! punched where the first round, or an earlier job, may have left data, and the size is set at the end.
 
 mod terms;
 #[cfg(test)]
@@ -72,6 +72,8 @@ pub(super) struct CopyPlan {
     /// src ended before its size: changed, whatever its times say.
     shrunk: bool,
     dst_size: u64,
+    /// dst may have bytes where src has a hole.
+    used: bool,
     bytes: u64,
     chunks: Vec<Option<Chunk>>,
     in_flight: usize,
@@ -96,6 +98,7 @@ impl CopyPlan {
             no_punch: false,
             shrunk: false,
             dst_size: 0,
+            used: false,
             bytes: 0,
             chunks: vec![None; limits.chunks_max],
             in_flight: 0,
@@ -140,10 +143,15 @@ impl CopyPlan {
             }
             Event::SrcStat(stat) if self.phase == Phase::After => self.compare(stat, out),
             Event::SrcStat(stat) => self.measure(stat, out),
-            Event::DstStat { size, offer, .. } => {
+            Event::DstStat {
+                size, used, offer, ..
+            } => {
                 self.dst_size = size;
-                self.offload = offer.offload;
-                if offer.clone && !self.part.is_empty() {
+                self.used |= used;
+                // Whoever reads a range is told its bytes, so they pass through here.
+                let whole = self.span == Span::Whole;
+                self.offload = offer.offload && whole;
+                if offer.clone && whole && !self.part.is_empty() {
                     self.phase = Phase::Cloning;
                     self.ask(Action::Clone, out);
                 } else {
@@ -196,12 +204,8 @@ impl CopyPlan {
                 r.start.min(stat.size)..r.end.min(stat.size).max(r.start.min(stat.size))
             }
         };
-        if self.span == Span::Whole {
-            self.phase = Phase::Choosing;
-            self.ask(Action::StatDst, out);
-        } else {
-            self.copy(out);
-        }
+        self.phase = Phase::Choosing;
+        self.ask(Action::StatDst, out);
     }
 
     fn copy(&mut self, out: &mut Vec<Action>) {
@@ -274,8 +278,7 @@ impl CopyPlan {
         let hole = at..data.start;
         self.part.start = data.end;
         self.extent = data;
-        if !hole.is_empty() && self.retry {
-            // The first round may have put data where src has a hole now.
+        if !hole.is_empty() && self.used {
             if self.no_punch {
                 self.extent.start = hole.start;
             } else {
@@ -437,6 +440,7 @@ impl CopyPlan {
         } else {
             // By name again: an editor may have renamed a new file over the one that we copied.
             self.retry = true;
+            self.used = true;
             self.shrunk = false;
             self.bytes = 0;
             self.phase = Phase::Opening;

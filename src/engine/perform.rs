@@ -365,7 +365,7 @@ impl Worker {
             Ok(stat) => stat,
             Err(errno) => return Some(Event::Failed(Action::StatDst, errno)),
         };
-        let size = stat.size;
+        let (size, used) = (stat.size, stat.blocks > 0);
         let pair = self.pairs.get(&(device, stat.key.dev)).copied();
         if let Some(Pair { clone, offload }) = pair {
             let offer = Offer {
@@ -374,6 +374,7 @@ impl Worker {
             };
             return Some(Event::DstStat {
                 size,
+                used,
                 device: stat.key.dev,
                 offer,
             });
@@ -389,6 +390,7 @@ impl Worker {
             };
             Ok(Event::DstStat {
                 size,
+                used,
                 device: stat.key.dev,
                 offer,
             })

@@ -90,6 +90,8 @@ pub(in crate::engine) enum Event {
     SrcStat(Stat),
     DstStat {
         size: u64,
+        /// It has room already, and perhaps bytes: of an earlier try, when src was another.
+        used: bool,
         device: (u32, u32),
         offer: Offer,
     },

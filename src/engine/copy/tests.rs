@@ -130,6 +130,7 @@ impl World {
                 let size = self.dst.len() as u64;
                 Event::DstStat {
                     size,
+                    used: self.dst.iter().any(|b| *b != 0),
                     device: (0, 2),
                     offer: self.offer,
                 }
@@ -273,7 +274,8 @@ fn src_bytes() -> impl Strategy<Value = Vec<u8>> {
 prop_compose! {
     fn world()(
         src in src_bytes(),
-        dst_len in prop_oneof![Just(0usize), 0usize..250],
+        // Empty, or what an earlier try has left.
+        dst in prop_oneof![Just(Vec::new()), prop::collection::vec(prop_oneof![Just(0u8), any::<u8>()], 0..250)],
         clone in any::<bool>(),
         offload in any::<bool>(),
         can_punch in any::<bool>(),
@@ -281,7 +283,7 @@ prop_compose! {
         choices in prop::collection::vec(any::<u8>(), 0..300),
     ) -> World {
         World {
-            src, version: 1, changes_left, dst: vec![0; dst_len],
+            src, version: 1, changes_left, dst,
             offer: Offer { clone, offload }, can_punch, choices, at: 0,
             buffers: vec![None; 3], opened: false, written: 0,
             landed: RangeSet::new(), told: Vec::new(),
@@ -317,7 +319,8 @@ proptest! {
         mut w in world(), start in 0u64..220, len in 0u64..220,
     ) {
         w.changes_left = 0;
-        w.dst = vec![0; 300];
+        w.dst.resize(300, 0);
+        let before = w.dst.clone();
         let done = w.run(Span::Range(start..start + len), Durability::Later).expect("no failure");
         let size = w.src.len() as u64;
         let part = start.min(size)..(start + len).min(size);
@@ -332,7 +335,7 @@ proptest! {
         prop_assert!(seen.contains(&part));
         for at in 0..300 {
             let inside = part.contains(&at);
-            let want = if inside { w.src[at as usize] } else { 0 };
+            let want = if inside { &w.src } else { &before }[at as usize];
             prop_assert_eq!(w.dst[at as usize], want);
         }
     }
