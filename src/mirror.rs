@@ -479,6 +479,14 @@ impl Mirror {
         }
     }
 
+    /// src's file is not the one that the kernel was told of.
+    fn src_was_changed(&self, ino: Ino) {
+        if let Some(node) = self.nodes.find(ino) {
+            node.note_old_pages();
+        }
+        self.invalidate(ino);
+    }
+
     /// Records a failure: the ledger, the log, the count. dst that takes nothing is no entry's failure.
     fn fail(&self, path: &RelPath, error: &Error) {
         if error.is_dst_full() {

@@ -46,12 +46,13 @@ impl Backings {
         self.enabled.store(true, Ordering::Relaxed);
     }
 
-    /// Decides how a new handle is opened, and counts it. `register` asks the kernel for an id.
+    /// Decides how a new handle is opened, and counts it. `old`: what the kernel has of its pages may
+    /// be void. `register` asks the kernel for an id.
     pub(super) fn decide(
         &self,
         ino: Ino,
         locate: &Locate,
-        write: bool,
+        (write, old): (bool, bool),
         register: impl FnOnce() -> Result<BackingId, Errno>,
     ) -> IoMode {
         let mut table = self.open.lock();
@@ -78,9 +79,9 @@ impl Backings {
                 return IoMode::Passthrough(id);
             }
         }
-        // Nothing but cached handles has changed the file since its pages were read: src's bytes do not
-        // change, and while it is open this way it is open in no other.
-        let keep = !here || open.cached > 0;
+        // Nothing but cached handles has changed the file since its pages were read: while it is open
+        // this way it is open in no other.
+        let keep = (!here || open.cached > 0) && !old;
         open.cached += 1;
         IoMode::Cached { keep }
     }

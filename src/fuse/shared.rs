@@ -182,7 +182,8 @@ impl Shared {
     ) {
         let ino = node.ino;
         let register = || self.register(&file);
-        let mode = self.backings.decide(ino, &locate, write, register);
+        let change = (write, node.take_old_pages());
+        let mode = self.backings.decide(ino, &locate, change, register);
         self.void_attributes(ino, &mode, write);
         let src = match locate {
             Locate::Through(src) => Some(src),
@@ -196,7 +197,8 @@ impl Shared {
     pub(super) fn reply_create(&self, entry: &mirror::Entry, file: OwnedFd, reply: Reply<Created>) {
         let ino = entry.node.ino;
         let register = || self.register(&file);
-        let mode = self.backings.decide(ino, &Locate::Here, true, register);
+        let change = (true, false);
+        let mode = self.backings.decide(ino, &Locate::Here, change, register);
         let node = Arc::clone(&entry.node);
         let handle = self.insert_file(node, file, None, (mode.clone(), true));
         let shown = self.entry(&entry.node, entry.attr);

@@ -138,25 +138,33 @@ impl Signals {
 
     /// Ends the waits of those who had a signal that ends them.
     pub(super) fn look(&self, is_ending: impl Fn(u32) -> bool) {
-        let watched: Vec<(u64, u32)> = {
+        let watched: Vec<u64> = self.0.lock().watched.iter().copied().collect();
+        for request in watched {
+            self.look_at(request, &is_ending);
+        }
+    }
+
+    /// As `look`, for one request.
+    pub(super) fn look_at(&self, request: u64, is_ending: impl Fn(u32) -> bool) {
+        let tid = {
             let table = self.0.lock();
-            let tid = |r: &u64| Some((*r, table.waits.get(r)?.tid));
-            table.watched.iter().filter_map(tid).collect()
+            let waits = table.waits.get(&request);
+            waits
+                .filter(|_| table.watched.contains(&request))
+                .map(|w| w.tid)
         };
-        for (request, tid) in watched {
-            // Who cannot be seen, and had a signal, is taken for ending.
-            if tid != 0 && !is_ending(tid) {
-                continue;
-            }
-            let waits = {
-                let mut table = self.0.lock();
-                table.watched.remove(&request);
-                table.waits.remove(&request)
-            };
-            // The innermost first: it tells the others.
-            for (_, end) in waits.into_iter().flat_map(|w| w.ends).rev() {
-                end();
-            }
+        // Who cannot be seen, and had a signal, is taken for ending.
+        if tid.is_none_or(|tid| tid != 0 && !is_ending(tid)) {
+            return;
+        }
+        let waits = {
+            let mut table = self.0.lock();
+            table.watched.remove(&request);
+            table.waits.remove(&request)
+        };
+        // The innermost first: it tells the others.
+        for (_, end) in waits.into_iter().flat_map(|w| w.ends).rev() {
+            end();
         }
     }
 }

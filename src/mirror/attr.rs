@@ -33,6 +33,15 @@ pub struct Attr {
     pub stat: Stat,
 }
 
+/// What a look at a pending file found.
+enum PendingAttr {
+    Known(Attr),
+    /// What only src knows.
+    AskSrc,
+    /// It carries no mark any more: all is dst's own, whatever the node still says.
+    Unmarked,
+}
+
 /// A time that a user sets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stamp {
@@ -65,14 +74,11 @@ impl Mirror {
         let shown = || node.display_name();
         loop {
             if node.is_pending_file() {
-                let info = self.source.recall(node.ino);
-                if info.is_none() && !self.is_marked_mixed(node)? {
-                    return Ok(None);
+                match self.pending_attr(node, self.source.recall(node.ino))? {
+                    PendingAttr::Known(attr) => return Ok(Some(attr)),
+                    PendingAttr::AskSrc => return Ok(None),
+                    PendingAttr::Unmarked => {}
                 }
-                if let Some(attr) = self.pending_attr(node, info)? {
-                    return Ok(Some(attr));
-                }
-                continue;
             }
             let before = node.phase();
             let placing = self.partials.times(node.ino);
@@ -101,8 +107,7 @@ impl Mirror {
         stat.ctime = node.ctime().show(stat.ctime, complete);
     }
 
-    /// `None` when the file stopped being pending meanwhile.
-    fn pending_attr(&self, node: &Node, info: Option<SrcInfo>) -> Result<Option<Attr>> {
+    fn pending_attr(&self, node: &Node, info: Option<SrcInfo>) -> Result<PendingAttr> {
         let shown = || node.display_name();
         let opened = self
             .nodes
@@ -113,11 +118,8 @@ impl Mirror {
             .get(Target::Fd(opened.as_fd()))
             .on("getxattr", Side::Dst, shown())?;
         let mut stat = stat::stat_fd(opened.as_fd()).on("statx", Side::Dst, shown())?;
-        if !node.is_pending_file() {
-            return Ok(None);
-        }
-        let Some(mark) = mark else {
-            return Ok(None);
+        let Some(mark) = mark.filter(|_| node.is_pending_file()) else {
+            return Ok(PendingAttr::Unmarked);
         };
         show(&mark, &mut stat);
         if mark.mixed.is_some() {
@@ -131,13 +133,13 @@ impl Mirror {
                 (stat.size, stat.blocks) = (info.size, info.blocks);
             }
         } else {
-            return Ok(None);
+            return Ok(PendingAttr::AskSrc);
         }
         if stat.nlink > 1 {
             stat.nlink = self.anchors.nlink(&stat);
         }
         self.steady_ctime(node, &mut stat);
-        Ok(Some(Attr { stat }))
+        Ok(PendingAttr::Known(Attr { stat }))
     }
 
     /// Calls `then` with the attributes: at once, or after src was asked on a pool thread.
@@ -154,8 +156,8 @@ impl Mirror {
                 self.with_info(node, move |info| match info {
                     Err(e) => then(Err(e)),
                     Ok(info) => then(match mirror.pending_attr(&held, Some(info)) {
-                        Ok(Some(attr)) => Ok(attr),
-                        Ok(None) => mirror.attr_now(&held).and_then(|a| a.ok_or(Error::Stopped)),
+                        Ok(PendingAttr::Known(attr)) => Ok(attr),
+                        Ok(_) => mirror.attr_now(&held).and_then(|a| a.ok_or(Error::Stopped)),
                         Err(e) => Err(e),
                     }),
                 });
@@ -448,8 +450,10 @@ impl Mirror {
                 let value = xattr::get_exact(Target::Fd(opened.as_fd()), &wanted);
                 match (value, wanted.as_c_str() == DEFAULT_ACL) {
                     // Set aside for the moment, perhaps.
-                    (Err(Errno::NODATA), true) => {
-                        mirror.partials.default_acl(held.ino).ok_or(Errno::NODATA)
+                    (Err(Errno::NODATA), true)
+                        if let Some(aside) = mirror.partials.default_acl(held.ino) =>
+                    {
+                        Ok(aside)
                     }
                     (Ok(mut value), _) => {
                         if wanted.as_c_str() == ACCESS_ACL {

@@ -390,7 +390,7 @@ impl Mirror {
     fn finish_unmarked(&self, hydration: &Arc<Hydration>) {
         self.hydrations.remove(hydration);
         let mut state = hydration.state.lock();
-        if matches!(state.stage, Stage::Unmarked(_)) && !state.has_writers() {
+        if matches!(state.stage, Stage::Unmarked(_)) && state.writers.is_empty() {
             state.stage = Stage::Over;
         }
     }

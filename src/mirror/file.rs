@@ -55,7 +55,7 @@ impl Mirror {
             then(ready.and_then(|locate| {
                 // It was cut, and is not all here.
                 let locate = match locate {
-                    Locate::Here if write && held.is_pending_file() => Locate::Ranged,
+                    Locate::Here if held.is_pending_file() => Locate::Ranged,
                     locate => locate,
                 };
                 let opened = match mirror.nodes.open(&held, ours) {
@@ -85,6 +85,11 @@ impl Mirror {
         }
         if write {
             return self.open_to_write(node, open);
+        }
+        match self.known_mixed(node) {
+            Ok(false) => {}
+            Ok(true) => return open(Ok(Locate::Ranged)),
+            Err(e) => return open(Err(e)),
         }
         let (mirror, held) = (Arc::clone(self), Arc::clone(node));
         self.with_info(node, move |info| match info {
@@ -120,15 +125,18 @@ impl Mirror {
                 open(done.map(|()| Locate::Here));
             }),
         };
-        if self.source.recall(node.ino).is_none() {
-            match self.mixed(node) {
-                Ok(None) => {}
-                Ok(Some(_)) => return large(Ok(true)),
-                Err(e) => return large(Err(e)),
-            }
+        match self.known_mixed(node) {
+            Ok(false) => {}
+            Ok(true) => return large(Ok(true)),
+            Err(e) => return large(Err(e)),
         }
         let limit = self.large_file_bytes;
         self.with_info(node, move |info| large(info.map(|i| i.size > limit)));
+    }
+
+    /// Src has not been asked about it, and need not be: an earlier daemon has left it mixed.
+    fn known_mixed(self: &Arc<Self>, node: &Node) -> Result<bool> {
+        Ok(self.source.recall(node.ino).is_none() && self.mixed(node)?.is_some())
     }
 
     /// Reads from an open file.
@@ -281,7 +289,7 @@ impl Mirror {
         data_only: bool,
     ) -> Result<(), Errno> {
         if let Some((_, ground)) = self.mixed(node).map_err(|e| user_errno(&e))? {
-            return self.sync_mixed(&ground, node.ino, data_only);
+            return self.sync_mixed(&ground, node.ino, file, data_only);
         }
         if data_only {
             fd::fdatasync(file)

@@ -20,12 +20,13 @@ use super::hydrate::{Hydration, Stage, State};
 use super::mixed::{Ground, Mixed};
 use super::node::{Node, Phase};
 use super::populate::Waiter;
-use super::ranged::ReadDone;
+use super::ranged::{RangeJob, ReadDone};
 use super::turn::overlap;
 use crate::engine::job::{Copied, Priority};
 use crate::error::{Context, Error, Result, Side};
 use crate::meta;
 use crate::ranges::RangeSet;
+use crate::sys::stat::{self, Stat};
 use crate::sys::{copy, fault, fd};
 
 /// Bytes of one job: a change of some of them waits for it.
@@ -47,16 +48,8 @@ pub(super) struct Fill {
     bad: RangeSet,
     error: Option<Error>,
     completing: bool,
-    /// Jobs that no worker has taken yet, also those that gave way to a change.
+    /// Jobs in the engine's queue, also those that gave way meanwhile.
     queued: usize,
-}
-
-impl Fill {
-    /// What was here may not be.
-    pub(super) fn begin_anew(&mut self) {
-        self.to = 0;
-        self.looked = 0;
-    }
 }
 
 enum Step {
@@ -116,26 +109,37 @@ impl Mirror {
 
     /// Where src has a hole dst's is as good.
     fn look_for_data(&self, hydration: &Hydration, gap: &Range<u64>) {
-        let found = self.prepare(hydration).and_then(|prepared| {
-            let Some((_, dir, name)) = prepared else {
-                return Ok(Some(gap.clone()));
-            };
-            let path = &hydration.path;
-            let file = fd::open_src(dir.fd.as_fd(), &name).on("open", Side::Src, path)?;
-            copy::next_data(file.as_fd(), gap.start, gap.end).on("lseek", Side::Src, path)
-        });
+        let found = self.first_data(hydration, gap);
         let mut state = hydration.state.lock();
         let data = match found {
-            Ok(Some(data)) => data,
-            Ok(None) => gap.end..gap.end,
+            // M6, as for what is pulled.
+            Ok((data, src)) if state.is_of_same_src(&src) => data,
             // The job will say what is wrong.
-            Err(_) => gap.start..u64::MAX,
+            _ => gap.start..u64::MAX,
         };
-        let data = data.start.max(gap.start)..data.end;
-        state.present.insert(gap.start..data.start.min(gap.end));
+        state.present.insert(gap.start..data.start);
         if let Some(mixed) = &mut state.mixed {
             mixed.fill.looked = data.end;
         }
+    }
+
+    /// The first bytes of `gap` that have to be pulled: data of src, or of dst (what is left there of
+    /// an earlier try is not src's any more).
+    fn first_data(&self, hydration: &Hydration, gap: &Range<u64>) -> Result<(Range<u64>, Stat)> {
+        let path = &hydration.path;
+        let Some((dst, dir, name)) = self.prepare(hydration)? else {
+            return Err(Error::Stopped);
+        };
+        let file = fd::open_src(dir.fd.as_fd(), &name).on("open", Side::Src, path)?;
+        let theirs = copy::next_data(file.as_fd(), gap.start, gap.end);
+        let theirs = theirs.on("lseek", Side::Src, path)?;
+        let theirs = theirs.unwrap_or(gap.end..gap.end);
+        let ours = copy::next_data(dst.as_fd(), gap.start, theirs.start.min(gap.end));
+        let ours = ours.on("lseek", Side::Dst, path)?;
+        let start = ours.map_or(theirs.start, |ours| ours.start);
+        // After the look: what was changed before it is seen.
+        let src = stat::stat_fd(file.as_fd()).on("statx", Side::Src, path)?;
+        Ok((start.clamp(gap.start, gap.end)..theirs.end, src))
     }
 
     /// M5: every byte is in dst.
@@ -172,13 +176,13 @@ impl Mirror {
         if let Err(e) = done {
             return self.fail_hydration(hydration, e);
         }
+        self.note_file_phase(&hydration.file, Phase::Unmarked);
         fault::point("mixed-unmarked");
         if let Err(errno) = fd::fsync(ground.file.as_fd()) {
             let failed = Err::<(), _>(errno).on("fsync", Side::Dst, path);
             return self.unmarked_only(hydration, &failed.err().unwrap_or(Error::Stopped));
         }
         let ino = hydration.file.ino;
-        self.note_file_phase(&hydration.file, Phase::Unmarked);
         self.source.unlearn(ino);
         self.settle_ledger(path);
         self.mend(ino);
@@ -239,13 +243,13 @@ impl Mirror {
         };
         let waits = self.waiting(hydration.path.to_path(), again);
         if let Some(id) = job {
-            state.after(id, Box::new(waits));
+            state.after(id, waits);
             drop(state);
             return self.engine.hurry();
         }
         if busy {
             if let Some(mixed) = &mut state.mixed {
-                mixed.waiting.push(Box::new(waits));
+                mixed.waiting.push(waits);
             }
             return;
         }
@@ -255,37 +259,43 @@ impl Mirror {
         };
         let piece = state.piece(gap.start, gap.start + unit.max(gap.end - gap.start));
         let id = state.new_job(piece.clone(), None);
-        state.after(id, Box::new(waits));
+        state.after(id, waits);
         drop(state);
-        self.submit_range(hydration, id, piece, Priority::Demand);
+        self.demand_range(hydration, id, piece);
     }
 
-    /// Bytes of a mixed file are all of one src.
-    pub(super) fn same_src(&self, hydration: &Hydration, copied: &Copied) -> Result<()> {
-        let mut state = hydration.state.lock();
-        let Some(mixed) = &mut state.mixed else {
-            return Ok(());
-        };
-        let now = (copied.src.size, copied.src.mtime);
-        match *mixed.src.get_or_insert(now) == now {
-            true => Ok(()),
-            false => Err(Error::SrcChanged {
-                path: hydration.path.to_path(),
-            }),
-        }
-    }
-
-    /// A range job of a mixed file has failed for good.
-    pub(super) fn fill_failed(
+    /// M6: what a range job has brought counts when it is of the same src as all the rest.
+    pub(super) fn count_range(
         &self,
         hydration: &Hydration,
-        (range, background): (&Range<u64>, bool),
-        error: &Error,
-    ) {
-        let settled = {
+        id: u64,
+        copied: &Copied,
+    ) -> Result<()> {
+        let mut state = hydration.state.lock();
+        if state.mixed.is_none() {
+            return Ok(());
+        }
+        if !state.is_of_same_src(&copied.src) {
+            drop(state);
+            self.src_was_changed(hydration.file.ino);
+            return Err(Error::SrcChanged {
+                path: hydration.path.to_path(),
+            });
+        }
+        let job = state.ranges.iter().find(|job| job.id == id);
+        if let Some(range) = job.filter(|job| !job.void).map(|job| job.range.clone()) {
+            state.present.insert(range);
+        }
+        Ok(())
+    }
+
+    /// A range job of a mixed file has failed for good. Bytes that src cannot give are left out; any
+    /// other failure would be that of all jobs, and ends this try.
+    pub(super) fn fill_failed(&self, hydration: &Hydration, job: &RangeJob, error: &Error) {
+        let told = {
             let mut state = hydration.state.lock();
-            let waited_for = !state.readers.is_empty() || state.has_writers();
-            let Some(mixed) = state.mixed.as_deref_mut().filter(|_| background) else {
+            let waited_for = state.is_waited_for();
+            let Some(mixed) = state.mixed.as_deref_mut().filter(|_| job.fill.is_some()) else {
                 return;
             };
             if matches!(error, Error::Stopped) && waited_for {
@@ -293,13 +303,16 @@ impl Mirror {
             } else if matches!(error, Error::Stopped) {
                 mixed.fill.on = false;
                 state.take_settled()
-            } else {
-                mixed.fill.bad.insert(range.clone());
+            } else if error.is_bad_read() {
+                mixed.fill.bad.insert(job.range.clone());
                 mixed.fill.error = Some(error.clone());
                 Vec::new()
+            } else {
+                mixed.fill.on = false;
+                state.take_waiters()
             }
         };
-        settled.into_iter().for_each(|w| w(Err(error.clone())));
+        told.into_iter().for_each(|w| w(Err(error.clone())));
     }
 }
 
@@ -317,17 +330,42 @@ impl State {
         whole
     }
 
+    /// M6: src is the file that all which is here was pulled from, and reaches as far as it is
+    /// needed. Else all of it counts for nothing, and the next try takes src as it is by then.
+    fn is_of_same_src(&mut self, now: &Stat) -> bool {
+        let Some(mixed) = &mut self.mixed else {
+            return true;
+        };
+        let seen = (now.size, now.mtime);
+        let reaches = now.size >= mixed.ground.src_end();
+        if reaches && *mixed.src.get_or_insert(seen) == seen {
+            return true;
+        }
+        mixed.src = None;
+        self.forget_pulled();
+        false
+    }
+
+    /// What is here of src's bytes counts for nothing.
+    pub(super) fn forget_pulled(&mut self) {
+        self.present = RangeSet::new();
+        self.ranges.iter_mut().for_each(|job| job.void = true);
+        if let Some(mixed) = &mut self.mixed {
+            (mixed.fill.to, mixed.fill.looked) = (0, 0);
+        }
+    }
+
     /// A job goes into the engine's queue; whether that counts.
     pub(super) fn job_queued(&mut self, id: u64) -> bool {
-        let background = self.ranges.iter().any(|r| r.id == id && r.background);
-        match self.mixed.as_mut().filter(|_| background) {
+        let fills = self.ranges.iter().any(|r| r.id == id && r.fill.is_some());
+        match self.mixed.as_mut().filter(|_| fills) {
             Some(mixed) => mixed.fill.queued += 1,
             None => return false,
         }
         true
     }
 
-    /// A background job has left the engine's queue.
+    /// Such a job has left the engine's queue.
     pub(super) fn job_taken(&mut self) {
         if let Some(mixed) = &mut self.mixed {
             mixed.fill.queued = mixed.fill.queued.saturating_sub(1);
@@ -353,13 +391,13 @@ impl State {
     }
 
     fn fill_step(&mut self) -> Step {
-        let begun = self
-            .ranges
-            .iter()
-            .filter(|job| job.background && !job.is_queued());
-        let begun = begun.count();
         if self.stage != Stage::Mixed {
             return Step::Nothing;
+        }
+        let priority = self.lane();
+        if priority == Priority::Demand {
+            // What is held in the background's lane comes now.
+            self.drop_idle_jobs(&(0..u64::MAX));
         }
         let from = self.mixed.as_ref().map_or(0, |m| m.fill.to);
         let Some(first) = self.first_missing(&(from..u64::MAX)) else {
@@ -368,12 +406,20 @@ impl State {
                 false => Step::Nothing,
             };
         };
-        let demand = !self.readers.is_empty() || self.has_writers();
+        let fills = self.ranges.iter().filter(|job| job.fill.is_some());
+        let (live, begun) = fills.fold((0, 0), |(all, begun), job| {
+            (all + 1, begun + usize::from(job.begun))
+        });
         let Some(mixed) = &mut self.mixed else {
             return Step::Nothing;
         };
         mixed.fill.to = first.start;
-        if !mixed.fill.on || begun + mixed.fill.queued >= JOBS {
+        let under_way = match priority {
+            Priority::Demand => live,
+            // What gave way is still in the queue: it must not grow without end.
+            Priority::Background => begun + mixed.fill.queued,
+        };
+        if !mixed.fill.on || under_way >= JOBS {
             return Step::Nothing;
         }
         let looked = mixed.fill.looked;
@@ -384,10 +430,6 @@ impl State {
             return Step::Look(gap);
         }
         let range = gap.start..gap.end.min(gap.start + JOB);
-        let priority = match demand {
-            true => Priority::Demand,
-            false => Priority::Background,
-        };
         let id = self.new_job(range.clone(), Some(priority));
         Step::Job(id, range, priority)
     }

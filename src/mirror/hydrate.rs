@@ -161,7 +161,8 @@ impl Hydrations {
             let mut state = hydration.state.lock();
             let at_work = match state.stage {
                 Stage::Copying => true,
-                Stage::Mixed => !state.ranges.is_empty(),
+                // What no worker has taken is held back, and does not hang.
+                Stage::Mixed => state.ranges.iter().any(|job| job.begun),
                 _ => false,
             };
             if at_work && state.moved.elapsed() > limit {
@@ -189,7 +190,7 @@ impl Hydrations {
         state.stage = Stage::Queued;
         state.asked = None;
         state.whole = None;
-        if demanded || !state.readers.is_empty() || !state.writers.is_empty() {
+        if demanded || state.is_waited_for() {
             state.asked = Some(Priority::Demand);
             return GivenUp::AskedAnew;
         }
@@ -424,7 +425,7 @@ impl Mirror {
         let known = self.source.recall(ino);
         self.source.unlearn(ino);
         if known.is_some_and(|k| k.size != copied.src.size || k.mtime != copied.src.mtime) {
-            self.invalidate(ino);
+            self.src_was_changed(ino);
         }
         self.settle_ledger(&hydration.path);
         self.mend(ino);
@@ -551,8 +552,22 @@ impl State {
         std::mem::take(&mut self.settled)
     }
 
-    pub(super) fn has_writers(&self) -> bool {
-        !self.writers.is_empty()
+    /// Somebody waits for the whole file, and not only to hear that it is complete.
+    pub(super) fn is_waited_for(&self) -> bool {
+        !self.readers.is_empty() || !self.writers.is_empty()
+    }
+
+    /// The lane for what is asked of the engine now.
+    pub(super) fn lane(&self) -> Priority {
+        match self.is_waited_for() {
+            true => Priority::Demand,
+            false => Priority::Background,
+        }
+    }
+
+    /// The whole-file job's failure is the file's: no other way to its bytes has been taken since.
+    pub(super) fn is_whole(&self) -> bool {
+        matches!(self.stage, Stage::Queued | Stage::Copying)
     }
 
     /// The whole job's outcome, when every job of the file has ended: then it can land.

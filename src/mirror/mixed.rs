@@ -10,7 +10,7 @@
 //! then the map, the times.
 
 use std::ops::Range;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -67,7 +67,7 @@ pub(super) struct Mixed {
     /// Who waits for a turn, or for the end of somebody's.
     pub(super) waiting: Vec<Waiter>,
     pub(super) fill: Fill,
-    /// src's size and time of the first bytes that were pulled: others are of another file.
+    /// M6: src's size and time when the first bytes were pulled: others are of another file.
     pub(super) src: Option<(u64, Time)>,
 }
 
@@ -180,13 +180,14 @@ impl Mirror {
         work: Work,
     ) {
         let again = self.again(node, span, work);
+        let told = self.waiting(hydration.path.to_path(), again);
         let mut state = hydration.state.lock();
         if state.stage != Stage::Copying {
             drop(state);
-            return again(Ok(()));
+            return told(Ok(()));
         }
         state.leaves = true;
-        state.changers.push(again);
+        state.changers.push(told);
         drop(state);
         self.engine.hurry();
     }
@@ -200,6 +201,8 @@ impl Mirror {
             std::mem::take(&mut state.changers)
         };
         changers.into_iter().for_each(|w| w(Ok(())));
+        // Unless they wait no longer: then it is whole again what the others wait for.
+        self.background_stopped(hydration, false);
     }
 
     fn begin(
@@ -211,33 +214,36 @@ impl Mirror {
         work: Work,
     ) {
         let again = self.again(node, span, work);
-        {
-            let mut state = hydration.state.lock();
-            state.changers.push(again);
-            if state.stage != Stage::Queued {
-                // Another one was faster, or a job has begun.
-                let changers = std::mem::take(&mut state.changers);
-                let mixing = state.stage == Stage::Mixing;
-                if mixing {
-                    state.changers = changers;
-                    return;
-                }
+        let mut state = hydration.state.lock();
+        match state.stage {
+            Stage::Queued => {
+                state.stage = Stage::Mixing;
+                state.changers.push(again);
                 drop(state);
-                return changers.into_iter().for_each(|w| w(Ok(())));
             }
-            state.stage = Stage::Mixing;
+            Stage::Mixing => return state.changers.push(again),
+            // A job has begun.
+            _ => {
+                drop(state);
+                return again(Ok(()));
+            }
         }
         let (mirror, hydration) = (Arc::clone(self), Arc::clone(hydration));
         let task = move || {
             let begun = mirror.mix(&hydration, info);
-            mirror.mixing_ended(&hydration, begun);
+            mirror.mixing_ended(&hydration, info, begun);
         };
         self.engine.pool().run(Priority::Demand, Box::new(task));
     }
 
-    fn mixing_ended(self: &Arc<Self>, hydration: &Arc<Hydration>, begun: Result<Option<Ground>>) {
+    fn mixing_ended(
+        self: &Arc<Self>,
+        hydration: &Arc<Hydration>,
+        info: SrcInfo,
+        begun: Result<Option<Ground>>,
+    ) {
         match begun {
-            Ok(Some(ground)) => self.install(hydration, ground),
+            Ok(Some(ground)) => self.install(hydration, ground, Some(info)),
             other => {
                 if let Err(e) = &other {
                     tracing::warn!("{e}; the file is pulled whole before it is changed");
@@ -313,7 +319,7 @@ impl Mirror {
         let file = hydration.file.anchor.open(dst, OFlags::RDWR);
         let file = file.on("open", Side::Dst, path)?;
         let ground = self.load(hydration, file, &mark)?;
-        self.install(hydration, ground);
+        self.install(hydration, ground, None);
         Ok(())
     }
 
@@ -342,8 +348,14 @@ impl Mirror {
         Ok(ground)
     }
 
-    /// The file is mixed from now on; the rest follows.
-    fn install(self: &Arc<Self>, hydration: &Arc<Hydration>, ground: Ground) {
+    /// The file is mixed from now on; the rest follows. `info`: what src's file was when the bytes
+    /// that are here were pulled.
+    fn install(
+        self: &Arc<Self>,
+        hydration: &Arc<Hydration>,
+        ground: Ground,
+        info: Option<SrcInfo>,
+    ) {
         let changers = {
             let mut state = hydration.state.lock();
             state.looked = true;
@@ -352,7 +364,9 @@ impl Mirror {
                 return;
             }
             state.stage = Stage::Mixed;
-            state.mixed = Some(Box::new(Mixed::new(ground)));
+            let src = info.filter(|_| !state.present.is_empty());
+            let src = src.map(|info| (info.size, info.mtime));
+            state.mixed = Some(Box::new(Mixed::new(ground, src)));
             std::mem::take(&mut state.changers)
         };
         changers.into_iter().for_each(|w| w(Ok(())));
@@ -455,31 +469,45 @@ impl Mirror {
         }
     }
 
-    /// M3: fsync of a mixed file. Its bytes, then the map; the mark with the bytes.
+    /// M3: fsync of a mixed file through a user's open file (each is told of a lost page once). Its
+    /// bytes, then the map; the mark with the bytes.
     pub(super) fn sync_mixed(
         &self,
         ground: &Ground,
         ino: u64,
+        file: BorrowedFd<'_>,
         data_only: bool,
     ) -> Result<(), Errno> {
         if ground.times.lock().stale {
             self.store_mark(ground, ino)?;
         }
         let written = ground.map.snapshot();
-        let synced = match data_only && ground.mark_is_durable.load(Ordering::Acquire) {
-            true => fd::fdatasync(ground.file.as_fd()),
-            false => fd::fsync(ground.file.as_fd()),
-        };
-        if let Err(errno) = synced {
-            ground.losses.fetch_add(1, Ordering::AcqRel);
-            self.doubt(ino, ground);
-            return Err(errno);
-        }
+        let data_only = data_only && ground.mark_is_durable.load(Ordering::Acquire);
+        self.sync_bytes(ground, ino, file, data_only)?;
         ground.mark_is_durable.store(true, Ordering::Release);
         fault::point("mixed-synced");
         ground.map.promote(&written)?;
         fault::point("mixed-promoted");
         ground.map.sync()
+    }
+
+    /// fsync or fdatasync of dst's file. A failure counts for all that rests on it.
+    pub(super) fn sync_bytes(
+        &self,
+        ground: &Ground,
+        ino: u64,
+        file: BorrowedFd<'_>,
+        data_only: bool,
+    ) -> Result<(), Errno> {
+        let synced = match data_only {
+            true => fd::fdatasync(file),
+            false => fd::fsync(file),
+        };
+        if synced.is_err() {
+            ground.losses.fetch_add(1, Ordering::AcqRel);
+            self.doubt(ino, ground);
+        }
+        synced
     }
 
     /// A page of the file did not reach the device, and the kernel will not say it twice: what was
@@ -491,11 +519,7 @@ impl Mirror {
         let mut state = hydration.state.lock();
         let same = |m: &Mixed| std::ptr::eq(Arc::as_ptr(&m.ground), ground);
         if state.mixed.as_deref().is_some_and(same) {
-            state.present = Default::default();
-            state.ranges.iter_mut().for_each(|job| job.void = true);
-            if let Some(mixed) = &mut state.mixed {
-                mixed.fill.begin_anew();
-            }
+            state.forget_pulled();
         }
     }
 
@@ -548,14 +572,14 @@ impl Ground {
 }
 
 impl Mixed {
-    fn new(ground: Ground) -> Mixed {
+    fn new(ground: Ground, src: Option<(u64, Time)>) -> Mixed {
         Mixed {
             ground: Arc::new(ground),
             busy: Vec::new(),
             next_turn: 0,
             waiting: Vec::new(),
             fill: Fill::default(),
-            src: None,
+            src,
         }
     }
 

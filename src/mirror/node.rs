@@ -13,7 +13,7 @@
 use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 
 use dashmap::DashMap;
 use lru::LruCache;
@@ -111,6 +111,8 @@ pub struct Node {
     ctime: SteadyCtime,
     /// Xattrs that it does not have.
     pub(super) absent: Absent,
+    /// The kernel may have pages of what src's file was before it was changed.
+    has_old_pages: AtomicBool,
 }
 
 impl Node {
@@ -134,7 +136,18 @@ impl Node {
             kept: Mutex::new(None),
             ctime: SteadyCtime::default(),
             absent: Absent::default(),
+            has_old_pages: AtomicBool::new(false),
         }
+    }
+
+    /// src's file is another than its bytes were read from.
+    pub(super) fn note_old_pages(&self) {
+        self.has_old_pages.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether the next open has the kernel drop the pages that it has; asked once for each.
+    pub fn take_old_pages(&self) -> bool {
+        self.has_old_pages.swap(false, Ordering::Relaxed)
     }
 
     /// The ctime that users see.

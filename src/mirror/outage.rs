@@ -315,12 +315,15 @@ impl Mirror {
     }
 
     /// The whole-file job has failed. Where that may pass, everybody goes on waiting and it is asked
-    /// for again when src answers; else they are told.
+    /// for again when src answers; else they are told. A file that goes another way by now (it is
+    /// truncated, or mixed) has nothing to do with it.
     pub(super) fn whole_failed(self: &Arc<Self>, hydration: &Arc<Hydration>, error: Error) {
         let pause = {
             let mut state = hydration.state.lock();
-            let ours = matches!(state.stage, Stage::Queued | Stage::Copying);
-            let pause = pause_before(state.attempts, &error).filter(|_| ours);
+            if !state.is_whole() {
+                return;
+            }
+            let pause = pause_before(state.attempts, &error);
             if pause.is_some() {
                 state.attempts += 1;
                 state.stage = Stage::Queued;
@@ -337,23 +340,22 @@ impl Mirror {
         self.forget_src_dir(hydration);
         let (mirror, hydration) = (Arc::clone(self), Arc::clone(hydration));
         self.later(pause, move |again| {
-            if again == Again::Stopping {
-                return mirror.fail_hydration(&hydration, Error::Stopped);
-            }
             let priority = {
                 let mut state = hydration.state.lock();
+                if !state.is_whole() {
+                    return;
+                }
                 if again == Again::Back {
                     state.attempts = 0;
                 }
-                let waited_for = !state.readers.is_empty() || state.has_writers();
-                let priority = match waited_for {
-                    true => Priority::Demand,
-                    false => Priority::Background,
-                };
+                let priority = state.lane();
                 state.asked = Some(priority);
                 priority
             };
-            mirror.start(&hydration, priority);
+            match again {
+                Again::Stopping => mirror.fail_hydration(&hydration, Error::Stopped),
+                _ => mirror.start(&hydration, priority),
+            }
         });
     }
 
@@ -442,7 +444,8 @@ impl Mirror {
             let found = job.and_then(|job| {
                 let pause = pause_before(job.attempts, error)?;
                 job.attempts += 1;
-                Some((pause, job.range.clone(), job.background))
+                job.begun = false;
+                Some((pause, job.range.clone()))
             });
             if found.is_some() && queued {
                 (state.dst, state.src) = (None, None);
@@ -452,25 +455,26 @@ impl Mirror {
             }
             found
         };
-        let Some((pause, range, background)) = found else {
+        let Some((pause, range)) = found else {
             return false;
         };
         tracing::debug!("{error}; it is tried again");
         self.forget_src_dir(hydration);
         let (mirror, hydration) = (Arc::clone(self), Arc::clone(hydration));
         self.later(pause, move |again| {
-            match again {
-                Again::Stopping => return mirror.range_done(&hydration, id, Err(Error::Stopped)),
-                Again::Back => {
-                    let mut state = hydration.state.lock();
-                    let job = state.ranges.iter_mut().find(|r| r.id == id);
-                    job.into_iter().for_each(|job| job.attempts = 0);
-                }
-                Again::Here => {}
+            if again == Again::Stopping {
+                return mirror.range_done(&hydration, id, Err(Error::Stopped));
             }
-            let priority = match background {
-                true => Priority::Background,
-                false => Priority::Demand,
+            let priority = {
+                let mut state = hydration.state.lock();
+                let waited_for = state.is_waited_for();
+                let Some(job) = state.ranges.iter_mut().find(|r| r.id == id) else {
+                    return; // A change has taken its place.
+                };
+                if again == Again::Back {
+                    job.attempts = 0;
+                }
+                job.lane_now(waited_for)
             };
             mirror.submit_range(&hydration, id, range, priority);
         });

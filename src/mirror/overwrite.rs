@@ -19,7 +19,6 @@ use super::mixed::{Ground, On};
 use super::node::Node;
 use super::turn::Span;
 use crate::error::{Context, Error, Result, Side};
-use crate::sys::xattr::Target;
 use crate::sys::{caps, copy, fault, fd, stat};
 
 const KEEP_SIZE: i32 = 1;
@@ -82,7 +81,7 @@ impl Mirror {
         // What the user gets from O_SYNC is more than the bytes.
         let flags = rustix::fs::fcntl_getfl(file)?;
         match flags.intersects(OFlags::DSYNC | OFlags::SYNC) {
-            true => self.sync_mixed(ground, node.ino, false),
+            true => self.sync_mixed(ground, node.ino, file, false),
             false => Ok(()),
         }
     }
@@ -167,7 +166,7 @@ impl Mirror {
         copy::truncate(file, size)?;
         if size < ground.src_end() {
             // The mark must not say it before: what is behind it would be zeros.
-            fd::fsync(file)?;
+            self.sync_bytes(ground, node.ino, file, false)?;
             fault::point("mixed-cut");
             ground.src_end.store(size, Ordering::Release);
             let mut times = ground.times();
@@ -188,7 +187,7 @@ impl Mirror {
         (offset, len): (u64, u64),
         then: impl FnOnce(Result<(), Errno>) + Send + 'static,
     ) {
-        let (held, file) = (Arc::clone(node), Arc::clone(file));
+        let (held, file, synced) = (Arc::clone(node), Arc::clone(file), Arc::clone(file));
         let range = offset..offset.saturating_add(len);
         let zeros = mode & !KEEP_SIZE == PUNCH_HOLE || mode & !KEEP_SIZE == ZERO_RANGE;
         let plain = move |ready: Result<(), Errno>| {
@@ -214,7 +213,7 @@ impl Mirror {
                 return then(plain(Ok(())));
             };
             let sure = match zeros && ground.map.has_weak(&range) {
-                true => mirror.sync_mixed(&ground, held.ino, false),
+                true => mirror.sync_mixed(&ground, held.ino, synced.as_fd(), false),
                 false => Ok(()),
             };
             let done = plain(sure).and_then(|()| {
@@ -307,18 +306,5 @@ impl Mirror {
             at = next;
         }
         Ok(size)
-    }
-
-    /// Its attributes are dst's, whatever src says.
-    pub(super) fn is_marked_mixed(&self, node: &Node) -> Result<bool> {
-        if !self.mixes {
-            return Ok(false);
-        }
-        let shown = || node.display_name();
-        let opened = self.nodes.open(node, OFlags::PATH);
-        let opened = opened.on("open", Side::Dst, shown())?;
-        let mark = self.mark.get(Target::Fd(opened.as_fd()));
-        let mark = mark.on("getxattr", Side::Dst, shown())?;
-        Ok(mark.is_some_and(|m| m.mixed.is_some()))
     }
 }

@@ -138,7 +138,7 @@ impl Patience {
     /// A signal has reached who asked this.
     pub(super) fn signalled(&self, request: u64) {
         self.signals.signalled(request);
-        self.signals.look(process::is_ending);
+        self.signals.look_at(request, process::is_ending);
     }
 }
 

@@ -35,22 +35,30 @@ pub(super) struct RangeJob {
     pub(super) readers: Vec<RangeReader>,
     /// Told when its bytes are in dst.
     pub(super) after: Vec<Waiter>,
-    /// Nobody waited for it when it was asked for.
-    pub(super) background: bool,
-    begun: bool,
+    /// Of a mixed file's rest, and in which lane; `None`: for who reads or changes these bytes.
+    pub(super) fill: Option<Priority>,
+    /// A worker has it.
+    pub(super) begun: bool,
     /// dst has lost bytes since it began: what it brings counts for nothing.
     pub(super) void: bool,
 }
 
 impl RangeJob {
-    /// No worker has taken it.
-    pub(super) fn is_queued(&self) -> bool {
-        !self.begun
+    /// Of the background, and no worker has it: it can be left out.
+    pub(super) fn is_idle(&self) -> bool {
+        self.fill == Some(Priority::Background) && !self.begun && !self.is_waited_for()
     }
 
-    /// Of the background, and no worker has taken it: it can be left out.
-    pub(super) fn is_idle(&self) -> bool {
-        self.background && !self.begun && self.readers.is_empty() && self.after.is_empty()
+    fn is_waited_for(&self) -> bool {
+        !self.readers.is_empty() || !self.after.is_empty()
+    }
+
+    /// The lane in which it is asked for once more.
+    pub(super) fn lane_now(&mut self, whole_is_waited_for: bool) -> Priority {
+        if whole_is_waited_for || self.is_waited_for() {
+            self.fill = self.fill.map(|_| Priority::Demand);
+        }
+        self.fill.unwrap_or(Priority::Demand)
     }
 }
 
@@ -118,13 +126,7 @@ impl Mirror {
             (job, room && state.ask(Priority::Background))
         };
         if let Some((id, wanted)) = job {
-            let (mirror, hydration) = (Arc::clone(self), Arc::clone(&hydration));
-            let at_hand = hydration.state.lock().src.is_some();
-            let go = move || mirror.submit_range(&hydration, id, wanted, Priority::Demand);
-            match at_hand {
-                true => go(),
-                false => self.engine.pool().run(Priority::Demand, Box::new(go)),
-            }
+            self.demand_range(&hydration, id, wanted);
         }
         if whole {
             let (mirror, hydration) = (Arc::clone(self), Arc::clone(&hydration));
@@ -150,6 +152,24 @@ impl Mirror {
         Ok(bytes)
     }
 
+    /// Asks for a range for somebody who waits: here if src's directory is open already, else on a
+    /// pool thread.
+    pub(super) fn demand_range(
+        self: &Arc<Self>,
+        hydration: &Arc<Hydration>,
+        id: u64,
+        range: Range<u64>,
+    ) {
+        let (mirror, hydration) = (Arc::clone(self), Arc::clone(hydration));
+        let at_hand = hydration.state.lock().src.is_some();
+        let go = move || mirror.submit_range(&hydration, id, range, Priority::Demand);
+        match at_hand {
+            true => go(),
+            false => self.engine.pool().run(Priority::Demand, Box::new(go)),
+        }
+    }
+
+    /// Opens both sides and submits a range job. May wait for src.
     pub(super) fn submit_range(
         self: &Arc<Self>,
         hydration: &Arc<Hydration>,
@@ -215,7 +235,7 @@ impl Mirror {
         };
         let is_mixed = waiting.is_some();
         if let (true, Some(job), Err(e)) = (is_mixed, &job, &result) {
-            self.fill_failed(hydration, (&job.range, job.background), e);
+            self.fill_failed(hydration, job, e);
             if e.is_bad_read() {
                 self.fail(&hydration.path, e);
             }
@@ -307,8 +327,8 @@ impl State {
         Some((id, start..end))
     }
 
-    /// A job for these bytes; in the background when that is asked for.
-    pub(super) fn new_job(&mut self, range: Range<u64>, lane: Option<Priority>) -> u64 {
+    /// A job for these bytes.
+    pub(super) fn new_job(&mut self, range: Range<u64>, fill: Option<Priority>) -> u64 {
         let id = self.next_range;
         self.next_range += 1;
         self.moved = std::time::Instant::now();
@@ -320,7 +340,7 @@ impl State {
             attempts: 0,
             readers: Vec::new(),
             after: Vec::new(),
-            background: lane.is_some(),
+            fill,
             begun: false,
             void: false,
         });
@@ -395,13 +415,18 @@ impl Completion for Part {
     fn wanted(&self) -> bool {
         let state = self.hydration.state.lock();
         let job = state.ranges.iter().find(|r| r.id == self.id);
-        let somebody = |job: &RangeJob| !job.readers.is_empty() || !job.after.is_empty();
-        job.is_some_and(somebody) || state.mixed.as_ref().is_some_and(|m| !m.waiting.is_empty())
+        job.is_some_and(RangeJob::is_waited_for)
+            || state.is_waited_for()
+            || state.mixed.as_ref().is_some_and(|m| !m.waiting.is_empty())
     }
 
     fn landed(&mut self, range: Range<u64>) {
         let mut state = self.hydration.state.lock();
         state.moved = std::time::Instant::now();
+        // M6: of a mixed file it counts when it is known to be of the same src.
+        if state.mixed.is_some() {
+            return;
+        }
         let job = state.ranges.iter().find(|r| r.id == self.id);
         if job.is_some_and(|job| !job.void) {
             state.present.insert(range);
@@ -410,7 +435,8 @@ impl Completion for Part {
 
     fn done(mut self: Box<Self>, outcome: Result<Copied>) {
         self.taken();
-        let outcome = outcome.and_then(|copied| self.mirror.same_src(&self.hydration, &copied));
+        let outcome =
+            outcome.and_then(|copied| self.mirror.count_range(&self.hydration, self.id, &copied));
         self.mirror.range_done(&self.hydration, self.id, outcome);
     }
 }

@@ -62,19 +62,17 @@ impl Mirror {
         (src, dst): (BorrowedFd<'_>, BorrowedFd<'_>),
     ) -> Result<()> {
         let path = &hydration.path;
-        let there = stat::stat_fd(dst).on("statx", Side::Dst, path)?;
-        if there.size < WEIGHED {
+        // How much of it is data only src tells.
+        let known = self.source.recall(hydration.file.ino);
+        let Some(known) = known.filter(|known| known.size >= WEIGHED) else {
             return Ok(());
-        }
+        };
+        let there = stat::stat_fd(dst).on("statx", Side::Dst, path)?;
         let fs = host::fs_stat(dst).on("statfs", Side::Dst, path)?;
         let counted = [host::EXT4_MAGIC, host::XFS_MAGIC].contains(&fs.magic);
         if !counted || fd::device_of(src).is_ok_and(|dev| dev == there.key.dev) {
             return Ok(());
         }
-        // How much of it is data only src tells.
-        let Some(known) = self.source.recall(hydration.file.ino) else {
-            return Ok(());
-        };
         let want = there.size.min(known.blocks.saturating_mul(512));
         let want = want.saturating_sub(there.blocks.saturating_mul(512));
         match want > fs.bfree.saturating_mul(fs.frsize) {

@@ -13,7 +13,6 @@ use super::bytemap::{BLOCK, blocks};
 use super::hydrate::{Hydration, State};
 use super::mixed::{Ground, Work};
 use super::node::Node;
-use crate::engine::job::Priority;
 
 /// The bytes that a change is about.
 #[derive(Debug, Clone)]
@@ -46,8 +45,9 @@ impl Mirror {
             }
             Turn::Wait => {
                 let again = self.again(node, span, work);
+                let told = self.waiting(hydration.path.to_path(), again);
                 if let Some(mixed) = &mut state.mixed {
-                    mixed.waiting.push(again);
+                    mixed.waiting.push(told);
                 }
                 drop(state);
                 // What the throttle holds is waited for now.
@@ -55,11 +55,10 @@ impl Mirror {
             }
             Turn::Pull(id, range) => {
                 let again = self.again(node, span, work);
-                let path = hydration.path.to_path();
-                let told = self.waiting(path, again);
-                state.after(id, Box::new(told));
+                let told = self.waiting(hydration.path.to_path(), again);
+                state.after(id, told);
                 drop(state);
-                self.submit_range(hydration, id, range, Priority::Demand);
+                self.demand_range(hydration, id, range);
             }
         }
     }

@@ -50,7 +50,7 @@ impl Completion for Whole {
 
     fn wanted(&self) -> bool {
         let state = self.hydration.state.lock();
-        !state.readers.is_empty() || !state.writers.is_empty() || state.leaves
+        state.is_waited_for() || state.leaves
     }
 
     fn leaves(&self) -> bool {

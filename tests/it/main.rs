@@ -23,6 +23,7 @@ mod full;
 mod hostile;
 mod huge;
 mod mixed;
+mod mixed_src;
 mod nasty;
 mod native;
 mod pagecache;

@@ -240,3 +240,30 @@ fn who_waits_can_be_ended_after_an_upgrade_whether_he_had_a_signal_before_or_not
     m.finish();
     expect_copy(&bad, &w);
 }
+
+#[test]
+fn who_writes_while_the_whole_file_hangs_can_be_ended_and_the_file_comes_all_the_same() {
+    let all = bytes(3, 3 << 20);
+    let Some((mut bad, w)) = world(|bad| bad.write("f", &all)) else {
+        return;
+    };
+    bad.start(&["path=f op=read off=1M-2M hang"]);
+    let bad = &bad;
+    let m = w.mount_with(&["-o", "large=64K"], &[]);
+    let _let = Let(bad);
+    wait_until("the pull has begun", LIMIT, || {
+        fs::read(w.dst.join("f")).is_ok_and(|there| there.starts_with(&all[..4096]))
+    });
+    // It waits until the pull, which hangs, has ended.
+    let mut user = User::runs("dd if=/dev/zero of=f bs=4k count=1 conv=notrunc", &m.at);
+    wait_until("he waits", LIMIT, || waiting(&m) == 1);
+    assert!(user.waits());
+    user.gets(libc::SIGKILL);
+    assert_eq!(user.ends().signal(), Some(libc::SIGKILL));
+    bad.tell("off");
+    bad.tell("release");
+    m.wait_complete();
+    assert!(fs::read(m.path("f")).unwrap() == all, "it was written");
+    m.finish();
+    assert!(fs::read(w.dst.join("f")).unwrap() == all);
+}
