@@ -161,7 +161,8 @@ impl Mirror {
         fault::point("mixed-full");
         let (path, losses) = (&hydration.path, ground.losses.load(Ordering::Acquire));
         // The most of it while users go on.
-        let synced = fd::fdatasync(ground.file.as_fd()).on("fdatasync", Side::Dst, path);
+        let sync = || fd::fdatasync(ground.file.as_fd());
+        let synced = fault::unless_broken("M5", sync).on("fdatasync", Side::Dst, path);
         {
             let mut state = hydration.state.lock();
             if !state.settles() {
@@ -196,7 +197,7 @@ impl Mirror {
     fn take_mixed_mark(&self, hydration: &Hydration, ground: &Ground, losses: u64) -> Result<()> {
         let (path, ino) = (&hydration.path, hydration.file.ino);
         let file = ground.file.as_fd();
-        let mut synced = fd::fdatasync(file);
+        let mut synced = fault::unless_broken("M5", || fd::fdatasync(file));
         if ground.losses.load(Ordering::Acquire) != losses {
             synced = Err(Errno::IO); // A user has heard of it; what was pulled is lost too.
         }
@@ -338,7 +339,7 @@ impl State {
         };
         let seen = (now.size, now.mtime);
         let reaches = now.size >= mixed.ground.src_end();
-        if reaches && *mixed.src.get_or_insert(seen) == seen {
+        if reaches && *mixed.src.get_or_insert(seen) == seen || fault::breaks("M6") {
             return true;
         }
         mixed.src = None;

@@ -277,7 +277,8 @@ impl Mirror {
         let maps = self.control.maps.as_fd();
         let map = ByteMap::create(maps, ino).on("create", Side::Dst, ".mirrorfs/maps")?;
         fault::point("mixed-map");
-        fd::fsync(file.as_fd()).on("fsync", Side::Dst, path)?;
+        let sync = || fd::fsync(file.as_fd());
+        fault::unless_broken("M1", sync).on("fsync", Side::Dst, path)?;
         let _guard = self.lock_mark(ino);
         let target = Target::Open(file.as_fd());
         let Some(mark) = self.mark.get(target).on("getxattr", Side::Dst, path)? else {
@@ -483,7 +484,8 @@ impl Mirror {
         }
         let written = ground.map.snapshot();
         let data_only = data_only && ground.mark_is_durable.load(Ordering::Acquire);
-        self.sync_bytes(ground, ino, file, data_only)?;
+        let sync = || self.sync_bytes(ground, ino, file, data_only);
+        fault::unless_broken("M3", sync)?;
         ground.mark_is_durable.store(true, Ordering::Release);
         fault::point("mixed-synced");
         ground.map.promote(&written)?;

@@ -76,6 +76,9 @@ impl Mirror {
             return Err(errno);
         }
         ground.map.written(&range);
+        if fault::breaks("M2") {
+            ground.map.sure(&range)?;
+        }
         self.touch(ground, node.ino);
         fault::point("mixed-written");
         // What the user gets from O_SYNC is more than the bytes.
@@ -166,7 +169,8 @@ impl Mirror {
         copy::truncate(file, size)?;
         if size < ground.src_end() {
             // The mark must not say it before: what is behind it would be zeros.
-            self.sync_bytes(ground, node.ino, file, false)?;
+            let sync = || self.sync_bytes(ground, node.ino, file, false);
+            fault::unless_broken("M4", sync)?;
             fault::point("mixed-cut");
             ground.src_end.store(size, Ordering::Release);
             let mut times = ground.times();

@@ -7,6 +7,7 @@ use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Component, Path, PathBuf};
+use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
 use serde_json::Value;
@@ -21,6 +22,9 @@ use crate::sys::local;
 
 /// Longest reply that a client reads: a ledger of some hundred thousand entries.
 const REPLY_MAX: u64 = 256 << 20;
+
+/// When a path's daemon has answered, others are waited for so long: several may have that path.
+const OTHERS: Duration = Duration::from_millis(200);
 
 /// A daemon that answered, seen from a client.
 #[derive(Clone)]
@@ -82,11 +86,29 @@ pub(super) fn ask(
 
 /// All daemons of this user that answer.
 pub(crate) fn daemons() -> Vec<Daemon> {
-    let report = |socket: PathBuf| {
-        let value = ask(&socket, &Request::Status, Some(PATIENCE)).ok()?;
-        let report = serde_json::from_value(value).ok()?;
-        Some(Daemon { socket, report })
-    };
+    let mut all: Vec<Daemon> = answers().iter().collect();
+    all.sort_by(|a, b| a.socket.cmp(&b.socket));
+    all
+}
+
+/// The same, each as soon as it answers: one that hangs keeps nobody waiting who does not ask for it.
+fn answers() -> Receiver<Daemon> {
+    let (tell, told) = channel();
+    for socket in own_sockets() {
+        let tell = tell.clone();
+        let report = move || {
+            let value = ask(&socket, &Request::Status, Some(PATIENCE)).ok()?;
+            let report = serde_json::from_value(value).ok()?;
+            tell.send(Daemon { socket, report }).ok() // Nobody listens any more: another was meant.
+        };
+        if let Err(e) = std::thread::Builder::new().spawn(report) {
+            tracing::debug!("a thread: {e}"); // As one that does not answer.
+        }
+    }
+    told
+}
+
+fn own_sockets() -> Vec<PathBuf> {
     let dir = run_dir();
     // In a directory of another user anybody could answer. Root may look where it wants.
     let me = local::uid();
@@ -94,17 +116,23 @@ pub(crate) fn daemons() -> Vec<Daemon> {
     if !ours {
         return Vec::new();
     }
-    sockets(&dir).into_iter().filter_map(report).collect()
+    sockets(&dir)
 }
 
 /// The daemon whose mount point, dst or src is `path`.
 pub(crate) fn find(path: &Path) -> Result<Option<Daemon>, Failure> {
-    let mut daemons = daemons();
+    // First by the text alone; only then by what the path resolves to, which may hang.
+    let text = lexical(path);
+    let home = text.as_deref().map(printable);
+    let mut daemons = Vec::new();
+    let (answers, mut found) = (answers(), false);
+    while let Ok(daemon) = answers.recv_timeout(if found { OTHERS } else { 2 * PATIENCE }) {
+        found |= home.iter().any(|h| daemon.report.home_names.contains(h));
+        daemons.push(daemon);
+    }
     if daemons.is_empty() {
         return Ok(None);
     }
-    // First by the text alone; only then by what the path resolves to, which may hang.
-    let text = lexical(path);
     let at = match text.as_deref().map(|t| position(&daemons, t, path)) {
         Some(Ok(Some(at))) => Some(at),
         Some(Err(failure)) => return Err(failure),

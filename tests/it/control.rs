@@ -163,7 +163,7 @@ fn a_cancelled_background_leaves_everything_to_whoever_opens_it_until_it_is_resu
     file(&w, "large", 40 * MIB);
     let m = w.mount_with(&["--bwlimit", "1M"], &[]);
     wait_until("files under way", LIMIT, || {
-        number(&m.status(), "entries_placed") > 5
+        number(&m.status(), "entries_placed") > 5 && w.dst.join("large").exists()
     });
     steer(&["cancel"], &m.at);
     steer(&["set", "--bwlimit", "0"], &m.at);
