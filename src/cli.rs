@@ -45,6 +45,12 @@ With --manifest one tree is compared with what it was when `mirrorfs sync --mani
 not needed. `changed`: size, mtime, mode, owner or target are others, so somebody has changed it \
 since. `corrupt`: nobody has, but its bytes are others.";
 
+const MANIFEST_ABOUT: &str = "\
+Reads a tree and writes what each entry is, and the BLAKE3 of each file, to a file in the format of \
+mtree(5), as `mirrorfs sync --manifest` does while it copies. `mirrorfs verify --manifest FILE DST` then \
+compares a copy with it, however that was made: for a migration by `mirrorfs mount` take it of SRC, at \
+any time before SRC is given away.";
+
 const FINISH_ABOUT: &str = "\
 Ends a migration: makes DST durable, removes every trace of mirrorfs from it and takes the mount \
 away. PATH is the mount point, DST or SRC. Files that are open stay open.
@@ -120,6 +126,9 @@ pub enum Command {
     /// Compare two trees: every byte, all metadata
     #[command(long_about = VERIFY_ABOUT)]
     Verify(Verify),
+    /// Write what a tree is, and the BLAKE3 of each file, to a file
+    #[command(long_about = MANIFEST_ABOUT)]
+    Manifest(Manifest),
     /// End a complete migration: DST becomes a plain tree
     #[command(long_about = FINISH_ABOUT)]
     Finish(Finish),
@@ -167,6 +176,23 @@ pub struct Verify {
     /// everything once. Names and metadata of all entries are compared each time.
     #[arg(long, value_name = "K/N")]
     pub sample: Option<crate::config::Shard>,
+}
+
+/// `mirrorfs manifest`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = EXIT_CODES
+)]
+pub struct Manifest {
+    /// The tree; it is not changed
+    pub src: PathBuf,
+    /// The file; not in the tree
+    ///
+    /// Of one that is there the digests are used again of files with the same size, mtime and ctime.
+    pub file: PathBuf,
+    /// Stay on SRC's own file system
+    #[arg(short = 'x', long)]
+    pub one_file_system: bool,
 }
 
 /// `mirrorfs finish`.

@@ -19,7 +19,7 @@ mod writer;
 
 pub use digest::{BLOCK, Digest, Feed, Tree};
 pub use index::{Index, Trouble};
-pub use line::Entry;
+pub use line::{Entry, is_settled};
 pub use writer::Writer;
 
 /// The first line: the format, for who reads any mtree(5).

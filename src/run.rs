@@ -170,6 +170,7 @@ fn dispatch(command: Command) -> Outcome {
         Command::Upgrade(args) => upgrade::run(&args),
         Command::Pull(args) => pull::run(&args),
         Command::Verify(args) => verify::run_with(&args),
+        Command::Manifest(args) => verify::take(&args),
         Command::Finish(args) => finish::run(&args.path, args.accept_loss),
         Command::Errors(args) => errors::run(&args),
         Command::Completions(args) => {

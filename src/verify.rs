@@ -9,7 +9,9 @@
 mod content;
 mod entry;
 mod groups;
+mod one;
 mod proof;
+mod take;
 
 use std::fmt;
 use std::os::fd::{AsFd, OwnedFd};
@@ -35,6 +37,7 @@ use content::Slice;
 use groups::Groups;
 
 pub use proof::verify_manifest;
+pub use take::take_manifest;
 
 /// Entries of one directory that a thread takes at once.
 const BATCH: usize = 1024;

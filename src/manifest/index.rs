@@ -9,9 +9,10 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::{END, Entry, HEADER, HEADER_ANY, SIGNATURE};
+use super::{Digest, END, Entry, HEADER, HEADER_ANY, SIGNATURE};
 use crate::error::Printable;
 use crate::sys::name::RelPath;
+use crate::sys::stat::Stat;
 
 /// A line of this length is none of ours: paths are at most some thousand bytes, four for each.
 const LINE_MAX: usize = 1 << 20;
@@ -93,6 +94,16 @@ impl Index {
             }
         }
         Ok(found)
+    }
+
+    /// The digest that it has of a file, if the file has not changed since.
+    pub fn known(&self, path: &RelPath, src: &Stat) -> Option<Digest> {
+        // A manifest that cannot be read any more only costs another reading of the file.
+        let entry = self.get(path).ok()??;
+        let same = entry.size == Some(src.size)
+            && entry.time == Some(src.mtime)
+            && entry.ctime == Some(src.ctime);
+        entry.digest.filter(|_| same)
     }
 
     /// Each path that nobody has asked for, once.

@@ -5,6 +5,8 @@
 //! Bytes that are not printable ASCII, the backslash, and what a shell or mtree(8) takes for a pattern
 //! or a comment, are a backslash and three octal digits.
 
+use std::time::{SystemTime, UNIX_EPOCH};
+
 use rustix::fs::FileType;
 
 use super::Digest;
@@ -74,6 +76,17 @@ impl Entry {
             group: (stat.nlink > 1 && !stat.is_dir()).then_some((stat.nlink, stat.key)),
             ..Entry::bare(path, kind)
         }
+    }
+
+    /// As `of`, of what a copy of it is; `root`: one by root, which keeps owners.
+    pub fn copied(path: RelPath, stat: &Stat, root: bool) -> Entry {
+        let mut entry = Entry::of(path, stat);
+        if !root {
+            // What may belong to another one there, and the bits that would lend it.
+            (entry.uid, entry.gid) = (None, None);
+            entry.mode = entry.mode.filter(|mode| mode & 0o6000 == 0);
+        }
+        entry
     }
 
     /// Appends the line, its end included.
@@ -149,6 +162,16 @@ impl Entry {
         }
         Ok(Some(entry))
     }
+}
+
+/// A ctime this young may be the same after another change: clocks of file systems are coarse.
+const YOUNG_S: i64 = 2;
+
+/// True when another change would give the file another ctime. To be asked before it is read.
+pub fn is_settled(src: &Stat) -> bool {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    let now = now.map_or(0, |t| i64::try_from(t.as_secs()).unwrap_or(i64::MAX));
+    src.ctime.sec < now.saturating_sub(YOUNG_S)
 }
 
 const TYPES: [(FileType, &str); 7] = [

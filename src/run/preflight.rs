@@ -231,9 +231,13 @@ fn look(mut config: MountConfig) -> Result<Ground, Failure> {
 /// Everything that `sync` can know beforehand.
 pub(super) fn sync(config: &SyncConfig) -> Result<(), Failure> {
     let src = Root::open("SRC", &config.src)?;
-    outside(config, &src)?;
+    let apart = |root: &Root| match &config.manifest {
+        Some(path) => outside("--manifest", path, root),
+        None => Ok(()),
+    };
+    apart(&src)?;
     match Root::open("DST", &config.dst) {
-        Ok(dst) => outside(config, &dst).and_then(|()| not_nested(&src, &dst)),
+        Ok(dst) => apart(&dst).and_then(|()| not_nested(&src, &dst)),
         // Missing: it will be made, unless its parent is missing too or lies inside SRC.
         Err(failure) => match std::fs::symlink_metadata(&config.dst) {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
@@ -257,18 +261,15 @@ pub(super) fn sync(config: &SyncConfig) -> Result<(), Failure> {
 }
 
 /// The manifest is in neither tree: SRC is not written, and it would be no part of what DST should be.
-fn outside(config: &SyncConfig, root: &Root) -> Result<(), Failure> {
-    let Some(path) = &config.manifest else {
-        return Ok(());
-    };
+fn outside(what: &str, path: &Path, root: &Root) -> Result<(), Failure> {
     // Not there yet: then it is no symlink either.
-    let path = &path.canonicalize().unwrap_or_else(|_| path.clone());
+    let path = &path.canonicalize().unwrap_or_else(|_| path.to_owned());
     let parent = path.parent().filter(|p| !p.as_os_str().is_empty());
-    let parent = Root::open("--manifest's directory", parent.unwrap_or(Path::new(".")))?;
+    let parent = Root::open("the manifest's directory", parent.unwrap_or(Path::new(".")))?;
     match root.contains(&parent)? {
         true => {
             let (role, path) = (root.role, quoted(path));
-            let line = format!("--manifest {path}: it must not be inside {role}");
+            let line = format!("{what} {path}: it must not be inside {role}");
             Err(Failure::new(exit::UNUSABLE, line))
         }
         false => Ok(()),
@@ -299,6 +300,11 @@ pub(super) fn verify(src: &Path, dst: &Path) -> Result<(), Failure> {
     Root::open("SRC", src)?;
     Root::open("DST", dst)?;
     Ok(())
+}
+
+/// The tree and the file of `manifest`.
+pub(super) fn manifest(src: &Path, file: &Path) -> Result<(), Failure> {
+    outside("FILE", file, &Root::open("SRC", src)?)
 }
 
 /// The tree of `verify --manifest`.

@@ -14,7 +14,7 @@ use super::flow::{BULK, Flow};
 use super::{Item, Work};
 use crate::config::Reflink;
 use crate::error::{Context, Error, Result, Side};
-use crate::manifest::{Digest, Feed, Tree};
+use crate::manifest::{self, Digest, Feed, Tree};
 use crate::meta::{Born, Meta};
 use crate::sys::cache::Aligned;
 use crate::sys::dir::Entry;
@@ -221,7 +221,7 @@ impl Work<'_, '_> {
             let again = self.capture(Target::Open(src.as_fd()), after, t.at());
             copy::truncate(t.dst.as_fd(), 0).on("ftruncate", Side::Dst, path())?;
             (t.meta, t.src) = (again?, src);
-            t.settled = super::proof::is_settled(&t.meta.stat);
+            t.settled = manifest::is_settled(&t.meta.stat);
         }
         Ok(())
     }

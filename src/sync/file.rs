@@ -12,13 +12,12 @@ use super::data::{Buffers, SMALL, Transfer};
 use super::dir::Dir;
 use super::flow::Flow;
 use super::link::Step;
-use super::proof;
 use super::report::Changes;
 use super::stamp;
 use super::{What, Work};
 use crate::config::Fsync;
 use crate::error::{Context, Error, Result, Side};
-use crate::manifest::{Digest, Tree};
+use crate::manifest::{self, Digest, Tree};
 use crate::meta::{Born, LATE_FLAGS, Meta};
 use crate::sys::name::Name;
 use crate::sys::stat::{FileKey, Stat, fd_changed_since, stat_fd};
@@ -151,7 +150,7 @@ impl Work<'_, '_> {
         let time = now.mtime != meta.stat.mtime;
         let alone = self.may_stand(dir, &now, &meta.stat)?;
         let looks_same = !size && (!time || config.size_only || config.checksum);
-        let settled = self.job.proof.is_some() && proof::is_settled(&meta.stat);
+        let settled = self.job.proof.is_some() && manifest::is_settled(&meta.stat);
         let mut dst = None;
         let mut read = None;
         let mut same = alone && looks_same && !config.ignore_times;
@@ -253,7 +252,7 @@ impl Work<'_, '_> {
         let sparse = meta.stat.is_sparse();
         let size = meta.stat.size;
         let proves = self.job.proof.is_some();
-        let settled = proves && proof::is_settled(&meta.stat);
+        let settled = proves && manifest::is_settled(&meta.stat);
         let mut transfer = Transfer {
             dir: Arc::clone(dir),
             name: name.clone(),

@@ -16,7 +16,6 @@ use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::fs::FileType;
 
@@ -27,9 +26,6 @@ use crate::manifest::{Digest, Entry, Index, Tree, Trouble, Writer};
 use crate::sys::name::RelPath;
 use crate::sys::stat::{FileKey, Stat, fd_changed_since};
 use crate::sys::{copy, fd, local};
-
-/// A ctime this young may be the same after another change: clocks of file systems are coarse.
-const YOUNG_S: i64 = 2;
 
 /// The manifest of a run.
 pub(super) struct Proof {
@@ -63,13 +59,7 @@ impl Proof {
     }
 
     fn entry(&self, path: RelPath, stat: &Stat) -> Entry {
-        let mut entry = Entry::of(path, stat);
-        if !self.root {
-            // What may belong to another one here, and the bits that would lend it.
-            (entry.uid, entry.gid) = (None, None);
-            entry.mode = entry.mode.filter(|mode| mode & 0o6000 == 0);
-        }
-        entry
+        Entry::copied(path, stat, self.root)
     }
 
     /// A name is done; others of its inode may follow.
@@ -98,23 +88,6 @@ impl Proof {
         drop(groups);
         self.writer.add(&entry);
     }
-
-    /// The digest of an earlier run, of a file that has not changed since.
-    fn known(&self, path: &RelPath, src: &Stat) -> Option<Digest> {
-        // A manifest that cannot be read any more only costs another reading of src.
-        let entry = self.before.get(path).ok()??;
-        let same = entry.size == Some(src.size)
-            && entry.time == Some(src.mtime)
-            && entry.ctime == Some(src.ctime);
-        entry.digest.filter(|_| same)
-    }
-}
-
-/// True when another change would give the file another ctime. To be asked before it is read.
-pub(super) fn is_settled(src: &Stat) -> bool {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH);
-    let now = now.map_or(0, |t| i64::try_from(t.as_secs()).unwrap_or(i64::MAX));
-    src.ctime.sec < now.saturating_sub(YOUNG_S)
 }
 
 impl Work<'_, '_> {
@@ -172,7 +145,7 @@ impl Work<'_, '_> {
         let Some(proof) = &self.job.proof else {
             return Ok(());
         };
-        let digest = match read.or_else(|| proof.known(path, stat)) {
+        let digest = match read.or_else(|| proof.before.known(path, stat)) {
             Some(digest) => Some(digest),
             None => self.digest_of(buffers, src.as_fd(), stat, path)?,
         };

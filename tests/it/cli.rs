@@ -11,7 +11,7 @@ use crate::fixture::{
     run,
 };
 
-const COMMANDS: [&str; 15] = [
+const COMMANDS: [&str; 16] = [
     "mount",
     "sync",
     "status",
@@ -23,6 +23,7 @@ const COMMANDS: [&str; 15] = [
     "set",
     "pull",
     "verify",
+    "manifest",
     "finish",
     "errors",
     "completions",

@@ -10,7 +10,7 @@ use std::process::Command;
 use std::time::{Duration, SystemTime};
 
 use crate::fixture::{
-    LIMIT, LoopFs, Output, Scratch, bytes, can_mount_on, mirrorfs, run, wait_until,
+    LIMIT, LoopFs, Output, Scratch, World, bytes, can_mount_on, mirrorfs, run, shell_as, wait_until,
 };
 use crate::nasty;
 
@@ -700,4 +700,169 @@ fn a_full_disk_under_the_manifest_is_an_error_of_the_run() {
     fs::remove_file(filler).unwrap();
     t.sync(&[]).expect_code(0);
     t.verify(&[]).expect_code(0);
+}
+
+fn take(src: &Path, file: &Path) -> Command {
+    let mut command = mirrorfs();
+    command.arg("manifest").arg(src).arg(file);
+    command
+}
+
+#[test]
+fn a_manifest_of_a_tree_is_that_of_its_sync() {
+    let t = Trees::filled();
+    let at = nasty::At::open(&t.src);
+    at.file(b"new\nline \xff", b"odd");
+    at.stamp(b"new\nline \xff", -5, 500_000_000);
+    let_settle();
+    t.sync(&[]).expect_code(0);
+    let lines = |text: &str| {
+        let lines = text.lines().filter(|l| l.starts_with('.'));
+        lines.map(str::to_owned).collect::<BTreeSet<_>>()
+    };
+    let synced = lines(&t.text());
+    let other = t.scratch.path().join("other");
+    run(&mut take(&t.src, &other)).expect_code(0);
+    let taken = fs::read_to_string(&other).unwrap();
+    assert_eq!(lines(&taken), synced);
+    assert!(
+        taken.lines().last().unwrap().starts_with("# end "),
+        "{taken}"
+    );
+    // Of either the other one goes on without reading the files again.
+    let all = bytes_read(&take(&t.src, &t.scratch.path().join("third")));
+    let again = bytes_read(&take(&t.src, &t.manifest));
+    assert!(again + (4 << 20) < all, "{again} {all}");
+    assert_eq!(lines(&t.text()), synced);
+    assert!(bytes_read(&t.syncs()) + (4 << 20) < all);
+    assert_eq!(lines(&t.text()), synced);
+    t.verify(&[]).expect_code(0);
+}
+
+#[test]
+fn what_a_mount_has_brought_is_verified_without_src() {
+    if !can_mount_on("ext4") {
+        return;
+    }
+    let w = World::on("ext4");
+    fs::create_dir(w.src.join("d")).unwrap();
+    for n in 0..20 {
+        let len = [10, 70_000, 9 << 20][n % 3];
+        fs::write(w.src.join(format!("d/f{n}")), bytes(n as u64, len)).unwrap();
+    }
+    fs::hard_link(w.src.join("d/f1"), w.src.join("again")).unwrap();
+    let scratch = Scratch::new();
+    let manifest = scratch.path().join("manifest");
+    let m = w.mount();
+    // Users work while it is taken: SRC is what they began with.
+    fs::write(m.path("d/f3"), b"theirs").unwrap();
+    run(&mut take(&w.src, &manifest)).expect_code(0);
+    let large = File::options().write(true).open(m.path("d/f2")).unwrap();
+    large.write_all_at(b"theirs", 5 << 20).unwrap();
+    drop(large);
+    fs::write(m.path("new"), b"new").unwrap();
+    fs::remove_file(m.path("d/f4")).unwrap();
+    let verify = |at: &Path, args: &[&str]| {
+        let mut command = mirrorfs();
+        command.args(["verify", "--manifest"]).arg(&manifest);
+        run(command.arg(at).args(args))
+    };
+    m.wait_complete();
+    let expect = |said: Output| {
+        let said = said.expect_code(9);
+        let told: BTreeSet<_> = said
+            .out
+            .lines()
+            .filter_map(|l| {
+                l.split_once("\"")
+                    .map(|(kind, rest)| format!("{kind}{}", rest.split('"').next().unwrap()))
+            })
+            .collect();
+        let want = [
+            "changed: .",
+            "changed: d",
+            "changed: d/f2",
+            "changed: d/f3",
+            "missing: d/f4",
+            "extra: new",
+        ];
+        assert_eq!(
+            told,
+            BTreeSet::from(want.map(str::to_owned)),
+            "{}",
+            said.out
+        );
+    };
+    expect(verify(&m.path("."), &[]));
+    m.finish();
+    fs::remove_dir_all(&w.src).unwrap();
+    expect(verify(&w.dst, &[]));
+    verify(&w.dst, &["--ignore-changed"]).expect_code(0);
+    corrupt(&w.dst.join("d/f5"), 8 << 20);
+    let said = verify(&w.dst, &["--ignore-changed"]).expect_code(9);
+    assert!(said.out.starts_with("corrupt: \"d/f5\""), "{}", said.out);
+}
+
+#[test]
+fn what_is_pending_is_in_no_manifest_and_is_not_called_corrupt() {
+    if !can_mount_on("ext4") {
+        return;
+    }
+    let w = World::on("ext4");
+    let scratch = Scratch::new();
+    for n in 0..3 {
+        fs::write(w.src.join(format!("f{n}")), bytes(n, 5000)).unwrap();
+    }
+    let manifest = scratch.path().join("manifest");
+    run(&mut take(&w.src, &manifest)).expect_code(0);
+    let m = w.mount_lazy();
+    fs::read_dir(m.path(".")).unwrap().count();
+    assert_eq!(fs::read(m.path("f0")).unwrap(), bytes(0, 5000));
+    m.unmount();
+    // The raw tree: names without bytes.
+    let said = run(&mut take(&w.dst, &scratch.path().join("other"))).expect_code(3);
+    assert!(said.err.contains("live mark"), "{}", said.err);
+    let mut verify = mirrorfs();
+    verify
+        .args(["verify", "--manifest"])
+        .arg(&manifest)
+        .arg(&w.dst);
+    let said = run(&mut verify).expect_code(9);
+    assert!(
+        said.out.contains("not finished: \"f1\": it is pending"),
+        "{}",
+        said.out
+    );
+    assert!(said.out.contains(": 0 corrupt"), "{}", said.out);
+}
+
+#[test]
+fn what_cannot_be_read_or_changes_is_not_in_a_manifest() {
+    let t = Trees::filled();
+    let refused = run(&mut take(&t.src, &t.src.join("d/manifest"))).expect_code(3);
+    assert!(
+        refused.err.contains("it must not be inside SRC"),
+        "{}",
+        refused.err
+    );
+    if !rustix::process::geteuid().is_root() {
+        return;
+    }
+    for path in [t.scratch.path(), &t.src, &t.src.join("d")] {
+        fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
+    }
+    fs::set_permissions(t.src.join("d/f0"), fs::Permissions::from_mode(0o600)).unwrap();
+    fs::set_permissions(t.scratch.dir("theirs"), fs::Permissions::from_mode(0o777)).unwrap();
+    let program = t.scratch.path().join("mirrorfs");
+    fs::copy(mirrorfs().get_program(), &program).unwrap();
+    let script = "./mirrorfs manifest src theirs/manifest";
+    let said = shell_as(65534, 65534, t.scratch.path(), script).expect_code(23);
+    assert!(said.err.contains("unreadable: \"d/f0\""), "{}", said.err);
+    let text = fs::read_to_string(t.scratch.path().join("theirs/manifest")).unwrap();
+    assert!(
+        !text.contains("# end") && !text.contains("./d/f0"),
+        "{text}"
+    );
+    // Owners that a user's copy cannot have.
+    assert!(!text.contains("uid="), "{text}");
 }

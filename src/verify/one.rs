@@ -1,0 +1,373 @@
+//! One: a single tree, walked by a crew of threads, its files hashed, large ones in parts.
+//!
+//!   Visit::entry    each name but the root's: whether a directory is gone into, or a file is read
+//!   Visit::opened   a directory, the root too, before its names
+//!   Visit::read     a file, when all of it was hashed
+//!
+//! What is done with it is the visitor's: compare it with a manifest (`proof`), or write one (`take`).
+
+use std::ffi::CStr;
+use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+
+use rustix::fs::{FileType, OFlags};
+use rustix::io::Errno;
+
+use super::content::{CHUNK, SHARE};
+use super::{BATCH, Difference, Kind, Told, VerifyOptions};
+use crate::crew::Crew;
+use crate::error::Side;
+use crate::manifest::{BLOCK, Digest, Feed, Tree};
+use crate::mark::{CONTROL_DIR, MarkName};
+use crate::progress::Counter;
+use crate::sys::name::{Name, RelPath};
+use crate::sys::stat::{Stat, stat_at, stat_fd};
+use crate::sys::xattr::Target;
+use crate::sys::{copy, dir, fd, host};
+
+/// What is done with a tree. `T` is what the visitor wants to remember of a file that is read.
+pub(super) trait Visit<T>: Sync {
+    /// A directory is open, and will be listed.
+    fn opened(&self, to: &Teller<'_>, path: &RelPath, dir: BorrowedFd<'_>, stat: &Stat);
+    /// A name; `target`: where a symlink points.
+    fn entry(&self, to: &Teller<'_>, path: &RelPath, stat: &Stat, target: Option<&CStr>)
+    -> Next<T>;
+    /// All of a file was read; `digest`: unless it could not be (that was told), or ended early.
+    fn read(&self, to: &Teller<'_>, file: &File<T>, digest: Option<Digest>);
+}
+
+/// How to go on with a name.
+pub(super) enum Next<T> {
+    /// Nothing more is to be done.
+    Over,
+    /// Its names.
+    List,
+    /// Its bytes.
+    Read(T),
+}
+
+/// A file that is read.
+pub(super) struct File<T> {
+    pub(super) path: RelPath,
+    pub(super) fd: OwnedFd,
+    /// What it was before it was read.
+    pub(super) stat: Stat,
+    pub(super) about: T,
+    tree: Tree,
+    /// It could not be read: told.
+    pub(super) failed: AtomicBool,
+}
+
+/// The tree and what was counted in it.
+pub(super) struct One {
+    pub(super) root: OwnedFd,
+    /// Whose errors they are.
+    pub(super) side: Side,
+    pub(super) entries: Counter,
+    pub(super) files: Counter,
+    pub(super) bytes: Counter,
+}
+
+impl One {
+    pub(super) fn new(root: OwnedFd, side: Side) -> One {
+        One {
+            root,
+            side,
+            entries: Counter::default(),
+            files: Counter::default(),
+            bytes: Counter::default(),
+        }
+    }
+
+    /// Goes through all of it, until `options.stop`.
+    pub(super) fn walk<T: Send + Sync>(
+        &self,
+        options: &VerifyOptions,
+        visit: &impl Visit<T>,
+        on: &mut dyn FnMut(Told),
+    ) {
+        let threads = match options.threads {
+            0 => 2 * host::cpus().len().max(1),
+            n => n,
+        };
+        Crew::run(
+            vec![Item::Dir(RelPath::root())],
+            &options.stop,
+            || threads,
+            Buffers::default,
+            |crew: &Crew<'_, Item<T>, Told>, buffers, item| {
+                let tell = |told| crew.tell(told);
+                let to = Teller {
+                    tell: &tell,
+                    side: self.side,
+                };
+                let one = self;
+                Work {
+                    crew,
+                    one,
+                    visit,
+                    to,
+                }
+                .step(buffers, item);
+            },
+            on,
+        );
+    }
+}
+
+/// Where differences go.
+pub(super) struct Teller<'a> {
+    tell: &'a dyn Fn(Told),
+    side: Side,
+}
+
+impl Teller<'_> {
+    pub(super) fn tell(&self, path: &RelPath, kind: Kind, detail: impl Into<String>) {
+        (self.tell)(difference(path, kind, detail));
+    }
+
+    /// All of an entry was compared.
+    pub(super) fn done(&self, path: &RelPath) {
+        (self.tell)(Told::Done(path.to_path()));
+    }
+
+    pub(super) fn unreadable(&self, path: &RelPath, call: &str, errno: Errno) {
+        let side = self.side;
+        self.tell(path, Kind::Unreadable, format!("{call} {side}: {errno}"));
+    }
+}
+
+pub(super) fn difference(path: &RelPath, kind: Kind, detail: impl Into<String>) -> Told {
+    Told::Difference(Difference {
+        path: path.to_path(),
+        kind,
+        detail: detail.into(),
+    })
+}
+
+/// One piece of work.
+enum Item<T> {
+    /// A directory.
+    Dir(RelPath),
+    /// The rest of an open directory, from this offset.
+    More(Arc<Dir>, u64),
+    /// Some names of a directory.
+    Names(Arc<Dir>, Vec<dir::Entry>),
+    /// A part of a file, and what of it was hashed.
+    Slice(Arc<File<T>>, Range<u64>, Feed),
+}
+
+struct Dir {
+    path: RelPath,
+    fd: OwnedFd,
+}
+
+/// One thread's buffers.
+struct Buffers {
+    data: Vec<u8>,
+    names: Vec<u8>,
+}
+
+impl Default for Buffers {
+    fn default() -> Buffers {
+        Buffers {
+            data: vec![0; CHUNK],
+            names: Vec::with_capacity(64 << 10),
+        }
+    }
+}
+
+/// One step's surroundings.
+struct Work<'a, 's, T, V> {
+    crew: &'a Crew<'s, Item<T>, Told>,
+    one: &'a One,
+    visit: &'a V,
+    to: Teller<'a>,
+}
+
+impl<T: Send + Sync, V: Visit<T>> Work<'_, '_, T, V> {
+    fn step(&self, buffers: &mut Buffers, item: Item<T>) {
+        match item {
+            Item::Dir(path) => self.dir(buffers, path),
+            Item::More(dir, from) => self.batch(buffers, &dir, from),
+            Item::Names(dir, names) => self.names(buffers, &dir, names),
+            Item::Slice(file, range, feed) => self.slice(buffers, file, range, feed),
+        }
+    }
+
+    fn dir(&self, buffers: &mut Buffers, path: RelPath) {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOATIME;
+        let open = |flags| fd::open_beneath(self.one.root.as_fd(), &path, flags);
+        let opened = match open(flags) {
+            // O_NOATIME is for the owner and CAP_FOWNER.
+            Err(Errno::PERM) => open(flags - OFlags::NOATIME),
+            other => other,
+        };
+        let fd = match opened {
+            Ok(fd) => fd,
+            Err(e) => return self.to.unreadable(&path, "openat2", e),
+        };
+        match stat_fd(fd.as_fd()) {
+            Ok(stat) => self.visit.opened(&self.to, &path, fd.as_fd(), &stat),
+            Err(e) => self.to.unreadable(&path, "statx", e),
+        }
+        self.batch(buffers, &Arc::new(Dir { path, fd }), 0);
+    }
+
+    /// One batch of names; the rest goes below whatever the batch finds.
+    fn batch(&self, buffers: &mut Buffers, dir: &Arc<Dir>, from: u64) {
+        let mut names = Vec::new();
+        let mut next = from;
+        let end = dir::read_dir(dir.fd.as_fd(), from, &mut buffers.names, |e| {
+            next = e.next;
+            names.push(e);
+            names.len() < BATCH
+        });
+        match end {
+            Ok(true) => {}
+            Ok(false) => self.crew.push([Item::More(Arc::clone(dir), next)]),
+            Err(e) => self.to.unreadable(&dir.path, "getdents64", e),
+        }
+        self.names(buffers, dir, names);
+    }
+
+    /// Compares names of a directory; gives half away whenever somebody has nothing to do.
+    fn names(&self, buffers: &mut Buffers, dir: &Arc<Dir>, mut names: Vec<dir::Entry>) {
+        while let Some(entry) = names.pop() {
+            if self.crew.stopping() {
+                return;
+            }
+            if names.len() > 1 && self.crew.hungry() {
+                let half = names.split_off(names.len() / 2);
+                self.crew.push([Item::Names(Arc::clone(dir), half)]);
+            }
+            self.name(buffers, dir, &entry.name);
+        }
+    }
+
+    fn name(&self, buffers: &mut Buffers, dir: &Dir, name: &Name) {
+        let path = dir.path.join(name);
+        if dir.path.is_root() && name.as_bytes() == CONTROL_DIR.as_bytes() {
+            let what = "the control directory";
+            return self.to.tell(&path, Kind::NotFinished, what);
+        }
+        self.one.entries.add(1);
+        let stat = match stat_at(dir.fd.as_fd(), name.as_cstr()) {
+            Ok(stat) => stat,
+            Err(Errno::NOENT) => return, // Removed since it was listed.
+            Err(e) => return self.to.unreadable(&path, "statx", e),
+        };
+        let is_link = stat.kind() == FileType::Symlink;
+        let target = is_link.then(|| rustix::fs::readlinkat(&dir.fd, name.as_cstr(), Vec::new()));
+        let target = match target.transpose() {
+            Ok(target) => target,
+            Err(e) => return self.to.unreadable(&path, "readlinkat", e),
+        };
+        match self.visit.entry(&self.to, &path, &stat, target.as_deref()) {
+            Next::Over => {}
+            Next::List => self.crew.push([Item::Dir(path)]),
+            Next::Read(about) => self.content(buffers, dir, name, path, stat, about),
+        }
+    }
+
+    fn content(
+        &self,
+        buffers: &mut Buffers,
+        dir: &Dir,
+        name: &Name,
+        path: RelPath,
+        stat: Stat,
+        about: T,
+    ) {
+        let fd = match super::content::open(dir.fd.as_fd(), name) {
+            Ok(fd) => fd,
+            Err(e) => return self.to.unreadable(&path, "openat2", e),
+        };
+        self.one.files.add(1);
+        let tree = Tree::new(stat.size);
+        let feed = tree.feed(0);
+        let file = File {
+            path,
+            fd,
+            stat,
+            about,
+            tree,
+            failed: AtomicBool::new(false),
+        };
+        self.slice(buffers, Arc::new(file), 0..stat.size, feed);
+    }
+
+    fn slice(
+        &self,
+        buffers: &mut Buffers,
+        file: Arc<File<T>>,
+        mut range: Range<u64>,
+        mut feed: Feed,
+    ) {
+        while range.start < range.end && !file.failed.load(Relaxed) && !self.crew.stopping() {
+            if range.end - range.start > SHARE && self.crew.hungry() {
+                let half = (range.end - range.start) / 2;
+                let middle = (range.start + half).next_multiple_of(BLOCK);
+                let rest = file.tree.feed(middle);
+                let other = Arc::clone(&file);
+                self.crew
+                    .push([Item::Slice(other, middle..range.end, rest)]);
+                range.end = middle;
+            }
+            match self.chunk(buffers, &file, &range, &mut feed) {
+                Ok(next) => range.start = next,
+                Err((call, errno)) => {
+                    if !file.failed.swap(true, Relaxed) {
+                        self.to.unreadable(&file.path, call, errno);
+                    }
+                }
+            }
+        }
+        // With the last part of it; a run that was stopped has not seen all.
+        if let Some(file) = Arc::into_inner(file)
+            && !self.crew.stopping()
+        {
+            self.visit.read(&self.to, &file, file.tree.digest());
+        }
+    }
+
+    /// Hashes the next chunk of a range; returns where to go on.
+    fn chunk(
+        &self,
+        buffers: &mut Buffers,
+        file: &File<T>,
+        range: &Range<u64>,
+        feed: &mut Feed,
+    ) -> std::result::Result<u64, (&'static str, Errno)> {
+        let mut data = range.clone();
+        if file.stat.is_sparse() {
+            let found = copy::next_data(file.fd.as_fd(), range.start, range.end);
+            match found.map_err(|e| ("lseek", e))? {
+                Some(extent) => data = extent,
+                None => {
+                    file.tree.zeros(feed, range.end);
+                    return Ok(range.end);
+                }
+            }
+        }
+        let left = usize::try_from(data.end - data.start).unwrap_or(usize::MAX);
+        let buf = &mut buffers.data[..left.min(CHUNK)];
+        let n = fd::pread_all(file.fd.as_fd(), buf, data.start).map_err(|e| ("read", e))?;
+        self.one.bytes.add(n as u64);
+        if n == 0 {
+            return Ok(range.end); // Shorter than it was: it has no digest.
+        }
+        file.tree.bytes(feed, data.start, &buf[..n]);
+        Ok(data.start + n as u64)
+    }
+}
+
+/// An unfinished migration has left it.
+pub(super) fn is_marked(fd: BorrowedFd<'_>) -> bool {
+    let marks = [MarkName::Trusted, MarkName::User];
+    marks
+        .iter()
+        .any(|mark| matches!(mark.get(Target::Open(fd)), Ok(Some(_))))
+}

@@ -1,0 +1,180 @@
+//! Take: the manifest of a tree as it is now, its files read for nothing else.
+//!
+//! For src when something else than `sync` copies it, above all a mount: src does not change then, and
+//! what is read from it owes nothing to the copy. What an earlier manifest has of a file with the same
+//! size, mtime and ctime is not read again.
+
+use std::collections::HashMap;
+use std::ffi::CStr;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::Path;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Mutex, PoisonError};
+use std::time::Instant;
+
+use rustix::fs::FileType;
+
+use super::one::{File, Next, One, Teller, Visit, is_marked};
+use super::{Kind, Told, VerifyOptions, VerifyReport};
+use crate::error::{Context, Error, Result, Side};
+use crate::manifest::{Digest, Entry, Index, Writer, is_settled};
+use crate::sys::name::RelPath;
+use crate::sys::stat::{FileKey, Stat, fd_changed_since, stat_fd};
+use crate::sys::view::View;
+use crate::sys::{fd, host, local};
+
+/// Writes a line for each entry of the tree. `on` gets what could not be read or changed meanwhile:
+/// of these the manifest has nothing, or no digest. Its end is the caller's.
+pub fn take_manifest(
+    tree: &Path,
+    (writer, before): (&Writer, &Index),
+    options: &VerifyOptions,
+    on: &mut dyn FnMut(Told),
+) -> Result<VerifyReport> {
+    let begin = Instant::now();
+    let unusable = |e| Error::Unusable(format!("\"{}\": {e}", tree.display()));
+    let view = View::of(host::open_dir(tree).map_err(unusable)?);
+    let root = fd::open_src_dir(view.root(), &RelPath::root()).map_err(unusable)?;
+    if is_marked(root.as_fd()) {
+        let path = tree.to_path_buf();
+        return Err(Error::SrcPending { path });
+    }
+    let stat = stat_fd(root.as_fd()).on("statx", Side::Src, tree)?;
+    let one = One::new(root, Side::Src);
+    let take = Take {
+        writer,
+        before,
+        groups: Mutex::default(),
+        stays_on: options.one_file_system.then_some(stat.key.dev),
+        root: local::uid() == 0,
+    };
+    let (mut differences, mut unreadable) = (0, 0);
+    one.walk(options, &take, &mut |told| {
+        if let Told::Difference(difference) = &told {
+            differences += 1;
+            unreadable += u64::from(difference.kind != Kind::Changed);
+        }
+        on(told);
+    });
+    Ok(VerifyReport {
+        entries: one.entries.get(),
+        files: one.files.get(),
+        bytes: one.bytes.get(),
+        differences,
+        unreadable,
+        stopped: options.stop.load(Relaxed),
+        elapsed: begin.elapsed(),
+    })
+}
+
+struct Take<'a> {
+    writer: &'a Writer,
+    before: &'a Index,
+    /// Digests of inodes with several names, and how many of these are still to come.
+    groups: Mutex<HashMap<FileKey, (Digest, u32)>>,
+    /// The only file system whose directories are gone into.
+    stays_on: Option<(u32, u32)>,
+    /// Owners will be kept.
+    root: bool,
+}
+
+impl Visit<Entry> for Take<'_> {
+    fn opened(&self, to: &Teller<'_>, path: &RelPath, dir: BorrowedFd<'_>, stat: &Stat) {
+        if path.is_root() {
+            self.writer
+                .add(&Entry::copied(path.clone(), stat, self.root));
+        }
+        if is_marked(dir) {
+            to.tell(path, Kind::NotFinished, "it is pending");
+        }
+    }
+
+    fn entry(
+        &self,
+        _: &Teller<'_>,
+        path: &RelPath,
+        stat: &Stat,
+        target: Option<&CStr>,
+    ) -> Next<Entry> {
+        let mut entry = Entry::copied(path.clone(), stat, self.root);
+        entry.link = target.map(|t| t.to_bytes().to_vec());
+        match stat.kind() {
+            FileType::RegularFile => {
+                entry.ctime = is_settled(stat).then_some(stat.ctime);
+                entry.digest = match self.of_group(stat) {
+                    Some(digest) => Some(digest),
+                    None => self.before.known(path, stat),
+                };
+                if entry.digest.is_none() {
+                    return Next::Read(entry);
+                }
+                self.writer.add(&entry);
+                Next::Over
+            }
+            FileType::Directory => {
+                self.writer.add(&entry);
+                match self.stays_on.is_none_or(|dev| dev == stat.key.dev) {
+                    true => Next::List,
+                    false => Next::Over,
+                }
+            }
+            _ => {
+                self.writer.add(&entry);
+                Next::Over
+            }
+        }
+    }
+
+    fn read(&self, to: &Teller<'_>, file: &File<Entry>, digest: Option<Digest>) {
+        let path = &file.path;
+        if file.failed.load(Relaxed) {
+            return; // Nothing is said of it: the manifest has no end then.
+        }
+        if is_marked(file.fd.as_fd()) {
+            return to.tell(path, Kind::NotFinished, "it is pending");
+        }
+        match fd_changed_since(file.fd.as_fd(), &file.stat) {
+            Err(e) => return to.unreadable(path, "fstat", e),
+            Ok(true) => {
+                self.writer
+                    .add(&Entry::bare(path.clone(), file.stat.kind()));
+                return to.tell(path, Kind::Changed, "while it was read");
+            }
+            Ok(false) => {}
+        }
+        let Some(digest) = digest else {
+            return to.unreadable(path, "read", rustix::io::Errno::IO); // It ends, and says it does not.
+        };
+        self.note_group(&file.stat, digest);
+        self.writer.add(&Entry {
+            digest: Some(digest),
+            ..file.about.clone()
+        });
+    }
+}
+
+impl Take<'_> {
+    /// The digest of an inode that was read by another name.
+    fn of_group(&self, stat: &Stat) -> Option<Digest> {
+        if stat.nlink < 2 {
+            return None;
+        }
+        let mut groups = self.groups.lock().unwrap_or_else(PoisonError::into_inner);
+        let (digest, left) = groups.get_mut(&stat.key)?;
+        let digest = *digest;
+        *left -= 1;
+        if *left == 0 {
+            groups.remove(&stat.key);
+        }
+        Some(digest)
+    }
+
+    fn note_group(&self, stat: &Stat, digest: Digest) {
+        if stat.nlink > 1 {
+            let mut groups = self.groups.lock().unwrap_or_else(PoisonError::into_inner);
+            // Two names may be read at once: then the later one counts too.
+            let left = stat.nlink - 1;
+            groups.entry(stat.key).or_insert((digest, left));
+        }
+    }
+}
