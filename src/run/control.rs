@@ -3,6 +3,7 @@
 //! One Unix stream socket for each daemon, `<run directory>/<pid>.sock`, mode 0600, with the messages
 //! of `varlink`. Only root and the daemon's own user are answered.
 
+use std::fs::File;
 use std::io::ErrorKind;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
@@ -79,16 +80,23 @@ impl Listener {
     /// Binds this process's socket and sweeps away those of daemons that died.
     pub(crate) fn bind() -> Result<Listener, Failure> {
         let dir = make_run_dir()?;
-        for path in sockets(&dir) {
-            // One that hangs must not keep us.
-            if matches!(local::connect(&path), Err(Errno::CONNREFUSED)) {
-                let _ = std::fs::remove_file(&path); // Another daemon may have been quicker.
-            }
-        }
-        let path = dir.join(format!("{}.sock", std::process::id()));
+        Listener::bind_in(&dir, &format!("{}.sock", std::process::id()))
+    }
+
+    fn bind_in(dir: &Path, name: &str) -> Result<Listener, Failure> {
+        let path = dir.join(name);
         let fail = |call: &str, e: std::io::Error| {
             Failure::new(exit::FAILURE, format!("{}: {call}: {e}", quoted(&path)))
         };
+        // A socket that does not listen yet looks like one of a daemon that died.
+        let alone = File::open(dir).map_err(|e| fail("open", e))?;
+        alone.lock().map_err(|e| fail("flock", e))?;
+        for path in sockets(dir) {
+            // One that hangs must not keep us.
+            if matches!(local::connect(&path), Err(Errno::CONNREFUSED)) {
+                let _ = std::fs::remove_file(&path); // Its own daemon may have been quicker.
+            }
+        }
         match std::fs::remove_file(&path) {
             Err(e) if e.kind() != ErrorKind::NotFound => return Err(fail("unlink", e)),
             _ => {}
@@ -217,6 +225,22 @@ mod tests {
 
     use super::super::client::ask;
     use super::*;
+
+    #[test]
+    fn who_sweeps_takes_no_socket_away_that_is_just_being_made() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let bind = |name: &str| {
+            for n in 0..3000 {
+                let listener = Listener::bind_in(dir.path(), name);
+                let listener = listener.unwrap_or_else(|e| panic!("{name} {n}: {}", e.line));
+                local::connect(&listener.path).unwrap_or_else(|e| panic!("{name} {n}: {e}"));
+            }
+        };
+        std::thread::scope(|scope| {
+            scope.spawn(|| bind("1.sock"));
+            bind("2.sock");
+        });
+    }
 
     #[test]
     fn a_daemon_answers_and_refuses_with_its_reason_and_exit_code() {
