@@ -13,6 +13,7 @@ mod dispatch;
 mod handles;
 mod handshake;
 mod listing;
+mod own;
 mod passthrough;
 mod reply;
 mod request;
@@ -78,6 +79,9 @@ impl MirrorFs {
         let Some(name) = Name::new(name) else {
             return reply.error(Errno::NOENT);
         };
+        if self.shared.is_own(parent, &name) {
+            return self.shared.reply_own(reply);
+        }
         let shared = Arc::clone(&self.shared);
         self.shared.mirror.lookup(parent, name, move |found| {
             shared.reply_found(parent, found, reply);

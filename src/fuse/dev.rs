@@ -11,11 +11,24 @@ use super::MirrorFs;
 use super::abi::{IN_HEADER, NOTIFY_INVAL_INODE, NOTIFY_RESEND, NOTIFY_RETRIEVE, OUT_HEADER};
 use super::reply::Channel;
 use super::request::{Header, fields_len};
-use crate::mirror::{Ino, ROOT};
+use crate::mirror::Ino;
 use crate::sys::fusedev;
 
 /// Largest data of one request. More gains nothing and costs a buffer per thread.
 pub(super) const DATA_MAX: u32 = 1 << 20;
+
+/// Numbers for requests that we have the kernel make. Its own count up from 2, and will not come here.
+static NEXT: AtomicU64 = AtomicU64::new(1 << 62);
+
+/// The number of the next request of our own.
+pub(super) fn next_of_our_own() -> u64 {
+    NEXT.load(Ordering::Relaxed)
+}
+
+/// The numbers below this one were given by the program before us.
+pub(super) fn begin_at(number: u64) {
+    NEXT.fetch_max(number, Ordering::Relaxed);
+}
 
 /// struct fuse_out_header.
 pub(super) fn out_header(len: usize, errno: Option<Errno>, unique: u64) -> [u8; OUT_HEADER] {
@@ -72,15 +85,14 @@ impl Dev {
         }
     }
 
-    /// Has the kernel make a request (NOTIFY_REPLY) on the calling thread's CPU: nothing of the root's
-    /// is asked for, and nobody waits for the answer.
-    pub(super) fn ask_for_a_request(&self) -> Result<(), Errno> {
-        // The kernel's own numbers count up from 2, and will not come here.
-        static NEXT: AtomicU64 = AtomicU64::new(1 << 62);
+    /// Has the kernel make a request (NOTIFY_REPLY) on the calling thread's CPU: nothing of the inode's
+    /// is asked for, and nobody waits for the answer. EINVAL: it must be a regular file, see
+    /// `own`; ENOENT: the kernel does not have the inode.
+    pub(super) fn ask_for_a_request(&self, ino: Ino) -> Result<(), Errno> {
         let unique = NEXT.fetch_add(2, Ordering::Relaxed);
         let mut body = [0u8; 32];
         body[..8].copy_from_slice(&unique.to_ne_bytes());
-        body[8..16].copy_from_slice(&ROOT.to_ne_bytes());
+        body[8..16].copy_from_slice(&ino.to_ne_bytes());
         self.notify(NOTIFY_RETRIEVE, &body)
     }
 

@@ -8,6 +8,8 @@
 //! The kernel uses the queues as soon as all have a slot, and /dev/fuse until then; FORGET, INTERRUPT
 //! and notifications go over /dev/fuse for good. If it refuses a slot it stays with /dev/fuse.
 //!
+//! Another program in this process goes on with all of it: `relay.rs`.
+//!
 //! A request that waits for src keeps its slot. So that nobody else waits for slots, a queue that runs
 //! low gives the kernel more of them: address space, of which only what is used becomes memory.
 
@@ -17,9 +19,10 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 use rustix::io::Errno;
 
+use self::relay::{Left, Pause};
 use super::MirrorFs;
 use super::abi::{OUT_HEADER, opcode};
 use super::aside::{Aside, is_slow};
@@ -27,8 +30,10 @@ use super::dev::out_header;
 use super::reply::Channel;
 use super::request::{Header, fields_len};
 use super::shared::Shared;
-use crate::sys::fusering::{self, Bell, Event, Queue, Slot};
+use crate::sys::fusering::{self, Bell, Event, Layout, Queue, Slot};
 use crate::sys::{caps, fault, host};
+
+pub(super) mod relay;
 
 /// Largest data of one request: a slot has room for it, of which only what is used becomes memory.
 pub(super) const DATA_MAX: u32 = 256 << 10;
@@ -59,6 +64,12 @@ pub(super) fn switch_on() -> bool {
 struct Station {
     answered: Mutex<Answered>,
     bell: Arc<Bell>,
+    /// Shared by who puts an answer into a slot; kept by who hands over.
+    answering: RwLock<()>,
+    /// Where the slots are; `None`: where another program may have something else.
+    layout: Mutex<Option<Layout>>,
+    /// What their memory is mapped from.
+    file: Arc<OwnedFd>,
 }
 
 #[derive(Default)]
@@ -66,6 +77,10 @@ struct Answered {
     slots: Vec<Slot>,
     /// The queue's thread waits for the kernel: it must be woken.
     asleep: bool,
+    /// The queue's thread is to take up nothing for now.
+    pause: Option<Pause>,
+    /// It has ended.
+    over: bool,
 }
 
 impl Station {
@@ -112,6 +127,7 @@ impl Taken {
         let Some(mut slot) = self.slot.take() else {
             return;
         };
+        let _answering = self.station.answering.read();
         let parts = result.unwrap_or_default();
         let len = OUT_HEADER + parts.0.len() + parts.1.len();
         let header = out_header(len, result.err(), unique);
@@ -138,32 +154,69 @@ impl Drop for Taken {
 pub(super) struct Queues {
     threads: Vec<JoinHandle<Result<(), Errno>>>,
     go: Vec<SyncSender<()>>,
+    stations: Vec<Arc<Station>>,
+}
+
+/// How a queue begins.
+enum Begin {
+    /// Empty, for this CPU.
+    New(u16),
+    /// With what the program before us has left, and its slots' memory.
+    Again(Left, OwnedFd),
+}
+
+impl Begin {
+    fn qid(&self) -> u16 {
+        match self {
+            Begin::New(qid) => *qid,
+            Begin::Again(left, _) => left.layout.qid(),
+        }
+    }
+
+    fn queue(self, dev: Arc<OwnedFd>) -> std::io::Result<(Queue, Option<Left>)> {
+        Ok(match self {
+            Begin::New(qid) => {
+                let queue = Queue::new(dev, qid, DATA_MAX as usize, (SLOTS, SLOTS_MAX))?;
+                (queue, None)
+            }
+            Begin::Again(left, file) => {
+                let queue = Queue::again(dev, &left.layout, file)?;
+                (queue, Some(left))
+            }
+        })
+    }
 }
 
 /// Makes a thread and a queue for each CPU. An error: io_uring is of no use here.
 pub(super) fn prepare(dev: &Arc<OwnedFd>, shared: &Arc<Shared>) -> std::io::Result<Queues> {
     let count = fusering::queues().ok_or(std::io::ErrorKind::Unsupported)?;
+    start(dev, shared, (0..count).map(Begin::New).collect())
+}
+
+fn start(dev: &Arc<OwnedFd>, shared: &Arc<Shared>, begin: Vec<Begin>) -> std::io::Result<Queues> {
     let mut queues = Queues {
         threads: Vec::new(),
         go: Vec::new(),
+        stations: Vec::new(),
     };
     let aside = Aside::start(|| MirrorFs::new(Arc::clone(shared)))?;
-    let (ready, result) = sync_channel(usize::from(count));
-    for qid in 0..count {
+    let (ready, result) = sync_channel(begin.len());
+    for begin in begin {
         let (go, start) = sync_channel(1);
         let (dev, ready, aside) = (Arc::clone(dev), ready.clone(), aside.clone());
         let fs = MirrorFs::new(Arc::clone(shared));
         let thread = std::thread::Builder::new()
-            .name(format!("fuse-cpu{qid}"))
-            .spawn(move || run(dev, qid, &fs, aside, &ready, &start))?;
+            .name(format!("fuse-cpu{}", begin.qid()))
+            .spawn(move || run(dev, begin, &fs, aside, &ready, &start))?;
         queues.threads.push(thread);
         queues.go.push(go);
     }
-    for _ in 0..count {
+    for _ in 0..queues.threads.len() {
         // Dropped senders end the other threads.
-        result
+        let station = result
             .recv()
             .map_err(|_| std::io::Error::from(std::io::ErrorKind::Other))??;
+        queues.stations.push(station);
     }
     Ok(queues)
 }
@@ -181,35 +234,38 @@ impl Queues {
 
 fn run(
     dev: Arc<OwnedFd>,
-    qid: u16,
+    begin: Begin,
     fs: &MirrorFs,
     aside: Aside,
-    ready: &SyncSender<std::io::Result<()>>,
+    ready: &SyncSender<std::io::Result<Arc<Station>>>,
     start: &Receiver<()>,
 ) -> Result<(), Errno> {
     // For good: see sys::caps.
     caps::drop_fsetid();
+    let qid = begin.qid();
     host::pin_to_cpu(usize::from(qid));
-    let queue = Queue::new(dev, qid, DATA_MAX as usize, SLOTS);
-    let queue = match queue {
-        Ok(queue) => queue,
+    let (queue, left) = match begin.queue(dev) {
+        Ok(made) => made,
         Err(e) => {
             // The receiver is there until everybody has told.
             let _ = ready.send(Err(e)); // It has failed already, then.
             return Ok(());
         }
     };
-    let _ = ready.send(Ok(())); // As above.
-    if start.recv().is_err() {
-        return Ok(());
-    }
     let station = Arc::new(Station {
         answered: Mutex::default(),
         bell: queue.bell(),
+        answering: RwLock::default(),
+        layout: Mutex::new(queue.layout()),
+        file: Arc::clone(queue.file()),
     });
+    let _ = ready.send(Ok(Arc::clone(&station))); // As above.
+    if start.recv().is_err() {
+        return Ok(());
+    }
     let worker = Worker {
         queue,
-        station,
+        station: Arc::clone(&station),
         fs,
         aside,
         scratch: Vec::new(),
@@ -217,7 +273,11 @@ fn run(
         slots_max: fault::slots_max(SLOTS_MAX),
         over: false,
     };
-    worker.serve().map_err(|e| {
+    let ended = worker.serve(left.as_ref());
+    let mut answered = station.answered.lock();
+    answered.over = true;
+    drop(answered.pause.take());
+    ended.map_err(|e| {
         tracing::error!("FUSE over io_uring, CPU {qid}: {e}");
         Errno::from_io_error(&e).unwrap_or(Errno::IO)
     })
@@ -252,9 +312,12 @@ enum Backlog {
 }
 
 impl Worker<'_> {
-    fn serve(mut self) -> std::io::Result<()> {
-        self.queue.register(SLOTS)?;
+    fn serve(mut self, left: Option<&Left>) -> std::io::Result<()> {
         let mut events = VecDeque::new();
+        match left {
+            None => self.register()?,
+            Some(left) => self.take_up(left, &mut events)?,
+        }
         loop {
             match events.pop_front() {
                 Some(Event::Request(slot)) => {
@@ -286,25 +349,37 @@ impl Worker<'_> {
         }
     }
 
+    fn register(&mut self) -> std::io::Result<()> {
+        let registered = self.queue.register(SLOTS);
+        *self.station.layout.lock() = self.queue.layout();
+        registered
+    }
+
     /// False: answers have come meanwhile. Else whoever brings one rings from now on.
     fn sleeps(&self) -> bool {
         let mut answered = self.station.answered.lock();
-        answered.asleep = answered.slots.is_empty();
+        answered.asleep = answered.slots.is_empty() && answered.pause.is_none();
         answered.asleep
     }
 
     /// Gives the answers that are there to the kernel, at once if there is more to do before we sleep.
     fn send_answers(&mut self, events: &mut VecDeque<Event>) -> std::io::Result<()> {
-        let slots = std::mem::take(&mut self.station.answered.lock().slots);
+        let (slots, pause) = {
+            let mut answered = self.station.answered.lock();
+            (std::mem::take(&mut answered.slots), answered.pause.take())
+        };
         let committed = slots.len();
         for slot in slots {
             self.queue.commit(slot)?;
+        }
+        if let Some(pause) = pause {
+            self.pause(pause, events)?;
         }
         if self.over {
             return self.queue.poll(events);
         }
         if self.queue.with_kernel() < SLOTS_LOW && self.queue.registered() < self.slots_max {
-            match self.queue.register(SLOTS) {
+            match self.register() {
                 // The others may have run out meanwhile.
                 Ok(()) => self.backlog = Backlog::Possible,
                 // It works with what it has: nobody else would answer on this CPU.

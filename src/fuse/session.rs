@@ -13,12 +13,15 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use parking_lot::Mutex;
 use rustix::io::Errno;
 
 use super::MirrorFs;
 use super::dev::{self, Dev};
+use super::ring::Queues;
+use super::ring::relay::Relay;
 use super::shared::Shared;
 use super::{handshake, ring};
 use crate::config::{MountConfig, Transport};
@@ -26,6 +29,9 @@ use crate::error::{Context, Error, Printable, Result, Side};
 use crate::mirror::{Ino, Invalidate, Mirror};
 use crate::sys::helper::{Helper, Wanted};
 use crate::sys::{caps, host, local, stat};
+
+/// How long a look at the mount may take: it waits for nobody.
+pub(super) const LOOK_MAX: Duration = Duration::from_secs(5);
 
 /// A FUSE session that serves one mirror.
 pub struct Session {
@@ -45,6 +51,10 @@ pub struct Session {
     pub(super) dev: Arc<Dev>,
     /// What the session threads read from: a request is answered where it was read.
     pub(super) lanes: Mutex<Vec<Arc<OwnedFd>>>,
+    /// The queues of io_uring, for another program.
+    pub(super) relay: Relay,
+    /// Those of the program before us, until we serve.
+    pub(super) inherited: Mutex<Option<Queues>>,
     /// Why another program could not go on with it.
     pub(super) bound: Mutex<Option<&'static str>>,
     pub(super) threads: Mutex<Vec<JoinHandle<Result<(), Errno>>>>,
@@ -106,6 +116,8 @@ impl Session {
             mount_id: AtomicU64::new(0),
             dev: Arc::new(Dev::new(dev)),
             lanes: Mutex::default(),
+            relay: Relay::default(),
+            inherited: Mutex::default(),
             bound: Mutex::default(),
             threads: Mutex::default(),
         };
@@ -132,10 +144,9 @@ impl Session {
         if agreed.passthrough {
             self.shared.backings.enable();
         }
-        *self.bound.lock() = match (agreed.ring, agreed.resend) {
-            (true, _) => Some("requests come through io_uring"),
-            (_, false) => Some("this kernel does not send requests again (before Linux 6.9)"),
-            (false, true) => None,
+        *self.bound.lock() = match agreed.resend {
+            false => Some("this kernel does not send requests again (before Linux 6.9)"),
+            true => None,
         };
         self.introduce(mirror);
         for _ in 0..config.threads.max(1) {
@@ -145,6 +156,7 @@ impl Session {
         match queues.filter(|_| agreed.ring) {
             Some(queues) => {
                 tracing::info!("requests come through io_uring");
+                self.relay.know(&queues);
                 self.threads.lock().extend(queues.go());
             }
             None if wants_ring => {
@@ -185,11 +197,11 @@ impl Session {
             if self.helper.is_some()
                 && let Ok(root) = local::open_dir_path(&self.mountpoint)
             {
-                show_root(root.as_fd());
+                show_root(&self.shared, self.relay.has_queues(), root.as_fd());
             }
             return Ok(());
         };
-        show_root(mount.as_fd());
+        show_root(&self.shared, self.relay.has_queues(), mount.as_fd());
         let id = stat::mount_id(mount.as_fd()).on("statx", Side::Host, &self.mountpoint)?;
         self.mount_id.store(id, Ordering::Relaxed);
         let attached = match self.dead {
@@ -278,9 +290,12 @@ impl Session {
 /// Until the kernel knows the root's mode it refuses everybody but root (EACCES), and it drops an answer
 /// that crosses a notification (fs/fuse/inode.c, attr_version): so the root is asked for before anything
 /// sends one.
-fn show_root(root: BorrowedFd<'_>) {
-    if let Err(errno) = local::look_from_a_child(root) {
+fn show_root(shared: &Shared, ring: bool, root: BorrowedFd<'_>) {
+    if let Err(errno) = local::look_from_a_child(root, c"", LOOK_MAX) {
         tracing::debug!("the first look at the root: {errno}"); // The next one shows it.
+    }
+    if ring && let Err(errno) = shared.show_own(root, LOOK_MAX) {
+        tracing::debug!("our own file: {errno}"); // The kernel may know another one.
     }
 }
 

@@ -11,6 +11,7 @@ use rustix::io::Errno;
 use super::answer::{Attributes, Created, Entry, Found, How, Opened};
 use super::dev::Dev;
 use super::handles::{Handles, Listing, OpenFile};
+use super::own::Own;
 use super::passthrough::{Backings, IoMode};
 use super::reply::{Reply, TTL, errno, generation, is_volatile};
 use crate::error::Result;
@@ -26,6 +27,7 @@ pub(super) struct Shared {
     pub(super) backings: Backings,
     /// For what the kernel is told without being asked, and for backing files.
     dev: OnceLock<Arc<Dev>>,
+    pub(super) own: Own,
     /// The mount is detached: dst changes behind the kernel's back from now on.
     pub(super) expired: AtomicBool,
 }
@@ -38,6 +40,7 @@ impl Shared {
             listings: Handles::default(),
             backings: Backings::default(),
             dev: OnceLock::new(),
+            own: Own::new(),
             expired: AtomicBool::new(false),
         }
     }
@@ -160,9 +163,8 @@ impl Shared {
         }
     }
 
-    /// See [`Dev::ask_for_a_request`].
-    pub(super) fn ask_for_a_request(&self) -> Result<(), Errno> {
-        self.dev.get().ok_or(Errno::NOTCONN)?.ask_for_a_request()
+    pub(super) fn dev(&self) -> Option<&Arc<Dev>> {
+        self.dev.get()
     }
 
     /// Asks the kernel for a number that stands for dst's file. It keeps this thread's credentials:

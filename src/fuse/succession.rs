@@ -3,12 +3,14 @@
 //! The kernel's side stays as it is: the connection and what was agreed on it, the handles it holds,
 //! the files it has as backing. Requests that were read and not answered lie with the fd that they were
 //! read from; closing it would end them with an error, so every such fd stays open. NOTIFY_RESEND makes
-//! them come again, before anybody reads: a request must not come twice.
+//! them come again, before anybody reads: a request must not come twice. Those that came through
+//! io_uring stay in their slots: `ring/relay.rs`.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use parking_lot::Mutex;
 use rustix::io::Errno;
@@ -17,12 +19,13 @@ use serde::{Deserialize, Serialize};
 use super::dev::Dev;
 use super::handles::{Listing, OpenFile};
 use super::passthrough::IoMode;
-use super::session::Session;
+use super::ring::relay::{self, Relay};
+use super::session::{LOOK_MAX, Session};
 use super::shared::Shared;
 use crate::error::{Context, Error, Result, Side};
 use crate::mirror::{DirState, Ino, Mirror, Stream};
 use crate::sys::fusedev::BackingId;
-use crate::sys::{host, stat};
+use crate::sys::{host, local, stat};
 
 /// What the next program has to be told of a session. Fds are numbers in this process.
 #[derive(Debug, Serialize, Deserialize)]
@@ -32,6 +35,7 @@ pub struct State {
     passthrough: bool,
     dev: RawFd,
     lanes: Vec<RawFd>,
+    ring: Option<relay::State>,
     files: Vec<FileState>,
     listings: Vec<ListingState>,
     next: (u64, u64),
@@ -58,6 +62,13 @@ struct ListingState {
     stream: Option<DirState>,
 }
 
+impl State {
+    /// True when this program has room for what must be where it was.
+    pub fn fits(&self) -> bool {
+        self.ring.as_ref().is_none_or(relay::State::fits)
+    }
+}
+
 /// How the fds come over: `keep` on the old side, `adopt` on the new one.
 pub type Keep<'a> = dyn FnMut(BorrowedFd<'_>) -> Result<RawFd, Errno> + 'a;
 /// See `Keep`.
@@ -72,7 +83,37 @@ impl Session {
         if self.shared.expired.load(Ordering::Relaxed) {
             return Some("the mount is detached");
         }
-        *self.bound.lock()
+        if let Some(line) = *self.bound.lock() {
+            return Some(line);
+        }
+        if !self.relay.has_queues() {
+            return None;
+        }
+        self.show_own_again();
+        self.relay.cannot_hand_over(&self.shared)
+    }
+
+    /// The kernel may have forgotten our own file.
+    fn show_own_again(&self) {
+        if self.shared.ask_for_a_request().is_ok() {
+            return;
+        }
+        let root = local::open_dir_path(&self.mountpoint);
+        let root = root.ok().filter(|root| self.holds(root.as_fd()));
+        let shown = root.map(|root| self.shared.show_own(root.as_fd(), LOOK_MAX));
+        if shown != Some(Ok(())) {
+            tracing::debug!("our own file: {shown:?}");
+        }
+    }
+
+    /// Keeps what comes through io_uring waiting, until `unpause`; false: not within `patience`.
+    pub fn pause(&self, patience: Duration) -> bool {
+        self.relay.pause(patience)
+    }
+
+    /// Nothing came of handing over: what waits since `pause` or `state` is answered.
+    pub fn unpause(&self) {
+        self.relay.unpause();
     }
 
     /// True when a file is on this very mount.
@@ -81,8 +122,9 @@ impl Session {
         stat::stat_fd(file).is_ok_and(|s| s.mnt_id == id)
     }
 
-    /// What the next program has to know, once no request is in work.
-    pub fn state(&self, keep: &mut Keep<'_>) -> Result<State> {
+    /// What the next program has to know, once no request is in work. `hold`: nobody is answered any
+    /// more, until `unpause`; without it what is there is only like it.
+    pub fn state(&self, hold: bool, keep: &mut Keep<'_>) -> Result<State> {
         let mut kept = |fd: BorrowedFd<'_>| keep(fd).on("fcntl", Side::Host, &self.mountpoint);
         let files = self.shared.files.all().into_iter().map(|(handle, open)| {
             self.is_known(open.node.ino)?;
@@ -115,21 +157,22 @@ impl Session {
             });
         let listings = listings.collect::<Result<_>>()?;
         let lanes = self.lanes.lock();
+        let lanes = lanes.iter().map(|d| kept(d.as_fd()));
+        let lanes = lanes.collect::<Result<_>>()?;
         Ok(State {
             mountpoint: self.mountpoint.clone(),
             mount_id: self.mount_id.load(Ordering::Relaxed),
             passthrough: self.shared.backings.are_enabled(),
             dev: kept(self.dev.fd().as_fd())?,
-            lanes: lanes
-                .iter()
-                .map(|d| kept(d.as_fd()))
-                .collect::<Result<_>>()?,
+            lanes,
             files,
             listings,
             next: (
                 self.shared.files.next().load(Ordering::Relaxed),
                 self.shared.listings.next().load(Ordering::Relaxed),
             ),
+            // The last: who waits to answer may hold any lock.
+            ring: self.relay.state(hold, &mut kept)?,
         })
     }
 
@@ -167,6 +210,10 @@ impl Session {
             };
             shared.listings.restore(listing.handle, open);
         }
+        let queues = match &state.ring {
+            Some(ring) => Some(relay::resume(dev.fd(), &shared, ring, &mut adopted)?),
+            None => None,
+        };
         // From here on nothing fails: who drops an id takes it from the kernel.
         if state.passthrough {
             shared.backings.enable();
@@ -202,6 +249,8 @@ impl Session {
             mount_id: AtomicU64::new(state.mount_id),
             dev,
             lanes: Mutex::new(lanes.into_iter().map(Arc::new).collect()),
+            relay: Relay::default(),
+            inherited: Mutex::new(queues),
             bound: Mutex::default(),
             threads: Mutex::default(),
         };
@@ -221,7 +270,12 @@ impl Session {
                 tracing::error!("cannot start a thread: {e}");
             }
         }
-        match self.threads.lock().is_empty() {
+        let mut threads = self.threads.lock();
+        if let (false, Some(queues)) = (threads.is_empty(), self.inherited.lock().take()) {
+            self.relay.know(&queues);
+            threads.extend(queues.go());
+        }
+        match threads.is_empty() {
             true => Err(Error::Unusable("cannot start a session thread".into())),
             false => Ok(()),
         }

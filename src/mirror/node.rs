@@ -336,6 +336,13 @@ impl NodeTable {
             .collect()
     }
 
+    /// Some of the regular files that the kernel holds, or is about to.
+    pub fn some_files(&self, max: usize) -> Vec<Ino> {
+        let files = self.nodes.iter();
+        let files = files.filter(|n| n.kind == FileType::RegularFile);
+        files.map(|n| n.ino).take(max).collect()
+    }
+
     /// A node that the kernel holds from the time of the program before us.
     pub(super) fn restore(&self, node: Node, lookups: u64) {
         node.lookups.store(lookups, Ordering::Relaxed);

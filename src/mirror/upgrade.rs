@@ -216,15 +216,16 @@ impl Mirror {
         }
     }
 
-    /// Ends or holds everything that must not be half done. The background should be paused.
-    pub fn freeze(&self) -> Result<()> {
+    /// Ends or holds everything that must not be half done. The background should be paused. `stop`
+    /// keeps requests from being taken up, within a time, as far as the gate does not.
+    pub fn freeze(&self, stop: impl FnOnce(Duration) -> bool) -> Result<()> {
         let end = Instant::now() + PATIENCE;
         // Users are served meanwhile: the syncfs of a busy target takes its time.
         while !self.commit.is_idle() && Instant::now() < end {
             self.commit.hurry();
             std::thread::sleep(LOOK);
         }
-        if !self.requests.close(PATIENCE) {
+        if !stop(PATIENCE) || !self.requests.close(PATIENCE) {
             return Err(busy("a request was in work"));
         }
         let frozen = self.freeze_marks();

@@ -42,7 +42,7 @@ use crate::sys::{caps, fault, local, succeed};
 use crate::throttle::Background;
 
 /// What `Saved` and everything in it looks like. Any change of it is another number.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// First word of a program that is asked whether it could take over; the version follows.
 const CHECK: &str = "--upgrade-check";
 /// First word of a program that takes over. The fds of the state and of the old program follow, why the
@@ -121,7 +121,8 @@ fn understands() -> bool {
     let mut state = BufReader::with_capacity(1 << 20, std::io::stdin().lock());
     match state.fill_buf().map(<[u8]>::is_empty) {
         Ok(true) => true,
-        Ok(false) => serde_json::from_reader(state).is_ok_and(|s: Saved| s.version == VERSION),
+        Ok(false) => serde_json::from_reader(state)
+            .is_ok_and(|s: Saved| s.version == VERSION && s.session.fits()),
         Err(_) => false,
     }
 }
@@ -173,7 +174,7 @@ impl Served<'_> {
                     throttle.set_background(Background::Paused);
                     self.mirror.throttle_changed();
                 }
-                let failure = match self.mirror.freeze() {
+                let failure = match self.mirror.freeze(|patience| self.session.pause(patience)) {
                     Err(error) => Failure::new(exit::FAILURE, format!("upgrade: {error}")),
                     Ok(()) => {
                         let failure = self.replace(&binary, client, background);
@@ -181,6 +182,7 @@ impl Served<'_> {
                         failure
                     }
                 };
+                self.session.unpause();
                 throttle.set_background(background);
                 self.mirror.throttle_changed();
                 failure
@@ -217,7 +219,7 @@ impl Served<'_> {
             return Err(refuse("the log is on this mount, which waits for it"));
         }
         // As it is now: users are served, so it may be impossible, and it is not what is handed over.
-        let draft = self.write(client, Background::Off, |fd| Ok(fd.as_raw_fd()));
+        let draft = self.write(client, Background::Off, false, |fd| Ok(fd.as_raw_fd()));
         let draft = draft
             .map(|(state, _)| state)
             .inspect_err(|e| tracing::debug!("draft: {e}"));
@@ -232,7 +234,7 @@ impl Served<'_> {
             kept.borrow_mut().push(number);
             Ok(number)
         };
-        let line = match self.write(client, was, keep) {
+        let line = match self.write(client, was, true, keep) {
             Err(line) => line,
             Ok((state, old)) => {
                 let numbers = (keep(state.as_fd()), keep(old.as_fd()));
@@ -254,11 +256,13 @@ impl Served<'_> {
         )
     }
 
-    /// The state, and the program that could go on with it if the new one cannot.
+    /// The state, and the program that could go on with it if the new one cannot. `hold`: it is the
+    /// one that is handed over.
     fn write(
         &self,
         client: BorrowedFd<'_>,
         was: Background,
+        hold: bool,
         keep: impl Fn(BorrowedFd<'_>) -> rustix::io::Result<RawFd>,
     ) -> Result<(File, File), String> {
         let held_ms = now_ms();
@@ -279,7 +283,7 @@ impl Served<'_> {
                 client: kept(client)?,
             },
             mirror: Some(self.mirror.state(was).map_err(|e| fail(&e))?),
-            session: self.session.state(&mut keep).map_err(|e| fail(&e))?,
+            session: self.session.state(hold, &mut keep).map_err(|e| fail(&e))?,
             held_ms,
         };
         let state = succeed::memory_file().map_err(|e| format!("memfd_create: {e}"))?;

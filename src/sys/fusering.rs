@@ -7,18 +7,24 @@
 //!
 //! A queue belongs to the thread that made it; a slot that was taken may go anywhere and comes back
 //! through its [`Bell`].
+//!
+//! The kernel knows a slot by the address that it was registered with, in whichever program commits it.
+//! So that another program in this process can go on with a queue, its slots are a file in memory,
+//! mapped where every program has room ([`Layout`]).
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
 
 use io_uring::squeue::Entry128;
 use io_uring::types::Fd;
 use io_uring::{IoUring, opcode};
+use rustix::fs::MemfdFlags;
 use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags};
+use serde::{Deserialize, Serialize};
 
 use super::Result;
 
@@ -43,6 +49,10 @@ const IOV_AT: usize = 512;
 
 /// A page for the headers; data begins at a page of its own.
 const HEAD_LEN: usize = 4096;
+
+/// Where the first queue's slots are: far from where programs, their heaps and libraries are put, with
+/// or without randomisation (x86-64, arm64 with 48 bits). A kernel with less room puts them elsewhere.
+const PLACE: u64 = 0x2000_0000_0000;
 
 /// Submissions that one call takes; what is more goes in several.
 const SUBMISSIONS: u32 = 64;
@@ -81,21 +91,76 @@ unsafe impl Send for Memory {}
 unsafe impl Sync for Memory {}
 
 impl Memory {
-    fn new(len: usize) -> Result<Memory> {
+    /// Maps a part of a file in memory, at an address that is free as a rule, or nowhere else (EEXIST).
+    fn map(
+        file: BorrowedFd<'_>,
+        from: usize,
+        len: usize,
+        at: usize,
+        only_there: bool,
+    ) -> Result<Memory> {
         let prot = ProtFlags::READ | ProtFlags::WRITE;
-        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
-        // SAFETY: a new anonymous mapping at an address of the kernel's choice.
-        let base = unsafe { rustix::mm::mmap_anonymous(std::ptr::null_mut(), len, prot, flags) }?;
+        let mut flags = MapFlags::SHARED | MapFlags::NORESERVE;
+        if only_there {
+            flags |= MapFlags::FIXED_NOREPLACE;
+        }
+        let at = std::ptr::without_provenance_mut(at);
+        // SAFETY: a new mapping, which replaces no other one; nobody else maps or cuts this file.
+        let base = unsafe { rustix::mm::mmap(at, len, prot, flags, file, from as u64) }?;
         let base = NonNull::new(base.cast()).ok_or(Errno::NOMEM)?;
         Ok(Memory { base, len })
+    }
+
+    fn address(&self) -> usize {
+        self.base.as_ptr().addr()
     }
 }
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        // SAFETY: the mapping that `new` made; every slot in it holds a reference, and so does the
+        // SAFETY: the mapping that `map` made; every slot in it holds a reference, and so does the
         // queue while the kernel may write.
         let _ = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), self.len) }; // Only EINVAL.
+    }
+}
+
+/// Where a queue's slots are, for the program that goes on with it.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub struct Layout {
+    qid: u16,
+    /// The first slot's address.
+    place: usize,
+    /// So many slots were registered.
+    slots: usize,
+    payload_len: usize,
+}
+
+impl Layout {
+    fn len(&self) -> Option<usize> {
+        let each = self.payload_len.checked_next_multiple_of(HEAD_LEN)?;
+        each.checked_add(HEAD_LEN)?.checked_mul(self.slots)
+    }
+
+    /// Whether this program has room there.
+    pub fn is_free(&self) -> bool {
+        let Some(len) = self.len().filter(|len| *len > 0) else {
+            return false;
+        };
+        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::FIXED_NOREPLACE;
+        let at = std::ptr::without_provenance_mut(self.place);
+        // SAFETY: a new mapping, which replaces no other one and which nobody is told of.
+        let tried = unsafe { rustix::mm::mmap_anonymous(at, len, ProtFlags::empty(), flags) };
+        let Ok(base) = tried else {
+            return false;
+        };
+        // SAFETY: the mapping that was just made.
+        let _ = unsafe { rustix::mm::munmap(base, len) }; // Only EINVAL.
+        base.addr() == self.place
+    }
+
+    /// The queue that it is of.
+    pub fn qid(&self) -> u16 {
+        self.qid
     }
 }
 
@@ -111,6 +176,11 @@ pub struct Slot {
 }
 
 impl Slot {
+    /// Its number in its queue.
+    pub fn number(&self) -> u32 {
+        self.number
+    }
+
     fn part(&self, at: usize, len: usize) -> &[u8] {
         debug_assert!(at + len <= HEAD_LEN + self.payload_len);
         // SAFETY: inside the slot (its length is HEAD_LEN + payload_len), which is mapped while
@@ -195,6 +265,10 @@ pub struct Queue {
     /// Where the read of the bell puts its count.
     count: Box<[u8; 8]>,
     slots: Vec<Room>,
+    /// What the slots' memory is mapped from, one behind the other.
+    file: Arc<OwnedFd>,
+    /// Where the first of them is, if each is where it should be.
+    place: Option<usize>,
     /// For the first slots.
     spare: Option<Memory>,
     /// Slots that the kernel has.
@@ -206,12 +280,56 @@ pub struct Queue {
 struct Room {
     memory: Arc<Memory>,
     at: usize,
+    with_kernel: bool,
 }
 
 impl Queue {
-    /// A queue for one CPU; `payload_len` is what the largest request or answer carries. Memory for the
-    /// `first` slots is there when this returns.
-    pub fn new(dev: Arc<OwnedFd>, qid: u16, payload_len: usize, first: usize) -> io::Result<Queue> {
+    /// A queue for one CPU, of at most `most` slots; `payload_len` is what the largest request or answer
+    /// carries. Memory for the `first` slots is there when this returns.
+    pub fn new(
+        dev: Arc<OwnedFd>,
+        qid: u16,
+        payload_len: usize,
+        (first, most): (usize, usize),
+    ) -> io::Result<Queue> {
+        let room = slot_len(payload_len) * most.max(first);
+        let place = usize::try_from(PLACE)
+            .ok()
+            .and_then(|place| place.checked_add(room.checked_mul(usize::from(qid))?));
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::NOEXEC_SEAL;
+        let file = rustix::fs::memfd_create(c"mirrorfs-slots", flags)?;
+        let mut queue = Queue::empty(dev, qid, payload_len, (file, place))?;
+        queue.spare = Some(queue.more_memory(first)?);
+        Ok(queue)
+    }
+
+    /// The queue that the program before this one in the process had: all slots are taken, those that
+    /// the kernel had are lost.
+    pub fn again(dev: Arc<OwnedFd>, layout: &Layout, file: OwnedFd) -> io::Result<Queue> {
+        let len = layout.len().ok_or(Errno::INVAL)?;
+        let memory = Memory::map(file.as_fd(), 0, len, layout.place, true)?;
+        if memory.address() != layout.place {
+            return Err(Errno::EXIST.into());
+        }
+        let memory = Arc::new(memory);
+        let source = (file, Some(layout.place));
+        let mut queue = Queue::empty(dev, layout.qid, layout.payload_len, source)?;
+        queue.slots = (0..layout.slots)
+            .map(|n| Room {
+                memory: Arc::clone(&memory),
+                at: n * slot_len(layout.payload_len),
+                with_kernel: false,
+            })
+            .collect();
+        Ok(queue)
+    }
+
+    fn empty(
+        dev: Arc<OwnedFd>,
+        qid: u16,
+        payload_len: usize,
+        (file, place): (OwnedFd, Option<usize>),
+    ) -> io::Result<Queue> {
         let bell = rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC)?;
         let mut queue = Queue {
             ring: builder().build(SUBMISSIONS)?,
@@ -221,12 +339,69 @@ impl Queue {
             bell: Arc::new(Bell(bell)),
             count: Box::new([0; 8]),
             slots: Vec::new(),
-            spare: Some(Memory::new(slot_len(payload_len) * first)?),
+            file: Arc::new(file),
+            place,
+            spare: None,
             with_kernel: 0,
             _of_one_thread: std::marker::PhantomData,
         };
         queue.listen()?;
         Ok(queue)
+    }
+
+    /// Memory for slots that follow those that are there.
+    fn more_memory(&mut self, count: usize) -> Result<Memory> {
+        let each = slot_len(self.payload_len);
+        let (from, len) = (each * self.slots.len(), each * count);
+        rustix::fs::ftruncate(&self.file, (from + len) as u64)?;
+        let wanted = self.place.and_then(|place| place.checked_add(from));
+        let memory = Memory::map(self.file.as_fd(), from, len, wanted.unwrap_or(0), false)?;
+        if Some(memory.address()) != wanted {
+            self.place = None;
+        }
+        Ok(memory)
+    }
+
+    /// What another program needs to go on with this queue, besides its file. `None`: the slots are
+    /// where another program may have something else.
+    pub fn layout(&self) -> Option<Layout> {
+        Some(Layout {
+            qid: self.qid,
+            place: self.place?,
+            slots: self.slots.len(),
+            payload_len: self.payload_len,
+        })
+    }
+
+    /// What the slots' memory is mapped from.
+    pub fn file(&self) -> &Arc<OwnedFd> {
+        &self.file
+    }
+
+    /// Its CPU.
+    pub fn qid(&self) -> u16 {
+        self.qid
+    }
+
+    /// The numbers of all slots that were taken and not committed.
+    pub fn all_taken(&self) -> impl Iterator<Item = u32> {
+        let taken = |(n, room): (u32, &Room)| (!room.with_kernel).then_some(n);
+        (0..).zip(&self.slots).filter_map(taken)
+    }
+
+    /// A slot that was taken by the program before this one, once for each number.
+    pub fn taken(&self, number: u32) -> Option<Slot> {
+        let room = self.slots.get(number as usize)?;
+        Some(self.slot(room, number))
+    }
+
+    fn slot(&self, room: &Room, number: u32) -> Slot {
+        Slot {
+            memory: Arc::clone(&room.memory),
+            at: room.at,
+            payload_len: self.payload_len,
+            number,
+        }
     }
 
     /// What wakes this queue.
@@ -249,7 +424,7 @@ impl Queue {
         let each = slot_len(self.payload_len);
         let memory = match self.spare.take().filter(|m| m.len >= each * count) {
             Some(memory) => memory,
-            None => Memory::new(each * count)?,
+            None => self.more_memory(count)?,
         };
         let memory = Arc::new(memory);
         for n in 0..count {
@@ -271,6 +446,7 @@ impl Queue {
             self.slots.push(Room {
                 memory: Arc::clone(&memory),
                 at,
+                with_kernel: true,
             });
             self.push(entry.user_data(number))?;
             self.with_kernel += 1;
@@ -284,6 +460,9 @@ impl Queue {
         let entry = self.command(COMMIT_AND_FETCH, id, None);
         self.push(entry.user_data(u64::from(slot.number)))?;
         self.with_kernel += 1;
+        if let Some(room) = self.slots.get_mut(slot.number as usize) {
+            room.with_kernel = true;
+        }
         Ok(())
     }
 
@@ -319,13 +498,11 @@ impl Queue {
                 continue;
             }
             self.with_kernel = self.with_kernel.saturating_sub(1);
+            if let Some(room) = self.slots.get_mut(number as usize) {
+                room.with_kernel = false;
+            }
             events.push_back(match (result, self.slots.get(number as usize)) {
-                (0.., Some(room)) => Event::Request(Slot {
-                    memory: Arc::clone(&room.memory),
-                    at: room.at,
-                    payload_len: self.payload_len,
-                    number: number as u32,
-                }),
+                (0.., Some(room)) => Event::Request(self.slot(room, number as u32)),
                 (errno, _) => Event::Gone(Errno::from_raw_os_error(-errno.min(-1))),
             });
         }

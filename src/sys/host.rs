@@ -112,6 +112,12 @@ pub fn pin_to_cpu(cpu: usize) {
     let _ = rustix::thread::sched_setaffinity(None, &set); // Slower, not wrong.
 }
 
+/// Whether the calling thread, which was pinned there, runs on this CPU: false while that is offline.
+pub fn runs_on_cpu(cpu: usize) -> bool {
+    pin_to_cpu(cpu); // It may have come online since.
+    rustix::thread::sched_getcpu() == cpu
+}
+
 /// Lowers the calling thread's share of a CPU that others want too (nice(2); Linux keeps the value
 /// per thread). On an idle CPU nothing changes.
 pub fn be_nice(nice: i32) {

@@ -1,9 +1,11 @@
 //! This process's surroundings, as the command line needs them: who we are, who is at the other
 //! end of a socket, and which directories lie above one.
 
+use std::ffi::CStr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use rustix::fs::{CWD, Mode, OFlags};
 use rustix::io::Errno;
@@ -64,11 +66,12 @@ pub fn open_dir_path(path: &Path) -> Result<OwnedFd> {
     rustix::fs::openat(CWD, path, flags, Mode::empty())
 }
 
-/// statx(2) of an inode, by a child that has nothing else open; waits for it. The errno is the child's.
+/// statx(2) of a name in an open directory (of that itself without one), by a child that has nothing else
+/// open and is killed when it takes longer than `patience`. The errno is the child's.
 ///
 /// For the server of that file system: a process that waits for its own answer cannot end when it is
 /// killed, because it holds its /dev/fuse open until then.
-pub fn look_from_a_child(at: BorrowedFd<'_>) -> Result<()> {
+pub fn look_from_a_child(at: BorrowedFd<'_>, name: &CStr, patience: Duration) -> Result<()> {
     use std::os::fd::AsRawFd;
     let fd = at.as_raw_fd().cast_unsigned();
     // SAFETY: between fork and _exit the child makes system calls only: other threads' locks may be
@@ -83,18 +86,29 @@ pub fn look_from_a_child(at: BorrowedFd<'_>) -> Result<()> {
             libc::syscall(libc::SYS_close_range, fd + 1, u32::MAX, 0);
             let mut stat: libc::statx = std::mem::zeroed();
             let (at, mask) = (fd.cast_signed(), libc::STATX_BASIC_STATS);
-            let done = libc::statx(at, c"".as_ptr(), libc::AT_EMPTY_PATH, mask, &mut stat);
+            let done = libc::statx(at, name.as_ptr(), libc::AT_EMPTY_PATH, mask, &mut stat);
             libc::_exit(match done {
                 0 => 0,
                 _ => *libc::__errno_location(),
             });
         }
     }
-    let child = rustix::process::Pid::from_raw(child as i32);
-    let ended = rustix::io::retry_on_intr(|| {
-        rustix::process::waitpid(child, rustix::process::WaitOptions::empty())
-    })?;
-    match ended.and_then(|(_, status)| status.exit_status()) {
+    let child = rustix::process::Pid::from_raw(child as i32).ok_or(Errno::CHILD)?;
+    let (end, mut killed) = (Instant::now() + patience, false);
+    let status = loop {
+        use rustix::process::{Signal, WaitOptions, kill_process, waitpid};
+        match waitpid(Some(child), WaitOptions::NOHANG) {
+            Ok(Some((_, status))) => break status,
+            Ok(None) | Err(Errno::INTR) => {}
+            Err(errno) => return Err(errno),
+        }
+        if !killed && Instant::now() > end {
+            killed = true;
+            let _ = kill_process(child, Signal::KILL); // Gone already, then.
+        }
+        std::thread::sleep(Duration::from_micros(500));
+    };
+    match status.exit_status() {
         Some(0) => Ok(()),
         errno => Err(errno.map_or(Errno::INTR, Errno::from_raw_os_error)),
     }

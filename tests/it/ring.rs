@@ -15,6 +15,7 @@ use fuser::{
 };
 
 use crate::fixture::{self, LoopFs, Mounted, World, bytes, can_mount, need, wait_until};
+use crate::upgrade::upgrade;
 
 const URING: [&str; 3] = ["--no-background", "-o", "transport=uring"];
 
@@ -202,7 +203,8 @@ impl Dead {
 
     /// The files that come are here, and as many users as there are others wait for them, all on the
     /// first CPU, while `act` works. Then the source answers, and everybody gets his bytes.
-    fn while_users_wait(self, env: &[(&str, &str)], act: impl FnOnce(&Mounted)) {
+    /// `still`: nobody has them before `act` has ended.
+    fn while_users_wait(self, env: &[(&str, &str)], still: bool, act: impl FnOnce(&Mounted)) {
         let mounted = self.world.mount_with(&URING, env);
         expect_ring(&mounted);
         for n in 0..WAITING {
@@ -228,13 +230,15 @@ impl Dead {
             // Whatever becomes of it, nobody waits for ever.
             let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| act(&mounted)));
             let waited = readers.iter().all(|r| !r.is_finished());
+            let log = mounted.log();
+            assert!(!log.contains("requests may wait for a slot"), "{log}");
             self.gate.0.lock().unwrap().open = true;
             self.gate.1.notify_all();
             for (n, reader) in readers.into_iter().enumerate() {
                 assert_eq!(reader.join().unwrap(), bytes(2 + n as u64, LEN), "h{n}");
             }
             done.unwrap();
-            assert!(waited, "they waited all the time");
+            assert!(waited || !still, "they waited all the time");
         });
         assert!(matches!(mounted.unmount(), 0 | 20));
         self.source.umount_and_join().unwrap();
@@ -263,13 +267,35 @@ fn users_who_wait_for_a_dead_source_stop_nobody_else() {
     if !can_ring() {
         return;
     }
-    Dead::new().while_users_wait(&[], |mounted| {
+    Dead::new().while_users_wait(&[], true, |mounted| {
         thread::scope(|scope| {
             for looker in [0, 1].map(|cpu| scope.spawn(move || look(mounted, cpu))) {
                 let longest = looker.join().unwrap();
                 assert!(longest < Duration::from_secs(5), "{longest:?}");
             }
         });
+    });
+}
+
+/// Each of them holds a slot, in memory that the queue got as it needed it: the next program has all of
+/// them, and takes up what each asked for.
+#[test]
+fn hundreds_who_wait_get_their_bytes_from_the_next_program() {
+    if !can_ring() {
+        return;
+    }
+    let dead = Dead::new();
+    let gate = Arc::clone(&dead.gate);
+    dead.while_users_wait(&[], false, |mounted| {
+        // The old program ends when its own reads of this source have: it is another FUSE file system.
+        let opener = thread::spawn(move || {
+            thread::sleep(Duration::from_secs(2));
+            gate.0.lock().unwrap().open = true;
+            gate.1.notify_all();
+        });
+        upgrade(mounted);
+        opener.join().unwrap();
+        assert_eq!(size_asked_for(&mounted.path("f0")), LEN as u64);
     });
 }
 
@@ -281,7 +307,7 @@ fn with_too_few_slots_everybody_on_that_cpu_would_wait() {
     }
     let few = [("MIRRORFS_FAULT_SLOTS", "64")];
     let (told, hears) = std::sync::mpsc::channel();
-    Dead::new().while_users_wait(&few, |mounted| {
+    Dead::new().while_users_wait(&few, true, |mounted| {
         let path = mounted.path("f0");
         thread::spawn(move || {
             pin_to_cpu(0);

@@ -286,7 +286,7 @@ fn at_dir(w: &World, name: &str) -> String {
 }
 
 #[test]
-fn no_operation_fails_while_the_program_is_replaced_twenty_times_on_ext4() {
+pub(crate) fn no_operation_fails_while_the_program_is_replaced_twenty_times_on_ext4() {
     on_many_users("ext4");
 }
 
@@ -332,7 +332,7 @@ impl Drop for BadSource {
 }
 
 #[test]
-fn who_waits_for_a_slow_source_gets_his_file_from_the_next_program() {
+pub(crate) fn who_waits_for_a_slow_source_gets_his_file_from_the_next_program() {
     if !can_mount_on("ext4") {
         return;
     }
@@ -364,7 +364,7 @@ fn who_waits_for_a_slow_source_gets_his_file_from_the_next_program() {
 }
 
 #[test]
-fn names_that_were_seen_before_their_directory_was_populated_keep_their_inodes() {
+pub(crate) fn names_that_were_seen_before_their_directory_was_populated_keep_their_inodes() {
     if !can_mount_on("ext4") {
         return;
     }
@@ -403,7 +403,7 @@ fn script(w: &World, name: &str, text: &str) -> PathBuf {
 }
 
 #[test]
-fn a_program_that_cannot_take_over_changes_nothing() {
+pub(crate) fn a_program_that_cannot_take_over_changes_nothing() {
     if !can_mount_on("ext4") {
         return;
     }
@@ -487,7 +487,7 @@ fn a_program_that_cannot_take_over_changes_nothing() {
 }
 
 #[test]
-fn limits_and_a_pause_stay_and_the_daemon_is_the_same_one() {
+pub(crate) fn limits_and_a_pause_stay_and_the_daemon_is_the_same_one() {
     if !can_mount_on("ext4") {
         return;
     }
