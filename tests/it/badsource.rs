@@ -207,7 +207,7 @@ pub(crate) fn tree(bad: &BadSrc) {
 }
 
 #[test]
-fn who_needs_a_source_that_died_waits_until_it_is_back() {
+pub(crate) fn who_needs_a_source_that_died_waits_until_it_is_back() {
     let Some((mut bad, w)) = world(tree) else {
         return;
     };
@@ -523,7 +523,7 @@ fn operations(m: &Mounted) -> Vec<Duration> {
 }
 
 #[test]
-fn a_file_that_hangs_delays_nobody_who_does_not_wait_for_it() {
+pub(crate) fn a_file_that_hangs_delays_nobody_who_does_not_wait_for_it() {
     let filled = world(|bad| {
         tree(bad);
         for n in 0..100 {
@@ -595,7 +595,7 @@ fn the_background_leaves_what_hangs_and_comes_back_for_it() {
 }
 
 #[test]
-fn a_source_that_hangs_keeps_no_daemon_from_ending() {
+pub(crate) fn a_source_that_hangs_keeps_no_daemon_from_ending() {
     let Some((mut bad, w)) = world(tree) else {
         return;
     };

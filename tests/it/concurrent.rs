@@ -58,7 +58,7 @@ fn on_own_subtrees(kind: &str, background: bool) {
 }
 
 #[test]
-fn clients_on_their_own_subtrees_see_plain_directories() {
+pub(crate) fn clients_on_their_own_subtrees_see_plain_directories() {
     on_own_subtrees("ext4", false);
     on_own_subtrees("ext4", true);
 }
@@ -333,7 +333,7 @@ fn on_the_same_names(kind: &str, background: bool) {
 }
 
 #[test]
-fn clients_on_the_same_names_are_explained_by_some_order() {
+pub(crate) fn clients_on_the_same_names_are_explained_by_some_order() {
     on_the_same_names("ext4", false);
     on_the_same_names("ext4", true);
 }
@@ -467,7 +467,7 @@ fn on_one_file(kind: &str, len: usize) {
 }
 
 #[test]
-fn clients_that_write_into_one_pending_file_see_each_other() {
+pub(crate) fn clients_that_write_into_one_pending_file_see_each_other() {
     for len in [BLOCK * (CLIENTS * BLOCKS) as usize, 1 << 20, LARGE * 2] {
         on_one_file("ext4", len);
     }

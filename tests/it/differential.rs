@@ -675,7 +675,7 @@ fn differs_nowhere(kind: &str, default_seed: u64, uid: u32, background: bool) {
 }
 
 #[test]
-fn root_sees_no_difference_from_a_plain_directory() {
+pub(crate) fn root_sees_no_difference_from_a_plain_directory() {
     for seed in [1, 2] {
         differs_nowhere("ext4", seed, 0, false);
     }

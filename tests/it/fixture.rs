@@ -33,6 +33,18 @@ pub(crate) const MARK: &str = "trusted.mirrorfs";
 /// The control directory's name in the raw root of dst.
 pub(crate) const CONTROL: &str = ".mirrorfs";
 
+thread_local! {
+    /// What the mounts of this thread's test are told.
+    static TRANSPORT: Cell<Option<&'static str>> = const { Cell::new(None) };
+}
+
+/// Runs a test with another transport than the program's own choice.
+pub(crate) fn over(transport: &'static str, test: fn()) {
+    TRANSPORT.set(Some(transport));
+    test();
+    TRANSPORT.set(None);
+}
+
 /// True when `have`; else says what is missing, and fails when nothing may be left out.
 pub(crate) fn need(have: bool, what: &str) -> bool {
     if !have {
@@ -487,7 +499,9 @@ impl World {
             .arg(&self.src)
             .arg(&self.dst)
             .arg(&self.at);
-        command.envs(env.iter().copied()).stdin(Stdio::null());
+        let transport = TRANSPORT.get().map(|t| ("MIRRORFS_TRANSPORT", t));
+        command.envs(transport).envs(env.iter().copied());
+        command.stdin(Stdio::null());
         command.stdout(file.try_clone().unwrap()).stderr(file);
         let mut child = raw::die_with_parent(&mut command).spawn().unwrap();
         let pid = child.id();
@@ -514,13 +528,18 @@ impl World {
             }
             thread::sleep(Duration::from_millis(3));
         }
-        Ok(Mounted {
+        let mounted = Mounted {
             at: self.at.clone(),
             child: Some(child),
             pid,
             log,
             _watchdog: watchdog,
-        })
+        };
+        if TRANSPORT.get() == Some("uring") {
+            let log = mounted.log();
+            assert!(log.contains("requests come through io_uring"), "{log}");
+        }
+        Ok(mounted)
     }
 
     /// What is in src now, with access times.
@@ -686,7 +705,16 @@ impl Mounted {
     /// Unmounts and waits for the daemon to end by itself; its exit code.
     #[track_caller]
     pub(crate) fn unmount(mut self) -> i32 {
-        run(Command::new("umount").arg(&self.at)).expect_code(0);
+        // A child that another test's thread makes at this moment has our files open until its exec.
+        let end = Instant::now() + Duration::from_secs(5);
+        loop {
+            let out = run(Command::new("umount").arg(&self.at));
+            if !out.err.contains("target is busy") || Instant::now() > end {
+                out.expect_code(0);
+                break;
+            }
+            thread::sleep(Duration::from_millis(20));
+        }
         let mut child = self.child.take().unwrap();
         let status = wait_child(&mut child, Duration::from_secs(30));
         status

@@ -464,7 +464,7 @@ fn effective(status: &Path) -> u64 {
 
 /// With CAP_SYS_RESOURCE what users write would pass their quotas. (The kernel checks nothing else.)
 #[test]
-fn threads_that_serve_users_pass_no_quota() {
+pub(crate) fn threads_that_serve_users_pass_no_quota() {
     const FSETID: u32 = 4;
     const SYS_RESOURCE: u32 = 24;
     if !can_mount_on("ext4") {

@@ -41,4 +41,5 @@ mod shards;
 mod signals;
 mod tidy;
 mod upgrade;
+mod uring;
 mod verifying;

@@ -105,7 +105,7 @@ fn overwrite(all: &mut Vec<u8>, offset: u64, data: &[u8]) {
 }
 
 #[test]
-fn writing_into_a_large_pending_file_pulls_only_the_blocks_that_it_changes_in_part() {
+pub(crate) fn writing_into_a_large_pending_file_pulls_only_the_blocks_that_it_changes_in_part() {
     for kind in ["ext4", "xfs", "btrfs"] {
         if !can_mount_on(kind) {
             return;
@@ -278,7 +278,7 @@ fn random(kind: &str, background: bool, seed: u64, kills: usize) {
 }
 
 #[test]
-fn random_changes_are_those_of_a_plain_file() {
+pub(crate) fn random_changes_are_those_of_a_plain_file() {
     random("ext4", false, 1, 0);
     random("ext4", true, 2, 0);
     random("xfs", false, 3, 0);
@@ -401,7 +401,7 @@ fn an_exit_at_each_point_of_a_mixed_file_loses_nothing() {
 }
 
 #[test]
-fn writers_and_readers_at_once_see_whole_blocks() {
+pub(crate) fn writers_and_readers_at_once_see_whole_blocks() {
     if !can_mount_on("ext4") {
         return;
     }
@@ -608,7 +608,7 @@ fn a_file_that_is_open_for_writing_becomes_whole_and_stays_writable() {
 }
 
 #[test]
-fn an_upgrade_goes_on_with_a_mixed_file() {
+pub(crate) fn an_upgrade_goes_on_with_a_mixed_file() {
     if !can_mount_on("ext4") {
         return;
     }
@@ -705,7 +705,7 @@ fn what_src_cannot_read_can_be_written_over_and_the_rest_is_usable() {
 }
 
 #[test]
-fn whole_blocks_are_written_while_src_is_away() {
+pub(crate) fn whole_blocks_are_written_while_src_is_away() {
     let Some((mut bad, w, mut all)) = bad_world(3_000_000) else {
         return;
     };
@@ -742,7 +742,7 @@ fn whole_blocks_are_written_while_src_is_away() {
 }
 
 #[test]
-fn a_change_elsewhere_does_not_wait_for_bytes_that_hang() {
+pub(crate) fn a_change_elsewhere_does_not_wait_for_bytes_that_hang() {
     let Some((mut bad, w, mut all)) = bad_world(12 << 20) else {
         return;
     };

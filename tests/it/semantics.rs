@@ -279,7 +279,7 @@ fn inode_numbers_stay_the_same_through_hydration_restart_and_finish() {
 // Reading.
 
 #[test]
-fn reading_a_pending_file_gives_srcs_bytes_and_leaves_them_in_dst() {
+pub(crate) fn reading_a_pending_file_gives_srcs_bytes_and_leaves_them_in_dst() {
     let Some(w) = world(some_files) else { return };
     let m = w.mount_lazy();
     for name in ["f", "dir/b", "dir/deeper/c"] {
@@ -298,7 +298,7 @@ fn reading_a_pending_file_gives_srcs_bytes_and_leaves_them_in_dst() {
 }
 
 #[test]
-fn the_first_bytes_of_a_large_file_come_before_the_whole_and_the_rest_follows() {
+pub(crate) fn the_first_bytes_of_a_large_file_come_before_the_whole_and_the_rest_follows() {
     let size = 600 << 20;
     let chunk = bytes(5, 1 << 20);
     let Some(w) = world(|d| {
@@ -379,7 +379,7 @@ fn a_file_that_grows_whole_while_cached_handles_are_open_can_be_opened_again() {
 }
 
 #[test]
-fn a_program_in_the_mount_can_be_executed() {
+pub(crate) fn a_program_in_the_mount_can_be_executed() {
     let Some(program) = find_program("true").filter(|_| can_mount_on("ext4")) else {
         return;
     };
@@ -404,7 +404,7 @@ fn a_program_in_the_mount_can_be_executed() {
 // Writing.
 
 #[test]
-fn writing_into_a_pending_file_keeps_the_rest_of_it() {
+pub(crate) fn writing_into_a_pending_file_keeps_the_rest_of_it() {
     same_as_plain(some_files, |at| {
         for name in ["f", "large", "dir/b"] {
             let file = OpenOptions::new().write(true).open(at.join(name)).unwrap();
@@ -426,7 +426,7 @@ fn writing_into_a_pending_file_keeps_the_rest_of_it() {
 }
 
 #[test]
-fn truncating_a_pending_file_keeps_what_is_before_the_cut() {
+pub(crate) fn truncating_a_pending_file_keeps_what_is_before_the_cut() {
     same_as_plain(
         |d| {
             for name in ["a", "b", "c", "d", "e", "f"] {
@@ -479,7 +479,7 @@ fn opening_with_o_trunc_needs_no_data_from_src() {
 }
 
 #[test]
-fn fallocate_and_punching_holes_work_on_pending_files() {
+pub(crate) fn fallocate_and_punching_holes_work_on_pending_files() {
     same_as_plain(some_files, |at| {
         let mut said = String::new();
         for name in ["f", "large"] {
@@ -505,7 +505,7 @@ fn fallocate_and_punching_holes_work_on_pending_files() {
 }
 
 #[test]
-fn copy_file_range_from_and_into_pending_files_copies_the_bytes() {
+pub(crate) fn copy_file_range_from_and_into_pending_files_copies_the_bytes() {
     same_as_plain(some_files, |at| {
         let copy = |from: &str, to: &str, len| {
             let from = File::open(at.join(from)).unwrap();
@@ -555,7 +555,7 @@ fn fsync_of_files_and_directories_works_in_every_state() {
 // Names.
 
 #[test]
-fn every_kind_of_entry_can_be_made_in_a_pending_directory() {
+pub(crate) fn every_kind_of_entry_can_be_made_in_a_pending_directory() {
     same_as_plain(some_files, |at| {
         let dir = at.join("dir");
         fs::write(dir.join("file"), b"new").unwrap();
@@ -584,7 +584,7 @@ fn every_kind_of_entry_can_be_made_in_a_pending_directory() {
 }
 
 #[test]
-fn what_was_listed_or_was_not_there_is_seen_anew_as_soon_as_it_changes() {
+pub(crate) fn what_was_listed_or_was_not_there_is_seen_anew_as_soon_as_it_changes() {
     let fill = |at: &At| {
         let (d, e) = (at.dir("d"), at.dir("e"));
         for n in 0..40 {
@@ -738,7 +738,7 @@ fn the_files_of_a_renamed_pending_directory_still_come() {
 }
 
 #[test]
-fn renaming_over_replaces_and_exchanges_and_refuses_as_told() {
+pub(crate) fn renaming_over_replaces_and_exchanges_and_refuses_as_told() {
     same_as_plain(
         |d| {
             some_files(d);
@@ -768,7 +768,7 @@ fn renaming_over_replaces_and_exchanges_and_refuses_as_told() {
 }
 
 #[test]
-fn a_large_pending_directory_can_be_listed_and_removed() {
+pub(crate) fn a_large_pending_directory_can_be_listed_and_removed() {
     same_as_plain(
         |d| {
             let big = d.dir("big");
@@ -948,7 +948,7 @@ fn hard_links_are_counted_and_shared_while_they_are_pending() {
 }
 
 #[test]
-fn hard_links_behave_as_on_a_plain_file_system() {
+pub(crate) fn hard_links_behave_as_on_a_plain_file_system() {
     same_as_plain(linked_files, |at| {
         fs::remove_file(at.join("one")).unwrap();
         fs::hard_link(at.join("a/two"), at.join("again")).unwrap();
@@ -1033,7 +1033,7 @@ fn what_is_made_belongs_to_its_maker_and_follows_umask_setgid_and_default_acls()
 }
 
 #[test]
-fn permissions_are_checked_for_the_caller_in_every_state() {
+pub(crate) fn permissions_are_checked_for_the_caller_in_every_state() {
     same_as_plain(
         |d| {
             for (name, mode, uid) in [
@@ -1133,7 +1133,7 @@ fn an_unprivileged_write_clears_the_setuid_bit() {
 // Locks, mappings and direct I/O.
 
 #[test]
-fn a_shared_mapping_of_a_pending_file_shows_and_changes_its_bytes() {
+pub(crate) fn a_shared_mapping_of_a_pending_file_shows_and_changes_its_bytes() {
     same_as_plain(some_files, |at| {
         let mut said = String::new();
         for (name, len) in [("f", 30_000), ("large", LARGE + 70_000)] {
@@ -1181,7 +1181,7 @@ fn a_write_through_a_mapping_shows_in_the_files_time() {
 }
 
 #[test]
-fn direct_io_reads_and_writes_pending_and_hydrated_files() {
+pub(crate) fn direct_io_reads_and_writes_pending_and_hydrated_files() {
     same_as_plain(some_files, |at| {
         let mut said = String::new();
         for name in ["f", "large"] {
@@ -1239,7 +1239,7 @@ fn flock_and_fcntl_locks_hold_between_processes() {
 }
 
 #[test]
-fn a_blocked_lock_does_not_stop_anybody_else() {
+pub(crate) fn a_blocked_lock_does_not_stop_anybody_else() {
     let Some(w) = world(some_files) else { return };
     let m = w.mount();
     let held = OpenOptions::new()
@@ -1266,7 +1266,7 @@ fn a_blocked_lock_does_not_stop_anybody_else() {
 }
 
 #[test]
-fn many_readers_of_one_pending_file_all_get_its_bytes() {
+pub(crate) fn many_readers_of_one_pending_file_all_get_its_bytes() {
     let Some(w) = world(some_files) else { return };
     let m = w.mount_lazy();
     for (name, want) in [("f", bytes(1, 30_000)), ("large", bytes(3, LARGE + 70_000))] {
@@ -1353,7 +1353,7 @@ fn with_dst_full_pending_files_can_still_be_read() {
 // The mark and the control directory.
 
 #[test]
-fn the_mark_and_the_control_directory_are_invisible_and_out_of_reach() {
+pub(crate) fn the_mark_and_the_control_directory_are_invisible_and_out_of_reach() {
     let Some(w) = world(some_files) else { return };
     let m = w.mount_lazy();
     m.path("f").metadata().unwrap();
@@ -1389,7 +1389,7 @@ fn the_mark_and_the_control_directory_are_invisible_and_out_of_reach() {
 // Mounting over dst, and going away.
 
 #[test]
-fn mounted_over_dst_the_path_stays_the_same_through_finish() {
+pub(crate) fn mounted_over_dst_the_path_stays_the_same_through_finish() {
     let Some(w) = world(some_files) else { return };
     let w = w.over();
     let m = w.mount();
@@ -1415,7 +1415,7 @@ fn mounted_over_dst_the_path_stays_the_same_through_finish() {
 }
 
 #[test]
-fn open_files_live_on_in_a_mount_that_was_detached() {
+pub(crate) fn open_files_live_on_in_a_mount_that_was_detached() {
     let Some(w) = world(some_files) else { return };
     let mut m = w.mount_lazy();
     let large = File::open(m.path("large")).unwrap();
@@ -1448,7 +1448,7 @@ fn open_files_live_on_in_a_mount_that_was_detached() {
 }
 
 #[test]
-fn a_daemon_that_was_killed_leaves_a_dead_mount_and_mounting_again_resumes() {
+pub(crate) fn a_daemon_that_was_killed_leaves_a_dead_mount_and_mounting_again_resumes() {
     let Some(w) = world(some_files) else { return };
     let w = w.over();
     let m = w.mount_lazy();

@@ -185,7 +185,7 @@ fn who_waits_can_be_ended_over_io_uring_too() {
 
 /// As on a disk: no program expects EINTR of open(2).
 #[test]
-fn a_signal_with_a_handler_ends_no_wait_and_a_later_kill_does() {
+pub(crate) fn a_signal_with_a_handler_ends_no_wait_and_a_later_kill_does() {
     let Some((mut bad, w)) = world(tree) else {
         return;
     };
@@ -212,7 +212,7 @@ fn a_signal_with_a_handler_ends_no_wait_and_a_later_kill_does() {
 }
 
 #[test]
-fn who_waits_can_be_ended_after_an_upgrade_whether_he_had_a_signal_before_or_not() {
+pub(crate) fn who_waits_can_be_ended_after_an_upgrade_whether_he_had_a_signal_before_or_not() {
     let Some((mut bad, w)) = world(tree) else {
         return;
     };
