@@ -341,7 +341,7 @@ pub(crate) fn who_waits_for_a_slow_source_gets_his_file_from_the_next_program() 
     file(&real, "dir/other", 3000);
     let scratch = crate::fixture::Scratch::new();
     let view = scratch.dir("view");
-    let rule = "path=dir/slow op=read delay=1";
+    let rule = "path=dir/slow op=read delay=4";
     let Some(_bad) = BadSource::start(&real, &view, &[rule]) else {
         return;
     };
