@@ -29,7 +29,8 @@ tree = work + '/native'
 
 
 def sh(line, cwd=None):
-    subprocess.run(line, shell=True, check=True, cwd=cwd, timeout=120, stderr=subprocess.PIPE)
+    # pipefail: a tar that reads nothing is no fast one.
+    subprocess.run(['bash', '-o', 'pipefail', '-c', line], check=True, cwd=cwd, timeout=120, stderr=subprocess.PIPE)
 
 
 def make():
