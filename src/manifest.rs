@@ -17,7 +17,7 @@ mod index;
 mod line;
 mod writer;
 
-pub use digest::{BLOCK, Digest, Feed, Tree};
+pub use digest::{BLOCK, Digest, Feed, Tree, is_hashed};
 pub use index::{Index, Trouble};
 pub use line::{Entry, is_settled};
 pub use writer::Writer;

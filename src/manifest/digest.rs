@@ -9,8 +9,18 @@ use std::sync::{Mutex, PoisonError};
 
 use blake3::hazmat::{self, ChainingValue, HasherExt, Mode};
 
+use crate::sys::stat::Stat;
+
 /// Bytes of one block of a [`Tree`].
 pub const BLOCK: u64 = 1 << 20;
+
+/// Zeros in holes take as long as bytes in memory: half an hour for so many of them, on one processor.
+const HOLES_MAX: u64 = 4 << 40;
+
+/// False for a file that has no digest, because almost all of it is a hole, and that is too large.
+pub fn is_hashed(stat: &Stat) -> bool {
+    stat.size.saturating_sub(stat.blocks.saturating_mul(512)) <= HOLES_MAX
+}
 
 /// The BLAKE3 of a file's bytes, holes as zeros.
 #[derive(Clone, Copy, PartialEq, Eq)]

@@ -147,8 +147,13 @@ impl Writer {
         let mut name = self.path.clone().into_os_string();
         name.push(".new");
         let name = PathBuf::from(name);
+        // One that was left by a kill; nobody's symlink is followed.
+        match std::fs::remove_file(&name) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+            _ => {}
+        }
         let mut options = OpenOptions::new();
-        let options = options.write(true).create(true).truncate(true).mode(0o600);
+        let options = options.write(true).create_new(true).mode(0o600);
         let mut new = options.open(&name)?;
         let copied = (|| {
             new.write_all(SIGNATURE)?;

@@ -230,7 +230,8 @@ impl Work<'_, '_> {
     pub(super) fn large(&self, buffers: &mut Buffers, mut transfer: Transfer) -> Result<()> {
         let stat = transfer.meta.stat;
         let size = stat.size;
-        transfer.tree = self.job.proof.as_ref().map(|_| Tree::new(size));
+        let hashes = self.job.proof.is_some() && manifest::is_hashed(&stat);
+        transfer.tree = hashes.then(|| Tree::new(size));
         if transfer.cloned {
             self.start(buffers, transfer);
             return Ok(());

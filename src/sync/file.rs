@@ -392,7 +392,11 @@ impl Work<'_, '_> {
         path: &crate::sys::name::RelPath,
         size: u64,
     ) -> Result<(bool, Option<Digest>)> {
-        let tree = self.job.proof.as_ref().map(|_| Tree::new(size));
+        let stat = match self.job.proof.is_some() {
+            true => Some(stat_fd(src.as_fd()).on("statx", Side::Src, path)?),
+            false => None,
+        };
+        let tree = stat.filter(manifest::is_hashed).map(|_| Tree::new(size));
         let mut fed = tree.as_ref().map(|tree| (tree, tree.feed(0)));
         let mut offset = 0;
         while offset < size {

@@ -22,7 +22,7 @@ use rustix::fs::FileType;
 use super::Work;
 use super::data::{Buffers, Transfer};
 use crate::error::{Context, Error, Result, Side};
-use crate::manifest::{Digest, Entry, Index, Tree, Trouble, Writer};
+use crate::manifest::{Digest, Entry, Index, Tree, Trouble, Writer, is_hashed};
 use crate::sys::name::RelPath;
 use crate::sys::stat::{FileKey, Stat, fd_changed_since};
 use crate::sys::{copy, fd, local};
@@ -169,7 +169,7 @@ impl Work<'_, '_> {
         Ok(())
     }
 
-    /// Reads a file of src for nothing else. `None`: it ended early.
+    /// Reads a file of src for nothing else. `None`: it ended early, or is not hashed.
     pub(super) fn digest_of(
         &self,
         buffers: &mut Buffers,
@@ -177,6 +177,9 @@ impl Work<'_, '_> {
         stat: &Stat,
         path: &RelPath,
     ) -> Result<Option<Digest>> {
+        if !is_hashed(stat) {
+            return Ok(None);
+        }
         let tree = Tree::new(stat.size);
         let mut feed = tree.feed(0);
         let mut offset = 0;

@@ -17,7 +17,7 @@ use rustix::fs::FileType;
 use super::one::{File, Next, One, Teller, Visit, is_marked};
 use super::{Kind, Told, VerifyOptions, VerifyReport};
 use crate::error::{Context, Error, Result, Side};
-use crate::manifest::{Digest, Entry, Index, Writer, is_settled};
+use crate::manifest::{Digest, Entry, Index, Writer, is_hashed, is_settled};
 use crate::sys::name::RelPath;
 use crate::sys::stat::{FileKey, Stat, fd_changed_since, stat_fd};
 use crate::sys::view::View;
@@ -105,7 +105,7 @@ impl Visit<Entry> for Take<'_> {
                     Some(digest) => Some(digest),
                     None => self.before.known(path, stat),
                 };
-                if entry.digest.is_none() {
+                if entry.digest.is_none() && is_hashed(stat) {
                     return Next::Read(entry);
                 }
                 self.writer.add(&entry);

@@ -866,3 +866,28 @@ fn what_cannot_be_read_or_changes_is_not_in_a_manifest() {
     // Owners that a user's copy cannot have.
     assert!(!text.contains("uid="), "{text}");
 }
+
+#[test]
+fn a_hole_that_nobody_could_hash_has_no_digest_and_keeps_nobody() {
+    if !can_mount_on("ext4") {
+        return;
+    }
+    let fs = LoopFs::new("ext4");
+    let mut t = Trees::filled();
+    (t.src, t.dst) = (fs.dir("src"), fs.path().join("dst"));
+    let hole = File::create(t.src.join("hole")).unwrap();
+    hole.set_len(6 << 40).unwrap();
+    hole.write_all_at(b"x", 3 << 40).unwrap();
+    fs::write(t.src.join("other"), b"other").unwrap();
+    let expect = || {
+        assert_eq!(t.digests().keys().collect::<Vec<_>>(), ["./other"]);
+        let said = t.verify(&[]).expect_code(23);
+        assert!(said.out.contains("unproven: \"hole\""), "{}", said.out);
+    };
+    for args in [&[][..], &[], &["--checksum"], &["--ignore-times"]] {
+        t.sync(args).expect_code(0);
+        expect();
+    }
+    run(&mut take(&t.src, &t.manifest)).expect_code(0);
+    expect();
+}
