@@ -206,10 +206,11 @@ impl Commit {
         !q.in_round && q.publishes.is_empty() && q.gates.values().all(|g| *g != NOT_YET)
     }
 
-    /// True while anything waits for a round.
+    /// True when nothing waits for a round, and none is at work: what it has taken still has its marks.
     pub fn is_idle(&self) -> bool {
         let q = self.queue.lock();
-        q.files.is_empty()
+        !q.in_round
+            && q.files.is_empty()
             && q.publishes.is_empty()
             && q.dirs.is_empty()
             && q.gates.is_empty()
