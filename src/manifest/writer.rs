@@ -17,6 +17,9 @@ use crate::sys::host;
 const PENDING_MAX: usize = 64 << 10;
 const PENDING_LONGEST: Duration = Duration::from_secs(1);
 
+/// How long the lock of another run is waited for.
+const LOCK_WAIT: Duration = Duration::from_secs(1);
+
 /// A manifest that grows.
 pub struct Writer {
     path: PathBuf,
@@ -63,7 +66,7 @@ impl Writer {
         if !file.metadata().map_err(|e| fail("fstat", e))?.is_file() {
             return Err(why("it is not a regular file"));
         }
-        match host::try_lock(file.as_fd()) {
+        match lock(&file) {
             Ok(()) | Err(Errno::NOLCK | Errno::NOSYS | Errno::OPNOTSUPP) => {}
             Err(Errno::WOULDBLOCK) => return Err(why("another run is writing it")),
             Err(e) => return Err(fail("flock", e.into())),
@@ -179,6 +182,19 @@ impl Writer {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Locks the file. A child of who held it may hold it a moment longer.
+fn lock(file: &File) -> Result<(), Errno> {
+    let since = Instant::now();
+    loop {
+        match host::try_lock(file.as_fd()) {
+            Err(Errno::WOULDBLOCK) if since.elapsed() < LOCK_WAIT => {
+                std::thread::sleep(LOCK_WAIT / 50);
+            }
+            other => return other,
+        }
     }
 }
 
