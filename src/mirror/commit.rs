@@ -324,6 +324,7 @@ impl Mirror {
 
     /// The commit thread: rounds until the mirror stops.
     pub(super) fn commit_loop(self: &Arc<Self>) {
+        let mut failing = false;
         while let Some(round) = self.commit.next() {
             let inside = self.marks.enter();
             let begun = Instant::now();
@@ -340,12 +341,17 @@ impl Mirror {
             }
             tracing::debug!(number, files, ?took, "synced");
             match synced {
-                Ok(()) => self.commit_round(round),
-                Err(e) => self.commit_failed(round, &e),
+                Ok(()) => {
+                    failing = false;
+                    self.commit_round(round);
+                }
+                Err(e) => self.commit_failed(round, &e, std::mem::replace(&mut failing, true)),
             }
             self.commit.queue.lock().in_round = false;
             drop(inside);
-            if let Err(e) = self.ledger.sync(self.control.dir.as_fd()) {
+            if let Err(e) = self.ledger.sync(self.control.dir.as_fd())
+                && !failing
+            {
                 tracing::warn!("{e}");
             }
         }
@@ -469,8 +475,11 @@ impl Mirror {
 
     /// syncfs failed: some page of some file did not reach the device, and the kernel will not say
     /// it twice. Every file of the round is pending again, and every file that was carried.
-    fn commit_failed(self: &Arc<Self>, round: Round, error: &Error) {
-        tracing::error!("{error}: {} files are pulled again", round.files.len());
+    fn commit_failed(self: &Arc<Self>, round: Round, error: &Error, again: bool) {
+        // A disk that is gone fails fifty times a second: once is enough where nothing is lost.
+        if !again || !round.files.is_empty() {
+            tracing::error!("{error}: {} files are pulled again", round.files.len());
+        }
         for hydration in round.files {
             if hydration.state.lock().stage == Stage::Landed {
                 if let Some(node) = self

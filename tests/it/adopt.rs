@@ -82,7 +82,7 @@ fn with_delete_what_only_dst_has_goes_and_what_users_make_stays() {
 }
 
 #[test]
-fn without_delete_what_only_dst_has_is_kept_counted_and_listed() {
+pub(crate) fn without_delete_what_only_dst_has_is_kept_counted_and_listed() {
     let Some(w) = copied("ext4") else { return };
     run(Command::new("chattr").arg("-i").arg(w.dst.join("c/fixed"))).expect_code(0);
     // A directory in the place of a file would be an error.
@@ -190,7 +190,7 @@ fn with_checksum_equal_is_what_has_the_same_bytes() {
 }
 
 #[test]
-fn what_delete_could_not_be_told_from_later_is_refused() {
+pub(crate) fn what_delete_could_not_be_told_from_later_is_refused() {
     let Some(w) = copied("ext4") else { return };
     let refused = |args: &[&str], code: i32, words: &str| {
         let (got, said) = w.try_mount(args, &[]).err().expect("refused");

@@ -26,13 +26,13 @@ pub(crate) const NOT_YET: Duration = Duration::from_millis(700);
 /// A view of `real` that misbehaves on demand, at `at`.
 pub(crate) struct BadSrc {
     pub(crate) real: PathBuf,
-    at: PathBuf,
+    pub(crate) at: PathBuf,
     ctl: PathBuf,
     child: Option<Child>,
 }
 
 impl BadSrc {
-    fn new(fs: &LoopFs) -> BadSrc {
+    pub(crate) fn new(fs: &LoopFs) -> BadSrc {
         let (real, at) = (fs.dir("real"), fs.dir("bad"));
         let ctl = fs.path().join("ctl");
         BadSrc {
@@ -250,7 +250,7 @@ pub(crate) fn who_needs_a_source_that_died_waits_until_it_is_back() {
 }
 
 #[test]
-fn with_on_error_fail_an_access_ends_and_the_next_one_works_when_src_is_back() {
+pub(crate) fn with_on_error_fail_an_access_ends_and_the_next_one_works_when_src_is_back() {
     let Some((mut bad, w)) = world(tree) else {
         return;
     };
@@ -447,7 +447,7 @@ fn what_can_be_read_of_a_file_with_bad_blocks_is_read_and_the_rest_is_in_the_led
 }
 
 #[test]
-fn finish_waives_what_was_given_up_by_path_and_nothing_else() {
+pub(crate) fn finish_waives_what_was_given_up_by_path_and_nothing_else() {
     let Some((mut bad, w)) = world(tree) else {
         return;
     };
@@ -478,7 +478,9 @@ fn finish_waives_what_was_given_up_by_path_and_nothing_else() {
     // The third is mended, and tried again at once.
     bad.tell("del 2");
     run(mirrorfs().args(["errors", "--retry"]).arg(&w.at)).expect_code(0);
-    wait_until("the third", Duration::from_secs(20), || done(2));
+    wait_until("the third", Duration::from_secs(20), || {
+        done(2) && m.status()["files_pulled"] == 30
+    });
     let listed = run(mirrorfs().arg("errors").arg(&w.at)).expect_code(0).out;
     assert_eq!(listed.matches(", given up").count(), 2, "{listed}");
     let entry = entries(&m).remove(0);
@@ -569,7 +571,7 @@ pub(crate) fn a_file_that_hangs_delays_nobody_who_does_not_wait_for_it() {
 }
 
 #[test]
-fn the_background_leaves_what_hangs_and_comes_back_for_it() {
+pub(crate) fn the_background_leaves_what_hangs_and_comes_back_for_it() {
     let Some((mut bad, w)) = world(tree) else {
         return;
     };

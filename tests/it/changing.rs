@@ -181,7 +181,7 @@ fn a_file_that_changes_while_sync_copies_it_is_told_and_the_next_run_has_it() {
 
 /// What src says is of another time with every look ends in the ledger, and is tried again.
 #[test]
-fn a_file_that_never_stops_changing_is_in_the_ledger_until_it_does() {
+pub(crate) fn a_file_that_never_stops_changing_is_in_the_ledger_until_it_does() {
     for rule in [
         "path=large now",
         "path=large op=read,getattr,open grow=10",

@@ -97,7 +97,7 @@ fn man_pages_and_completions_are_printed() {
 }
 
 #[test]
-fn what_cannot_be_meant_is_a_usage_error() {
+pub(crate) fn what_cannot_be_meant_is_a_usage_error() {
     let cases: &[(&[&str], &[&str])] = &[
         (&["frob"], &["frob"]),
         (&["mount"], &["<SRC>", "<DST>"]),
@@ -139,7 +139,14 @@ fn what_cannot_be_meant_is_a_usage_error() {
         eprintln!("{args:?}");
         expect_refusal(mirrorfs_with(args), 2, words);
     }
-    // What rsync has and sync has not is known, and refused with what to do instead.
+    // Without a command there is nothing to say but the help.
+    let help = mirrorfs_with(&[]).expect_code(2);
+    assert!(help.err.contains("Usage: mirrorfs"), "{}", help.err);
+}
+
+/// What rsync has and sync has not is known, and refused with what to do instead.
+#[test]
+pub(crate) fn what_only_rsync_has_is_refused_with_a_hint() {
     let refused: &[(&[&str], &[&str])] = &[
         (&["sync", "-az", "a", "b"], &["-z"]),
         (&["sync", "-e", "ssh", "a", "b"], &["-e"]),
@@ -159,9 +166,6 @@ fn what_cannot_be_meant_is_a_usage_error() {
         eprintln!("{args:?}");
         expect_refusal(mirrorfs_with(args), 1, words);
     }
-    // Without a command there is nothing to say but the help.
-    let help = mirrorfs_with(&[]).expect_code(2);
-    assert!(help.err.contains("Usage: mirrorfs"), "{}", help.err);
 }
 
 /// Two directories, some things that are none, and links to them.
@@ -195,7 +199,7 @@ const BAD_PAIRS: [(&str, &str, &[&str]); 11] = [
 ];
 
 #[test]
-fn mount_refuses_bad_places_and_changes_nothing() {
+pub(crate) fn mount_refuses_bad_places_and_changes_nothing() {
     if !can_mount() {
         return;
     }
@@ -266,7 +270,7 @@ fn a_bind_mount_does_not_hide_that_dst_is_inside_src() {
 }
 
 #[test]
-fn mount_says_when_the_helper_or_dev_fuse_is_missing() {
+pub(crate) fn mount_says_when_the_helper_or_dev_fuse_is_missing() {
     if !can_mount() {
         return;
     }
@@ -290,7 +294,7 @@ fn mount_says_when_the_helper_or_dev_fuse_is_missing() {
 }
 
 #[test]
-fn a_path_that_is_no_migration_is_refused() {
+pub(crate) fn a_path_that_is_no_migration_is_refused() {
     let s = bad_places();
     let at = |name: &str| s.path().join(name);
     for command in [
@@ -322,7 +326,7 @@ fn verify_tells_equal_from_different_from_unusable() {
 }
 
 #[test]
-fn a_daemon_is_usable_when_mount_returns_and_is_found_by_each_of_its_paths() {
+pub(crate) fn a_daemon_is_usable_when_mount_returns_and_is_found_by_each_of_its_paths() {
     if !can_mount_on("ext4") {
         return;
     }
@@ -359,7 +363,7 @@ fn a_daemon_is_usable_when_mount_returns_and_is_found_by_each_of_its_paths() {
 }
 
 #[test]
-fn mount_refuses_a_dst_that_is_somebody_elses_and_a_src_with_marks() {
+pub(crate) fn mount_refuses_a_dst_that_is_somebody_elses_and_a_src_with_marks() {
     if !can_mount_on("ext4") {
         return;
     }

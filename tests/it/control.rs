@@ -13,6 +13,7 @@ use crate::fixture::{
     LIMIT, Output, World, as_user, bytes, can_mount_on, fuse_mount_at, mirrorfs, run, status,
     wait_until,
 };
+use crate::messages;
 use crate::raw;
 
 const MIB: usize = 1 << 20;
@@ -65,7 +66,10 @@ fn ask(socket: &Path, method: &str, parameters: &Value) -> Value {
     while stream.read(&mut byte).unwrap() == 1 && byte[0] != 0 {
         reply.push(byte[0]);
     }
-    serde_json::from_slice(&reply).unwrap()
+    let reply: Value = serde_json::from_slice(&reply).unwrap();
+    let told = reply["parameters"]["message"].as_str();
+    messages::heard(told.unwrap_or_default(), None);
+    reply
 }
 
 #[test]
@@ -250,7 +254,7 @@ fn a_paused_mount_stops_at_once() {
 }
 
 #[test]
-fn pull_brings_files_and_trees_before_anybody_opens_them() {
+pub(crate) fn pull_brings_files_and_trees_before_anybody_opens_them() {
     let Some(w) = world() else { return };
     for n in 0..50 {
         file(&w, &format!("tree/d{}/f{n}", n % 5), 3000 + n);
@@ -304,7 +308,7 @@ fn pull_brings_files_and_trees_before_anybody_opens_them() {
 }
 
 #[test]
-fn wait_tells_complete_from_stopped_and_from_too_late() {
+pub(crate) fn wait_tells_complete_from_stopped_and_from_too_late() {
     let Some(w) = world() else { return };
     file(&w, "a", 100);
     let m = w.mount_lazy();
@@ -328,7 +332,7 @@ fn wait_tells_complete_from_stopped_and_from_too_late() {
 }
 
 #[test]
-fn signals_toggle_the_limit_and_read_the_configuration_again() {
+pub(crate) fn signals_toggle_the_limit_and_read_the_configuration_again() {
     let Some(w) = world() else { return };
     file(&w, "a", 20 * MIB);
     let conf = w.scratch_path("conf.toml");
@@ -570,7 +574,7 @@ fn status_json_is_as_its_schema_says() {
 }
 
 #[test]
-fn only_root_and_the_daemons_user_may_steer() {
+pub(crate) fn only_root_and_the_daemons_user_may_steer() {
     let Some(w) = world() else { return };
     let dir = w.scratch_path("run");
     fs::create_dir(&dir).unwrap();

@@ -49,6 +49,42 @@ fn commands_of_the_documents_do_what_they_say() {
     }
 }
 
+/// What follows `-o` and `--` in what the documents for users show as code.
+fn options(document: &str) -> Vec<String> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(document);
+    let text = fs::read_to_string(path).unwrap();
+    let mut found = Vec::new();
+    for code in text.split('`').skip(1).step_by(2) {
+        let mut words = code.split_whitespace().peekable();
+        while let Some(word) = words.next() {
+            let end = |w: &str| w.split('=').next().unwrap_or_default().to_owned();
+            match (word, words.peek()) {
+                ("-o", Some(key)) => found.push(format!("-o {}", end(key))),
+                _ if word.starts_with("--") => found.push(end(word)),
+                _ => {}
+            }
+        }
+    }
+    found
+}
+
+#[test]
+fn every_option_that_tuning_names_exists() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let help = fs::read_to_string(root.join("tests/it/help.txt")).unwrap();
+    let known = |option: &str| match option.strip_prefix("-o ") {
+        Some(key) => help.contains(&format!("{key}=")) || help.contains(key),
+        None => help
+            .split(|c: char| c != '-' && !c.is_alphanumeric())
+            .any(|word| word == option),
+    };
+    let all = options("docs/TUNING.md");
+    assert!(all.len() > 15, "{all:?}");
+    let unknown: Vec<_> = all.iter().filter(|o| !known(o)).collect();
+    assert!(unknown.is_empty(), "{unknown:?}");
+    assert!(!known("--no-such-option") && !known("-o nosuchkey"));
+}
+
 fn run_block(document: &str, block: &Block) {
     let disk = LoopFs::new("ext4");
     let (old, data, control) = (disk.dir("old"), disk.dir("data"), disk.dir("run"));

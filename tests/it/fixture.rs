@@ -20,6 +20,7 @@ use rustix::mount::{MountPropagationFlags, UnmountFlags};
 use rustix::process::{Resource, Rlimit};
 
 use crate::compare::{self, Ignore, Manifest};
+use crate::messages;
 use crate::raw;
 
 /// The longest that one command or one step of waiting may take.
@@ -161,11 +162,15 @@ pub(crate) fn run_for(command: &mut Command, limit: Duration) -> Output {
         }
         String::from_utf8_lossy(&h.join().unwrap()).into_owned()
     };
-    Output {
+    let output = Output {
         status,
         out: text(out),
         err: text(err),
+    };
+    for text in [&output.err, &output.out] {
+        messages::heard(text, Some(output.code()));
     }
+    output
 }
 
 /// Runs a command with the usual limit.
@@ -512,7 +517,9 @@ impl World {
                 let code = status
                     .code()
                     .unwrap_or_else(|| 128 + status.signal().unwrap_or(0));
-                return Err((code, fs::read_to_string(&log).unwrap_or_default()));
+                let said = fs::read_to_string(&log).unwrap_or_default();
+                messages::heard(&said, Some(code));
+                return Err((code, said));
             }
             // A dead mount may still be there, and its device number may be the next one's: only
             // statfs always asks the daemon. In this order: where it works the dead one is gone.
@@ -747,6 +754,13 @@ impl Mounted {
 
 impl Drop for Mounted {
     fn drop(&mut self) {
+        self.end();
+        messages::heard(&fs::read_to_string(&self.log).unwrap_or_default(), None);
+    }
+}
+
+impl Mounted {
+    fn end(&mut self) {
         if thread::panicking() {
             eprintln!("log of the mount: {}", self.log());
         }

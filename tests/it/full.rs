@@ -275,7 +275,8 @@ fn nothing_is_lost_wherever_the_inodes_run_out() {
 
 /// What a metadata block could not be had for is set when it can: ENOSPC says "too large" as well.
 #[test]
-fn an_xattr_that_found_no_room_is_not_left_out_and_one_that_never_fits_is_in_the_ledger() {
+pub(crate) fn an_xattr_that_found_no_room_is_not_left_out_and_one_that_never_fits_is_in_the_ledger()
+{
     // SRC on xfs holds what no ext4 inode can.
     if !can_mount_on("ext4") || !can_mount_on("xfs") {
         return;
@@ -533,7 +534,7 @@ fn sync_into_a_full_xfs_stops_and_goes_on() {
 }
 
 #[test]
-fn sync_into_a_read_only_target_stops_with_one_line() {
+pub(crate) fn sync_into_a_read_only_target_stops_with_one_line() {
     let Some((target, w)) = world("ext4", 64 << 20, &EXT4, "loop") else {
         return;
     };

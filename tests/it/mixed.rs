@@ -668,7 +668,7 @@ fn bad_world(size: usize) -> Option<(BadSrc, World, Vec<u8>)> {
 }
 
 #[test]
-fn what_src_cannot_read_can_be_written_over_and_the_rest_is_usable() {
+pub(crate) fn what_src_cannot_read_can_be_written_over_and_the_rest_is_usable() {
     let Some((mut bad, w, mut all)) = bad_world(3_000_000) else {
         return;
     };

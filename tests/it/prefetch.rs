@@ -183,7 +183,7 @@ fn a_recorded_trace_is_pulled_in_advance_and_nothing_else() {
 }
 
 #[test]
-fn a_trace_that_cannot_be_used_is_one_line_and_nothing_is_mounted() {
+pub(crate) fn a_trace_that_cannot_be_used_is_one_line_and_nothing_is_mounted() {
     let Some(w) = world() else { return };
     file(&w, "a", 100);
     let bad = w.scratch_path("bad");

@@ -142,7 +142,7 @@ fn let_settle() {
 }
 
 #[test]
-fn a_copy_is_verified_without_src_and_what_was_done_to_it_is_told_apart() {
+pub(crate) fn a_copy_is_verified_without_src_and_what_was_done_to_it_is_told_apart() {
     let t = Trees::filled();
     t.sync(&[]).expect_code(0);
     t.expect_digests_of_src();
@@ -456,7 +456,7 @@ fn of_shared_extents_too() {
 }
 
 #[test]
-fn a_run_that_was_killed_leaves_what_it_knew_and_the_next_one_ends_it() {
+pub(crate) fn a_run_that_was_killed_leaves_what_it_knew_and_the_next_one_ends_it() {
     let t = Trees::new();
     const LEN: u64 = 8 << 20;
     fs::create_dir(t.src.join("a")).unwrap();
@@ -516,7 +516,7 @@ fn a_stop_by_a_signal_is_not_the_end_of_a_manifest() {
 }
 
 #[test]
-fn what_changes_while_it_is_copied_has_no_digest() {
+pub(crate) fn what_changes_while_it_is_copied_has_no_digest() {
     let t = Trees::new();
     let large = t.src.join("large");
     fs::write(&large, bytes(1, 4 << 20)).unwrap();
@@ -563,7 +563,7 @@ fn what_was_left_alone_in_dst_is_not_said_to_be_src_s() {
 }
 
 #[test]
-fn what_failed_leaves_a_manifest_without_an_end() {
+pub(crate) fn what_failed_leaves_a_manifest_without_an_end() {
     let t = Trees::filled();
     t.sync(&[]).expect_code(0);
     // A file that cannot take the place of a directory which is not empty.
@@ -626,7 +626,7 @@ fn samples_find_each_corrupt_file_in_exactly_one_of_n_runs() {
 }
 
 #[test]
-fn a_manifest_that_cannot_be_used_is_refused_in_one_line() {
+pub(crate) fn a_manifest_that_cannot_be_used_is_refused_in_one_line() {
     let t = Trees::filled();
     let refused = |said: Output, words: &str| {
         let said = said.expect_code(3);
@@ -679,7 +679,7 @@ fn a_manifest_that_cannot_be_used_is_refused_in_one_line() {
 }
 
 #[test]
-fn a_full_disk_under_the_manifest_is_an_error_of_the_run() {
+pub(crate) fn a_full_disk_under_the_manifest_is_an_error_of_the_run() {
     if !can_mount_on("ext4") {
         return;
     }
@@ -804,7 +804,7 @@ fn what_a_mount_has_brought_is_verified_without_src() {
 }
 
 #[test]
-fn what_is_pending_is_in_no_manifest_and_is_not_called_corrupt() {
+pub(crate) fn what_is_pending_is_in_no_manifest_and_is_not_called_corrupt() {
     if !can_mount_on("ext4") {
         return;
     }
@@ -837,7 +837,7 @@ fn what_is_pending_is_in_no_manifest_and_is_not_called_corrupt() {
 }
 
 #[test]
-fn what_cannot_be_read_or_changes_is_not_in_a_manifest() {
+pub(crate) fn what_cannot_be_read_or_changes_is_not_in_a_manifest() {
     let t = Trees::filled();
     let refused = run(&mut take(&t.src, &t.src.join("d/manifest"))).expect_code(3);
     assert!(

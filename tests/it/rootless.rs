@@ -22,6 +22,7 @@ use crate::fixture::{
     CONTROL, LIMIT, LoopFs, Output, Random, Scratch, as_user, bytes, can_mount, can_mount_on,
     find_program, fuse_mount_at, mirrorfs, need, run, wait_until,
 };
+use crate::messages;
 use crate::nasty;
 use crate::raw;
 
@@ -272,6 +273,7 @@ impl Mount<'_> {
 
 impl Drop for Mount<'_> {
     fn drop(&mut self) {
+        messages::heard(&self.log(), None);
         if thread::panicking() {
             eprintln!("log of the mount: {}", self.log());
         }
@@ -431,7 +433,7 @@ fn a_kill_between_the_mark_and_the_mode_leaves_neither_wrong() {
 }
 
 #[test]
-fn what_a_user_may_not_read_is_in_the_ledger_and_the_rest_goes_on() {
+pub(crate) fn what_a_user_may_not_read_is_in_the_ledger_and_the_rest_goes_on() {
     if !can_run() {
         return;
     }
@@ -478,7 +480,7 @@ fn what_a_user_may_not_read_is_in_the_ledger_and_the_rest_goes_on() {
 }
 
 #[test]
-fn what_a_user_may_not_make_is_in_the_ledger_and_owners_are_not() {
+pub(crate) fn what_a_user_may_not_make_is_in_the_ledger_and_owners_are_not() {
     if !can_run() {
         return;
     }
@@ -776,7 +778,7 @@ fn many_inodes_and_few_fds_go_together() {
 }
 
 #[test]
-fn other_users_are_let_in_only_where_root_allows_it() {
+pub(crate) fn other_users_are_let_in_only_where_root_allows_it() {
     if !can_run() {
         return;
     }
@@ -818,7 +820,7 @@ fn other_users_are_let_in_only_where_root_allows_it() {
 }
 
 #[test]
-fn what_keeps_a_user_from_mounting_is_said_in_one_line() {
+pub(crate) fn what_keeps_a_user_from_mounting_is_said_in_one_line() {
     if !can_run() {
         return;
     }
@@ -898,7 +900,54 @@ fn what_keeps_a_user_from_mounting_is_said_in_one_line() {
 }
 
 #[test]
-fn root_without_the_capability_to_mount_asks_the_helper_and_passes_on_what_it_says() {
+pub(crate) fn a_migration_goes_on_as_root_or_as_the_user_who_began_it() {
+    if !can_run() {
+        return;
+    }
+    let home = Home::on("ext4");
+    fs::write(home.src.join("a"), "a").unwrap();
+    home.give_src();
+    let as_root = || {
+        run(mirrorfs()
+            .args(["mount", "-f"])
+            .args([&home.src, &home.dst]))
+        .expect_code(3)
+    };
+    let mount = home.mount(&["--no-background"]);
+    // He may not have it replaced either.
+    mount.ask("upgrade", &[]).expect_code(1);
+    drop(mount);
+    assert!(as_root().err.contains("begun rootless"));
+    let mount = home.mount(&[]);
+    mount.wait_complete();
+    mount.finish(&[], 0);
+    // And the reverse: root begins with a DST of the user's.
+    let at = home.scratch.dir("at root's");
+    let daemon = run(mirrorfs()
+        .args(["mount", "--adopt", "--no-background"])
+        .args([&home.src, &home.dst, &at]));
+    daemon.expect_code(0);
+    rustix::mount::unmount(&at, UnmountFlags::DETACH).unwrap();
+    wait_until("the daemon has gone", LIMIT, || {
+        run(Command::new("flock")
+            .args(["-n"])
+            .arg(home.dst.join(".mirrorfs/lock"))
+            .arg("true"))
+        .code()
+            == 0
+    });
+    // The control directory is root's: to see what it is about he needs his rights.
+    let mut command = Command::new("setpriv");
+    command
+        .args(["--bounding-set=-sys_admin", "--inh-caps=-sys_admin"])
+        .arg(&home.program)
+        .env("MIRRORFS_RUN_DIR", home.scratch.dir("root's run"));
+    let said = home.refused(&mut command, &[]).expect_code(3).err;
+    assert!(said.contains("begun as root"), "{said}");
+}
+
+#[test]
+pub(crate) fn root_without_the_capability_to_mount_asks_the_helper_and_passes_on_what_it_says() {
     if !can_run() {
         return;
     }

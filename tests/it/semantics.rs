@@ -1608,7 +1608,7 @@ fn adopting_a_copy_made_earlier_pulls_only_what_differs() {
 }
 
 #[test]
-fn a_sync_that_is_not_durable_is_not_adopted() {
+pub(crate) fn a_sync_that_is_not_durable_is_not_adopted() {
     let Some(w) = world(some_files) else { return };
     let sync = || run(mirrorfs().arg("sync").args([&w.src, &w.dst]));
     sync().expect_code(0);
@@ -1652,7 +1652,7 @@ fn the_daemonized_mount_is_usable_when_the_command_returns() {
 }
 
 #[test]
-fn finish_refuses_while_something_is_pending() {
+pub(crate) fn finish_refuses_while_something_is_pending() {
     let Some(w) = world(some_files) else { return };
     let m = w.mount_lazy();
     fs::read(m.path("f")).unwrap();

@@ -14,6 +14,7 @@ use crate::fixture::{
     LIMIT, Output, World, bytes, can_mount_on, find_program, fuse_mount_at, mirrorfs, need, run,
     status, wait_until,
 };
+use crate::messages;
 
 fn world() -> Option<World> {
     can_mount_on("ext4").then(|| World::on("ext4"))
@@ -206,7 +207,9 @@ fn http(port: u16, method: &str, path: &str, host: &str, body: &str) -> (u16, St
     }
     let mut body = vec![0; length];
     stream.read_exact(&mut body).unwrap();
-    (code, String::from_utf8_lossy(&body).into_owned())
+    let body = String::from_utf8_lossy(&body).into_owned();
+    messages::heard(&body, None);
+    (code, body)
 }
 
 fn get(port: u16, path: &str) -> String {
@@ -223,7 +226,7 @@ fn metric(text: &str, name: &str) -> f64 {
 }
 
 #[test]
-fn metrics_say_what_status_says_and_to_this_machine_only() {
+pub(crate) fn metrics_say_what_status_says_and_to_this_machine_only() {
     let Some(w) = world() else { return };
     file(&w, "a", 1000);
     file(&w, "b", 3000);

@@ -396,7 +396,7 @@ fn an_inode_with_more_names_than_dst_can_give_it_gets_a_successor() {
 }
 
 #[test]
-fn auto_reads_what_the_starter_says_and_says_what_it_went_by() {
+pub(crate) fn auto_reads_what_the_starter_says_and_says_what_it_went_by() {
     let t = Trees::new();
     let auto = |args: &[&str], env: &[(&str, &str)]| {
         let mut command = mirrorfs();
@@ -423,6 +423,27 @@ fn auto_reads_what_the_starter_says_and_says_what_it_went_by() {
             &[],
             &[("SLURM_PROCID", "0"), ("SLURM_NTASKS", "4")],
             "start it by srun",
+        ),
+        (
+            &[],
+            &[
+                ("SLURM_ARRAY_TASK_ID", "5"),
+                ("SLURM_ARRAY_TASK_MIN", "1"),
+                ("SLURM_ARRAY_TASK_MAX", "9"),
+                ("SLURM_ARRAY_TASK_COUNT", "3"),
+            ],
+            "has gaps",
+        ),
+        (
+            &[],
+            &[
+                ("SLURM_ARRAY_TASK_ID", "1"),
+                ("SLURM_ARRAY_TASK_MIN", "1"),
+                ("SLURM_ARRAY_TASK_MAX", "2"),
+                ("SLURM_PROCID", "1"),
+                ("SLURM_STEP_NUM_TASKS", "2"),
+            ],
+            "ambiguous",
         ),
         (
             &["--verify"],

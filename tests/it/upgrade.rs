@@ -19,11 +19,11 @@ use crate::nasty::{self, At};
 use crate::raw;
 
 /// The program's own path, as `--binary` takes it.
-fn program() -> PathBuf {
+pub(crate) fn program() -> PathBuf {
     mirrorfs().get_program().into()
 }
 
-fn try_upgrade(m: &Mounted, binary: &Path) -> Output {
+pub(crate) fn try_upgrade(m: &Mounted, binary: &Path) -> Output {
     run(mirrorfs()
         .arg("upgrade")
         .arg(&m.at)
@@ -395,7 +395,7 @@ pub(crate) fn names_that_were_seen_before_their_directory_was_populated_keep_the
 }
 
 /// A program that is not the one it should be.
-fn script(w: &World, name: &str, text: &str) -> PathBuf {
+pub(crate) fn script(w: &World, name: &str, text: &str) -> PathBuf {
     let path = w.scratch_path(name);
     fs::write(&path, text).unwrap();
     fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();

@@ -62,7 +62,7 @@ fn what_was_carried_before_a_syncfs_that_failed_is_pending_again() {
         publishes,
         dirs: Vec::new(),
     };
-    mirror.commit_failed(round, &Error::Stopped);
+    mirror.commit_failed(round, &Error::Stopped, false);
     assert_eq!(mark_of(&mirror, &dst), Some(Mark::pending()));
     // The next syncfs works; it says nothing of what the one before lost.
     take().into_iter().for_each(|p| mirror.publish_now(p, 2));
