@@ -296,7 +296,7 @@ impl Mirror {
         change: Change,
     ) -> Result<(), Errno> {
         let _guard = self.lock_mark(node.ino);
-        if node.is_pending_file()
+        if self.may_be_marked(node)
             && !fault::breaks("D9")
             && let Some(mark) = self.mark.get(Target::Fd(fd))?
         {
@@ -361,7 +361,7 @@ impl Mirror {
     /// chown clears security.capability, setuid and setgid: the end of a hydration must not bring
     /// src's back.
     fn forget_privileges(&self, node: &Node) -> Result<()> {
-        if !node.is_pending_file() {
+        if !self.may_be_marked(node) {
             return Ok(());
         }
         let shown = || node.display_name();

@@ -312,6 +312,13 @@ impl Mirror {
         self.hydrate(file, need, Priority::Demand, then);
     }
 
+    /// True while a mark may be found on the file after a crash: it is pending, or it has landed and the
+    /// mark, which is to know of what users change, is not gone for good.
+    pub(super) fn may_be_marked(&self, node: &Node) -> bool {
+        // In this order: a hydration is in the table before the node stops being pending.
+        node.is_pending_file() || self.hydrations.find(node.ino, &node.anchor).is_some()
+    }
+
     /// Hydrates a file and calls `then` when it can be read or written.
     pub fn hydrate(self: &Arc<Self>, file: &FileRef, need: Need, priority: Priority, then: Waiter) {
         let (hydration, _) = self.hydrations.join(file);

@@ -249,7 +249,7 @@ impl Mirror {
             return Ok(());
         };
         node.ctime().is_users();
-        if stat.nlink > 1 && node.is_pending_file() {
+        if stat.nlink > 1 && self.may_be_marked(&node) {
             self.pin_origin(&node, dir, name)?;
         }
         Ok(())

@@ -1715,3 +1715,47 @@ fn reading_at_the_end_and_seeking_work_as_everywhere() {
         format!("{end} {rest:?} {past}")
     });
 }
+
+/// A change waits for its directory, and its file has landed by then: the mark, which does not know of
+/// the change, is still to go.
+#[test]
+fn times_that_are_set_while_files_land_survive_a_kill() {
+    const DIRS: usize = 40;
+    const NONE: [usize; 0] = [];
+    for kind in ["ext4", "btrfs"] {
+        if !can_mount_on(kind) {
+            return;
+        }
+        let w = World::on(kind);
+        let src = At::open(&w.src);
+        for d in 0..DIRS {
+            src.dir(format!("d{d}"));
+            for n in 0..5 {
+                src.file(format!("d{d}/f{n}"), &bytes(n, 3000));
+            }
+        }
+        let m = w.mount_lazy();
+        let file = |d: usize| m.path(format!("d{d}/f0"));
+        thread::scope(|scope| {
+            for d in 0..DIRS {
+                let at = file(d);
+                at.symlink_metadata().unwrap();
+                let read = file(d);
+                scope.spawn(move || fs::read(read).unwrap());
+                scope.spawn(move || set_times(&at, 1_234_567, 0).unwrap());
+            }
+        });
+        raw::kill(m.pid, libc::SIGKILL);
+        m.kill();
+        let m = w.mount();
+        let is_lost = |at: &Path| at.metadata().unwrap().mtime() != 1_234_567;
+        let all = |root: &Path| -> Vec<usize> {
+            (0..DIRS)
+                .filter(|d| is_lost(&root.join(format!("d{d}/f0"))))
+                .collect()
+        };
+        assert_eq!(all(&m.at), NONE, "{kind}");
+        m.finish();
+        assert_eq!(all(&w.dst), NONE, "{kind}");
+    }
+}
