@@ -85,6 +85,78 @@ fn every_option_that_tuning_names_exists() {
     assert!(!known("--no-such-option") && !known("-o nosuchkey"));
 }
 
+/// The commands of ours that a document shows, in blocks and in its text, word by word.
+fn commands(text: &str) -> Vec<Vec<String>> {
+    let (mut found, mut in_block) = (Vec::new(), false);
+    for line in text.lines() {
+        if line.starts_with("```") {
+            in_block = !in_block;
+            continue;
+        }
+        let pieces: Vec<&str> = match in_block {
+            true => line.split(['|', ';', '&']).collect(),
+            false => line.split('`').skip(1).step_by(2).collect(),
+        };
+        for piece in pieces {
+            let piece = piece.trim_start_matches(|c: char| "$# ".contains(c));
+            let piece = piece.strip_prefix("sudo ").unwrap_or(piece);
+            let words = piece.split_whitespace().map(str::to_owned);
+            let words: Vec<String> = words.take_while(|word| word != "#").collect();
+            if words.first().is_some_and(|w| w == "mirrorfs") && words.len() > 1 {
+                found.push(words);
+            }
+        }
+    }
+    found
+}
+
+/// What is wrong with a command, by what `--help` says.
+fn wrong(words: &[String], help: &str) -> Option<String> {
+    let (command, rest) = (&words[1], &words[2..]);
+    // What it prints shows its version.
+    let printed = command.starts_with(|c: char| c.is_ascii_digit());
+    if printed || command.starts_with('-') || ["COMMAND", "..."].contains(&command.as_str()) {
+        return None;
+    }
+    let title = format!("======== mirrorfs {command} --help\n");
+    let Some((_, own)) = help.split_once(&title) else {
+        return Some(format!("no such command: {words:?}"));
+    };
+    let own = own.split("========").next().unwrap();
+    let knows = |option: &str| {
+        let mut all = own.split(|c: char| c != '-' && !c.is_alphanumeric());
+        all.any(|word| word == option)
+    };
+    let option = |w: &&String| w.starts_with('-') && w.len() > 1;
+    let name = |w: &String| w.split(['=', ']']).next().unwrap_or_default().to_owned();
+    let unknown = rest.iter().filter(option).map(name).find(|o| !knows(o));
+    unknown.map(|option| format!("{option}: {words:?}"))
+}
+
+#[test]
+fn every_command_that_the_documents_show_is_one() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let help = fs::read_to_string(root.join("tests/it/help.txt")).unwrap();
+    let mut documents = vec![root.join("README.md"), root.join("CHANGELOG.md")];
+    let list = fs::read_dir(root.join("docs")).unwrap();
+    documents.extend(list.map(|entry| entry.unwrap().path()));
+    documents.retain(|path| path.extension().is_some_and(|e| e == "md"));
+    let (mut seen, mut bad) = (0, Vec::new());
+    for path in documents {
+        for words in commands(&fs::read_to_string(&path).unwrap()) {
+            seen += 1;
+            let what = wrong(&words, &help);
+            bad.extend(what.map(|what| format!("{}: {what}", path.display())));
+        }
+    }
+    assert!(seen > 60, "{seen} commands");
+    assert!(bad.is_empty(), "{bad:#?}");
+    let words = |line: &str| line.split(' ').map(str::to_owned).collect::<Vec<_>>();
+    for line in ["mirrorfs snyc SRC DST", "mirrorfs sync --no-such SRC DST"] {
+        assert!(wrong(&words(line), &help).is_some(), "{line}");
+    }
+}
+
 fn run_block(document: &str, block: &Block) {
     let disk = LoopFs::new("ext4");
     let (old, data, control) = (disk.dir("old"), disk.dir("data"), disk.dir("run"));
