@@ -288,7 +288,8 @@ impl<'a> Placer<'a> {
 
     /// The mark with its explicit origin if that fits; without it a rename pulls the file first.
     fn set_mark(&self, fd: BorrowedFd<'_>, mark: Mark, path: &RelPath) -> Result<()> {
-        match self.mirror.mark.set(Target::Open(fd), &mark) {
+        let set = || self.mirror.mark.set(Target::Open(fd), &mark);
+        match set() {
             Err(Errno::NOSPC | Errno::TOOBIG | Errno::RANGE) if mark.origin.is_some() => {
                 let short = Mark {
                     origin: None,
@@ -297,9 +298,17 @@ impl<'a> Placer<'a> {
                 self.set_mark(fd, short, path)
             }
             Err(Errno::NOSPC) => {
-                self.mirror.no_room(Errno::NOSPC, path)?;
-                // There is room in dst, and none in this inode.
-                Err(Errno::TOOBIG).on("setxattr", Side::Dst, path)
+                let mut done = Ok(());
+                self.mirror.insist(path, || {
+                    done = set();
+                    done.err().filter(|e| *e == Errno::NOSPC)
+                })?;
+                match done {
+                    // There is room in dst, and none in this inode.
+                    Err(Errno::NOSPC) => Err(Errno::TOOBIG),
+                    other => other,
+                }
+                .on("setxattr", Side::Dst, path)
             }
             other => other.on("setxattr", Side::Dst, path),
         }

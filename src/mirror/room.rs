@@ -33,6 +33,11 @@ pub(super) struct Room {
 
 /// The log says the same again after this long.
 const TELL_AGAIN: Duration = Duration::from_secs(600);
+/// Tries of what finds no room although dst has some, when that is less than `MUCH`, bytes; and the
+/// pause between them, longer each time.
+const TRIES: u32 = 8;
+const PAUSE: Duration = Duration::from_millis(5);
+const MUCH: u64 = 256 << 20;
 /// From this size on, bytes, a file that does not fit is not begun: what was written of it would be in
 /// everybody's way.
 const WEIGHED: u64 = 1 << 20;
@@ -123,23 +128,45 @@ impl Mirror {
         path: &RelPath,
         mut apply: impl FnMut() -> Vec<Refused>,
     ) -> Result<()> {
-        let mut refused = apply();
-        if let Some(want) = wants_room(&refused) {
-            self.no_room(want, path)?;
-            // There may be room since.
+        let mut refused = Vec::new();
+        self.insist(path, || {
             refused = apply();
-            if let Some(want) = wants_room(&refused) {
-                self.no_room(want, path)?;
-            }
-        }
+            wants_room(&refused)
+        })?;
         for refused in &refused {
             self.refused(path, refused);
         }
         Ok(())
     }
 
+    /// Does something again while it finds no room and dst has some: there may be room since, and where
+    /// dst is nearly full others take and give back what is left. What is refused after that has no room
+    /// in its inode. `step` returns the errno that asks for room.
+    pub(super) fn insist(
+        &self,
+        path: &RelPath,
+        mut step: impl FnMut() -> Option<Errno>,
+    ) -> Result<()> {
+        let mut tries = 0;
+        while let Some(want) = step() {
+            self.no_room(want, path)?;
+            tries += 1;
+            if tries > 1 && (tries > TRIES || self.has_much_room()) {
+                break;
+            }
+            std::thread::sleep(PAUSE * (tries - 1));
+        }
+        Ok(())
+    }
+
+    fn has_much_room(&self) -> bool {
+        let fs = host::fs_stat(self.dst.as_fd());
+        let roomy = |fs: host::FsStat| fs.bavail.saturating_mul(fs.frsize) > MUCH;
+        !self.progress.dst_full.load(Ordering::Relaxed) && fs.is_ok_and(roomy)
+    }
+
     /// An error when this refusal was for want of room.
-    pub(super) fn no_room(&self, errno: Errno, path: &RelPath) -> Result<()> {
+    fn no_room(&self, errno: Errno, path: &RelPath) -> Result<()> {
         let asked = match errno {
             Errno::NOSPC => self.ask_room(),
             other => Err(other),
