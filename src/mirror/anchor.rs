@@ -71,6 +71,24 @@ impl Anchor {
         }
     }
 
+    /// As `child`, of an inode that is open and was found under that name. ESTALE: another has it now.
+    pub fn child_at(
+        &self,
+        dir: BorrowedFd<'_>,
+        name: &Name,
+        inode: BorrowedFd<'_>,
+        ino: u64,
+    ) -> Result<Anchor, Errno> {
+        match self {
+            Anchor::Handle(_) => Handle::of(inode, c"").map(Anchor::Handle),
+            // While it is open its number is not another's.
+            Anchor::Named(parent) => match parent.child(dir, name)? {
+                child if child.ino == ino => Ok(Anchor::Named(child)),
+                _ => Err(Errno::STALE),
+            },
+        }
+    }
+
     /// Opens the inode. `root` is any fd on dst's file system. ESTALE when it is gone.
     pub fn open(&self, root: BorrowedFd<'_>, flags: OFlags) -> Result<OwnedFd, Errno> {
         match self {

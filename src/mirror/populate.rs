@@ -502,20 +502,29 @@ impl Mirror {
                 .as_ref()
                 .map_or_else(RelPath::root, |o| o.join(name))
         };
-        let mark = match self.mark.get(Target::At(opened, name)) {
-            Ok(Some(mark)) => mark,
+        // By its name: most entries carry none.
+        match self.mark.get(Target::At(opened, name)) {
+            Ok(Some(_)) => {}
             Ok(None) | Err(Errno::NOENT) => return Ok(None),
             Err(e) => return Err(e).on("getxattr", Side::Dst, shown()),
+        }
+        // Users rename meanwhile. All that is told is of one inode: with another's origin it would get
+        // another's bytes. One whose mark tells of no origin has the name that it was placed under.
+        let file = match fd::open_at(opened, name, OFlags::PATH) {
+            Err(Errno::NOENT | Errno::LOOP) => return Ok(None),
+            other => other.on("open", Side::Dst, shown())?,
         };
-        let stat = match stat::stat_at(opened, name.as_cstr()) {
-            Ok(stat) => stat,
-            Err(Errno::NOENT) => return Ok(None),
-            Err(e) => return Err(e).on("statx", Side::Dst, shown()),
+        let mark = self.mark.get(Target::Fd(file.as_fd()));
+        let Some(mark) = mark.on("getxattr", Side::Dst, shown())? else {
+            return Ok(None);
         };
-        let anchor = match parent.anchor.child(opened, name) {
-            Ok(anchor) => anchor,
-            Err(Errno::NOENT) => return Ok(None),
-            Err(e) => return Err(e).on("name_to_handle_at", Side::Dst, shown()),
+        let stat = stat::stat_fd(file.as_fd()).on("statx", Side::Dst, shown())?;
+        let anchor = parent
+            .anchor
+            .child_at(opened, name, file.as_fd(), stat.key.ino);
+        let anchor = match anchor {
+            Err(Errno::NOENT | Errno::STALE) => return Ok(None),
+            other => other.on("name_to_handle_at", Side::Dst, shown())?,
         };
         let origin = match &mark.origin {
             Some(origin) => Some(Arc::new(origin.clone())),

@@ -10,9 +10,9 @@ use std::cell::Cell;
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc;
+use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -93,7 +93,7 @@ thread_local!(static IN_SCENE: Cell<bool> = const { Cell::new(false) });
 
 /// Takes note of what was said, with the exit code where there is one.
 pub(crate) fn heard(text: &str, code: Option<i32>) {
-    let mut all = HEARD.lock().unwrap();
+    let mut all = HEARD.lock().unwrap_or_else(PoisonError::into_inner);
     for line in text.lines().filter(|l| l.len() < 4000) {
         let (who, said) = told_by(line);
         all.insert(Line {
@@ -250,7 +250,7 @@ fn every_message_that_is_explained_is_printed_and_every_message_is_explained() {
     }
     let messages = messages();
     let mut wrong = play();
-    let heard = HEARD.lock().unwrap();
+    let heard = HEARD.lock().unwrap_or_else(PoisonError::into_inner);
     for message in &messages {
         let not_here = NOT_HERE.iter().any(|(text, _)| *text == message.text);
         if not_here == heard.iter().any(|line| message.is(line)) {

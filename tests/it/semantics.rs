@@ -1759,3 +1759,52 @@ fn times_that_are_set_while_files_land_survive_a_kill() {
         assert_eq!(all(&w.dst), NONE, "{kind}");
     }
 }
+
+/// The walker finds a mark, an inode and a name, and they must belong together.
+#[test]
+fn files_that_change_names_while_the_walker_looks_keep_their_bytes() {
+    const FILES: usize = 1500;
+    let Some(w) = world(|src| {
+        for n in 0..FILES {
+            src.file(format!("f{n}"), format!("I am {n}").as_bytes());
+        }
+    }) else {
+        return;
+    };
+    for round in 0..3 {
+        let m = w.mount_lazy();
+        assert_eq!(fs::read_dir(&m.at).unwrap().count(), FILES);
+        let at = File::open(&m.at).unwrap();
+        let is_over = AtomicBool::new(false);
+        let names = thread::scope(|scope| {
+            let swaps = scope.spawn(|| {
+                let mut names: Vec<usize> = (0..FILES).collect();
+                for i in (0..FILES).cycle() {
+                    let (a, b) = (i, (i * 7 + 13) % FILES);
+                    let [from, to] = [a, b].map(|n| format!("f{n}"));
+                    let exchange = RenameFlags::EXCHANGE;
+                    rustix::fs::renameat_with(&at, from, &at, to, exchange).unwrap();
+                    names.swap(a, b);
+                    if is_over.load(Relaxed) {
+                        break;
+                    }
+                }
+                names
+            });
+            run(mirrorfs().arg("resume").arg(&m.at)).expect_code(0);
+            let pulled = || m.status()["files_pulled"].as_u64().unwrap();
+            wait_until("most is pulled", LIMIT, || pulled() > FILES as u64 * 9 / 10);
+            is_over.store(true, Relaxed);
+            swaps.join().unwrap()
+        });
+        drop(at); // An open file would keep the mount.
+        m.wait_complete();
+        m.finish();
+        let wrong = |(n, was): &(usize, &usize)| {
+            fs::read(w.dst.join(format!("f{n}"))).unwrap() != format!("I am {was}").as_bytes()
+        };
+        let wrong: Vec<_> = names.iter().enumerate().filter(wrong).collect();
+        assert_eq!(wrong, [], "round {round}: at this name should be that file");
+        w.empty_dst();
+    }
+}
