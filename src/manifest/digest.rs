@@ -5,9 +5,9 @@
 //! values are put together at the end: the result is what b3sum(1) says of the whole file.
 
 use std::fmt;
-use std::sync::{Mutex, PoisonError};
 
 use blake3::hazmat::{self, ChainingValue, HasherExt, Mode};
+use parking_lot::Mutex;
 
 use crate::sys::stat::Stat;
 
@@ -131,11 +131,11 @@ impl Tree {
     /// A block is whole.
     fn block(&self, feed: &mut Feed) {
         if self.size <= BLOCK {
-            *lock(&self.only) = Some(Digest(*feed.hasher.finalize().as_bytes()));
+            *self.only.lock() = Some(Digest(*feed.hasher.finalize().as_bytes()));
             return;
         }
         let at = usize::try_from((feed.at - 1) / BLOCK).unwrap_or(usize::MAX);
-        if let Some(slot) = lock(&self.blocks).get_mut(at) {
+        if let Some(slot) = self.blocks.lock().get_mut(at) {
             *slot = Some(feed.hasher.finalize_non_root());
         }
         if feed.at < self.size {
@@ -148,9 +148,9 @@ impl Tree {
     /// Of the whole file; `None`: not all of it was there.
     pub fn digest(&self) -> Option<Digest> {
         if self.size <= BLOCK {
-            return *lock(&self.only);
+            return *self.only.lock();
         }
-        let blocks: Option<Vec<ChainingValue>> = lock(&self.blocks).iter().copied().collect();
+        let blocks: Option<Vec<ChainingValue>> = self.blocks.lock().iter().copied().collect();
         let blocks = blocks?;
         let (left, right) = halves(&blocks, self.size);
         let (left, right) = (subtree(left.0, left.1), subtree(right.0, right.1));
@@ -181,8 +181,4 @@ fn subtree(blocks: &[ChainingValue], size: u64) -> ChainingValue {
             hazmat::merge_subtrees_non_root(&left, &right, Mode::Hash)
         }
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

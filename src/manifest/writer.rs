@@ -1,12 +1,13 @@
 //! Writer: a manifest that a run writes, and what an earlier one has left in it.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::io::{self, Seek, SeekFrom, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
 
 use super::index::{self, Scan, io_trouble};
 use super::{Entry, HEADER, Index, SIGNATURE, Trouble};
@@ -112,7 +113,7 @@ impl Writer {
     pub fn add(&self, entry: &Entry) {
         let mut line = Vec::with_capacity(256);
         entry.write(&mut line);
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         state.hasher.update(&line);
         state.entries += 1;
         state.pending.extend_from_slice(&line);
@@ -124,7 +125,7 @@ impl Writer {
     /// The end of the run, when all that the lines speak of is durable. `whole`: they speak of all of the
     /// tree; then nothing of earlier runs stays. Else the manifest holds both, and has no end.
     pub fn end(&self, whole: bool) -> Result<(), Trouble> {
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         state.flush();
         let fail = |call, e: io::Error| io_trouble(&self.path, call, &e);
         if let Some(e) = state.failed.take() {
@@ -162,7 +163,7 @@ impl Writer {
             new.write_all(SIGNATURE)?;
             new.write_all(HEADER)?;
             old.seek(SeekFrom::Start(self.from))?;
-            io::copy(&mut old.take(u64::MAX), &mut new)?;
+            io::copy(old, &mut new)?;
             new.write_all(last.as_bytes())?;
             new.sync_all()?;
             std::fs::rename(&name, &self.path)
@@ -178,10 +179,6 @@ impl Writer {
     fn sync_dir(&self) -> io::Result<()> {
         let parent = self.path.parent().filter(|p| !p.as_os_str().is_empty());
         File::open(parent.unwrap_or(Path::new(".")))?.sync_all()
-    }
-
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -15,8 +15,8 @@
 use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
-use std::sync::{Mutex, PoisonError};
 
+use parking_lot::Mutex;
 use rustix::fs::FileType;
 
 use super::Work;
@@ -66,13 +66,13 @@ impl Proof {
     fn add(&self, entry: Entry, src: &Stat) {
         self.writer.add(&entry);
         if src.nlink > 1 && !src.is_dir() {
-            let mut groups = self.groups.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut groups = self.groups.lock();
             groups.insert(src.key, (entry, src.nlink - 1));
         }
     }
 
     fn link(&self, path: RelPath, kind: FileType, group: FileKey) {
-        let mut groups = self.groups.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut groups = self.groups.lock();
         let mut entry = Entry::bare(path, kind);
         if let Some((first, left)) = groups.get_mut(&group) {
             let path = entry.path;

@@ -11,12 +11,13 @@ use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::time::Instant;
 
 use rustix::fs::{FileType, OFlags};
 use rustix::io::Errno;
 
 use super::content::{CHUNK, SHARE};
-use super::{BATCH, Difference, Kind, Told, VerifyOptions};
+use super::{BATCH, Difference, Kind, Told, VerifyOptions, VerifyReport};
 use crate::crew::Crew;
 use crate::error::Side;
 use crate::manifest::{BLOCK, Digest, Feed, Tree};
@@ -65,9 +66,9 @@ pub(super) struct One {
     pub(super) root: OwnedFd,
     /// Whose errors they are.
     pub(super) side: Side,
-    pub(super) entries: Counter,
-    pub(super) files: Counter,
-    pub(super) bytes: Counter,
+    entries: Counter,
+    files: Counter,
+    bytes: Counter,
 }
 
 impl One {
@@ -78,6 +79,24 @@ impl One {
             entries: Counter::default(),
             files: Counter::default(),
             bytes: Counter::default(),
+        }
+    }
+
+    /// What came of it.
+    pub(super) fn report(
+        &self,
+        begin: Instant,
+        (differences, unreadable): (u64, u64),
+        stopped: bool,
+    ) -> VerifyReport {
+        VerifyReport {
+            entries: self.entries.get(),
+            files: self.files.get(),
+            bytes: self.bytes.get(),
+            differences,
+            unreadable,
+            stopped,
+            elapsed: begin.elapsed(),
         }
     }
 

@@ -58,15 +58,7 @@ pub fn verify_manifest(
     if !stopped {
         proof.missing(&one, &mut told);
     }
-    Ok(VerifyReport {
-        entries: one.entries.get(),
-        files: one.files.get(),
-        bytes: one.bytes.get(),
-        differences,
-        unreadable,
-        stopped,
-        elapsed: begin.elapsed(),
-    })
+    Ok(one.report(begin, (differences, unreadable), stopped))
 }
 
 /// The comparison.

@@ -9,9 +9,9 @@ use std::ffi::CStr;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::sync::atomic::Ordering::Relaxed;
-use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
+use parking_lot::Mutex;
 use rustix::fs::FileType;
 
 use super::one::{File, Next, One, Teller, Visit, is_marked};
@@ -56,15 +56,8 @@ pub fn take_manifest(
         }
         on(told);
     });
-    Ok(VerifyReport {
-        entries: one.entries.get(),
-        files: one.files.get(),
-        bytes: one.bytes.get(),
-        differences,
-        unreadable,
-        stopped: options.stop.load(Relaxed),
-        elapsed: begin.elapsed(),
-    })
+    let stopped = options.stop.load(Relaxed);
+    Ok(one.report(begin, (differences, unreadable), stopped))
 }
 
 struct Take<'a> {
@@ -159,7 +152,7 @@ impl Take<'_> {
         if stat.nlink < 2 {
             return None;
         }
-        let mut groups = self.groups.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut groups = self.groups.lock();
         let (digest, left) = groups.get_mut(&stat.key)?;
         let digest = *digest;
         *left -= 1;
@@ -171,7 +164,7 @@ impl Take<'_> {
 
     fn note_group(&self, stat: &Stat, digest: Digest) {
         if stat.nlink > 1 {
-            let mut groups = self.groups.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut groups = self.groups.lock();
             // Two names may be read at once: then the later one counts too.
             let left = stat.nlink - 1;
             groups.entry(stat.key).or_insert((digest, left));

@@ -388,27 +388,23 @@ fn what_is_equal_is_read_from_src_once_and_never_again() {
     t.verify(&[]).expect_code(0);
 }
 
+fn line_of_young(t: &Trees) -> String {
+    let text = t.text();
+    let line = text.lines().find(|l| l.starts_with("./young"));
+    line.unwrap().to_owned()
+}
+
 #[test]
 fn a_digest_of_a_file_that_changed_a_moment_ago_is_not_used_again() {
     let t = Trees::new();
     fs::write(t.src.join("young"), b"young").unwrap();
     // Times of the future: whatever they say, the clock has not passed them.
     t.sync(&[]).expect_code(0);
-    let line = t
-        .text()
-        .lines()
-        .find(|l| l.starts_with("./young"))
-        .unwrap()
-        .to_owned();
+    let line = line_of_young(&t);
     assert!(!line.contains(" ctime="), "{line}");
     let_settle();
     t.sync(&[]).expect_code(0);
-    let line = t
-        .text()
-        .lines()
-        .find(|l| l.starts_with("./young"))
-        .unwrap()
-        .to_owned();
+    let line = line_of_young(&t);
     assert!(line.contains(" ctime="), "{line}");
 }
 

@@ -164,6 +164,16 @@ impl Home {
         said
     }
 
+    /// As root who may not mount: what is said then.
+    fn refused_without_the_capability(&self) -> String {
+        let mut command = Command::new("setpriv");
+        command
+            .args(["--bounding-set=-sys_admin", "--inh-caps=-sys_admin"])
+            .arg(&self.program)
+            .env("MIRRORFS_RUN_DIR", self.scratch.dir("root's run"));
+        self.refused(&mut command, &[]).expect_code(3).err
+    }
+
     fn expect_finished_copy(&self) {
         assert!(fuse_mount_at(&self.at).is_none(), "still mounted");
         assert!(!self.dst.join(CONTROL).exists(), "the control directory");
@@ -937,12 +947,7 @@ pub(crate) fn a_migration_goes_on_as_root_or_as_the_user_who_began_it() {
             == 0
     });
     // The control directory is root's: to see what it is about he needs his rights.
-    let mut command = Command::new("setpriv");
-    command
-        .args(["--bounding-set=-sys_admin", "--inh-caps=-sys_admin"])
-        .arg(&home.program)
-        .env("MIRRORFS_RUN_DIR", home.scratch.dir("root's run"));
-    let said = home.refused(&mut command, &[]).expect_code(3).err;
+    let said = home.refused_without_the_capability();
     assert!(said.contains("begun as root"), "{said}");
 }
 
@@ -952,12 +957,7 @@ pub(crate) fn root_without_the_capability_to_mount_asks_the_helper_and_passes_on
         return;
     }
     let home = Home::new();
-    let mut command = Command::new("setpriv");
-    command
-        .args(["--bounding-set=-sys_admin", "--inh-caps=-sys_admin"])
-        .arg(&home.program)
-        .env("MIRRORFS_RUN_DIR", home.scratch.dir("root's run"));
-    let said = home.refused(&mut command, &[]).expect_code(3).err;
+    let said = home.refused_without_the_capability();
     assert!(said.contains("fusermount3: mount failed"), "{said}");
 }
 
