@@ -15,12 +15,16 @@
 mod digest;
 mod index;
 mod line;
+mod reading;
 mod writer;
+mod xattrs;
 
 pub use digest::{BLOCK, Digest, Feed, Tree, is_hashed};
 pub use index::{Index, Trouble};
 pub use line::{Entry, is_settled};
+pub use reading::Part;
 pub use writer::Writer;
+pub use xattrs::{Became, Scope, Xattrs};
 
 /// The first line: the format, for who reads any mtree(5).
 const SIGNATURE: &[u8] = b"#mtree v2.0\n";

@@ -36,7 +36,7 @@ use crate::sys::{dir, host};
 use content::Slice;
 use groups::Groups;
 
-pub use proof::verify_manifest;
+pub use proof::{ProofReport, verify_manifest};
 pub use take::take_manifest;
 
 /// Entries of one directory that a thread takes at once.

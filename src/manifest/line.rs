@@ -5,11 +5,13 @@
 //! Bytes that are not printable ASCII, the backslash, and what a shell or mtree(8) takes for a pattern
 //! or a comment, are a backslash and three octal digits.
 
+use std::ffi::CString;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::fs::FileType;
 
-use super::Digest;
+use super::xattrs::Words;
+use super::{Digest, Scope, Xattrs};
 use crate::sys::name::RelPath;
 use crate::sys::stat::{FileKey, Stat, Time};
 
@@ -40,6 +42,8 @@ pub struct Entry {
     pub group: Option<(u32, FileKey)>,
     /// Of a file's bytes.
     pub digest: Option<Digest>,
+    /// Extended attributes and ACLs.
+    pub xattrs: Option<Xattrs>,
 }
 
 impl Entry {
@@ -58,6 +62,7 @@ impl Entry {
             device: None,
             group: None,
             digest: None,
+            xattrs: None,
         }
     }
 
@@ -78,10 +83,16 @@ impl Entry {
         }
     }
 
-    /// As `of`, of what a copy of it is; `root`: one by root, which keeps owners.
-    pub fn copied(path: RelPath, stat: &Stat, root: bool) -> Entry {
+    /// As `of`, of what a copy of it by us is. `xattrs`: all that were read; `None`: they could not be.
+    pub fn copied(
+        path: RelPath,
+        stat: &Stat,
+        xattrs: Option<&[(CString, Vec<u8>)]>,
+        scope: Scope,
+    ) -> Entry {
         let mut entry = Entry::of(path, stat);
-        if !root {
+        entry.xattrs = xattrs.map(|read| Xattrs::of(read, scope));
+        if !scope.owners {
             // What may belong to another one there, and the bits that would lend it.
             (entry.uid, entry.gid) = (None, None);
             entry.mode = entry.mode.filter(|mode| mode & 0o6000 == 0);
@@ -119,6 +130,9 @@ impl Entry {
             to.extend_from_slice(b" link=");
             escape_bytes(link, to);
         }
+        if let Some(xattrs) = &self.xattrs {
+            xattrs.write(to);
+        }
         to.push(b'\n');
     }
 
@@ -132,6 +146,7 @@ impl Entry {
         };
         let mut entry = Entry::bare(path(first)?, FileType::Unknown);
         let (mut nlink, mut ino, mut dev) = (None, None, None);
+        let mut xattrs = Words::default();
         for word in words {
             let at = word.iter().position(|b| *b == b'=');
             let (key, value) = word.split_at(at.unwrap_or(word.len()));
@@ -151,7 +166,8 @@ impl Entry {
                 b"resdevice" => dev = Some(device(value).ok_or_else(bad)?),
                 b"link" => entry.link = Some(unescape(value).ok_or_else(bad)?),
                 b"blake3digest" => entry.digest = Some(Digest::from_hex(value).ok_or_else(bad)?),
-                _ => {} // Other tools' words say nothing to us.
+                // Other tools' words say nothing to us.
+                _ => xattrs.add(key, value).unwrap_or(Some(())).ok_or_else(bad)?,
             }
         }
         if entry.kind == FileType::Unknown {
@@ -160,6 +176,7 @@ impl Entry {
         if let (Some(nlink), Some(ino), Some(dev)) = (nlink, ino, dev) {
             entry.group = Some((nlink, FileKey { dev, ino }));
         }
+        entry.xattrs = xattrs.end();
         Ok(Some(entry))
     }
 }
@@ -244,7 +261,7 @@ fn escape(path: &RelPath, to: &mut Vec<u8>) {
     }
 }
 
-fn escape_bytes(bytes: &[u8], to: &mut Vec<u8>) {
+pub(super) fn escape_bytes(bytes: &[u8], to: &mut Vec<u8>) {
     for b in bytes {
         match b {
             b'\\' | b'#' | b'*' | b'?' | b'[' => {}
@@ -258,7 +275,7 @@ fn escape_bytes(bytes: &[u8], to: &mut Vec<u8>) {
     }
 }
 
-fn unescape(word: &[u8]) -> Option<Vec<u8>> {
+pub(super) fn unescape(word: &[u8]) -> Option<Vec<u8>> {
     let mut out = Vec::with_capacity(word.len());
     let mut rest = word;
     while let Some((b, after)) = rest.split_first() {

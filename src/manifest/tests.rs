@@ -1,5 +1,7 @@
 //! Manifests: lines read back as they were written, digests of parts, files that are torn or changed.
 
+use std::ffi::CString;
+
 use proptest::prelude::*;
 use rustix::fs::FileType;
 
@@ -19,6 +21,30 @@ fn path() -> impl Strategy<Value = RelPath> {
 
 fn time() -> impl Strategy<Value = Time> {
     (any::<i64>(), 0..1_000_000_000u32).prop_map(|(sec, nsec)| Time { sec, nsec })
+}
+
+fn scope(all: bool) -> Scope {
+    Scope {
+        owners: all,
+        all_xattrs: all,
+    }
+}
+
+/// Names of all classes, with every byte; values that are short, and some that are not.
+fn xattrs() -> impl Strategy<Value = Vec<(CString, Vec<u8>)>> {
+    let classes = ["user.", "trusted.", "security.", "system.posix_acl_access"];
+    let name = (
+        prop::sample::select(classes.to_vec()),
+        proptest::collection::vec(1u8.., 0..6),
+    );
+    let name = name.prop_map(|(class, rest)| [class.as_bytes(), &rest].concat());
+    let name = name.prop_map(|name| CString::new(name).expect("no NUL"));
+    let value = (
+        proptest::collection::vec(any::<u8>(), 0..40),
+        prop::sample::select(vec![1, 1, 1, 100]),
+    );
+    let value = value.prop_map(|(bytes, times)| bytes.repeat(times));
+    proptest::collection::vec((name, value), 0..5)
 }
 
 fn entry() -> impl Strategy<Value = Entry> {
@@ -43,9 +69,10 @@ fn entry() -> impl Strategy<Value = Entry> {
         proptest::option::of(proptest::collection::vec(1u8.., 0..40)),
         proptest::option::of(group),
         any::<Option<Vec<u8>>>(),
+        proptest::option::of((any::<bool>(), xattrs())),
     )
         .prop_map(
-            |((path, kind, mode), ids, times, link, group, bytes)| Entry {
+            |((path, kind, mode), ids, times, link, group, bytes, xattrs)| Entry {
                 mode,
                 uid: ids.0,
                 gid: ids.1,
@@ -56,6 +83,7 @@ fn entry() -> impl Strategy<Value = Entry> {
                 link,
                 group,
                 digest: bytes.map(|b| Digest::of(&b)),
+                xattrs: xattrs.map(|(all, read)| Xattrs::of(&read, scope(all))),
                 ..Entry::bare(path, kind)
             },
         )
@@ -220,6 +248,14 @@ fn what_is_wrong_with_a_manifest_is_told_with_its_line() {
         with("./a\\9 type=file"),
         "line 4: no such path: \"./a\\x5c9\""
     );
+    assert_eq!(
+        with("./a type=file xattrs=some"),
+        "line 4: \"xattrs\": no such value: \"some\""
+    );
+    assert_eq!(
+        with("./a type=file xattrs=all xattr.user.a=b"),
+        "line 4: \"xattr.user.a\": no such value: \"b\""
+    );
     assert_eq!(with(""), "");
     assert_eq!(with("./a type=file optional sha256digest=0"), "");
     // Torn: a run was killed.
@@ -271,4 +307,97 @@ fn two_runs_do_not_write_one_manifest() {
         .expect_err("refused")
         .to_string();
     assert!(told.ends_with("another run is writing it"), "{told}");
+}
+
+fn attr(name: &str, value: &[u8]) -> (CString, Vec<u8>) {
+    (CString::new(name).expect("no NUL"), value.to_vec())
+}
+
+#[test]
+fn xattrs_are_words_that_other_tools_know_and_say_what_became_of_each() {
+    let read = [
+        attr("user.note", b"hello"),
+        attr("user.a=b c", b""),
+        attr("user.long", &[7; 5000]),
+        attr("system.posix_acl_access", b"acl"),
+        attr("trusted.t", b"t"),
+        attr("btrfs.compression", b"zstd"),
+    ];
+    let mut entry = of("a", 1);
+    entry.xattrs = Some(Xattrs::of(&read, scope(true)));
+    let mut line = Vec::new();
+    entry.write(&mut line);
+    let long = blake3::hash(&[7; 5000]).to_hex();
+    let want = format!(
+        "./a type=file size=1 xattrs=all xattr.system.posix_acl_access=YWNs xattr.trusted.t=dA== \
+         xattr.user.a\\075b\\040c= xattrblake3.user.long={long} xattr.user.note=aGVsbG8=\n"
+    );
+    assert_eq!(String::from_utf8(line).expect("text"), want);
+
+    let xattrs = entry.xattrs.expect("xattrs");
+    let became = |now: &[(CString, Vec<u8>)], all| {
+        let all = xattrs.compare(now, scope(all)).into_iter();
+        all.map(|(name, became)| (String::from_utf8(name).expect("text"), became))
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(became(&read, true), []);
+    let now = [
+        attr("user.a=b c", b"x"),
+        attr("user.long", &[7; 5001]),
+        attr("system.posix_acl_access", b"acl"),
+        attr("security.new", b""),
+    ];
+    let all = [
+        ("trusted.t", Became::Gone),
+        ("user.a=b c", Became::Other),
+        ("user.long", Became::Other),
+        ("user.note", Became::Gone),
+        ("security.new", Became::New),
+    ];
+    assert_eq!(became(&now, true), all.map(|(n, b)| (n.to_owned(), b)));
+    // A user sees no others.
+    let users = [all[1], all[2], all[3]];
+    assert_eq!(became(&now, false), users.map(|(n, b)| (n.to_owned(), b)));
+    assert!(xattrs.has_root_s());
+    // Whoever could not see them has not said that they are not there.
+    let xattrs = Xattrs::of(&read, scope(false));
+    assert!(!xattrs.has_root_s());
+    assert_eq!(xattrs.compare(&read, scope(true)), []);
+}
+
+#[test]
+fn a_line_with_the_longest_list_of_xattrs_is_a_line() {
+    // listxattr(2) gives 64 KiB at most: names of two bytes and more, each byte four of the line.
+    let names = (0u32..8192).map(|n| {
+        [
+            b"user.".as_slice(),
+            &[128 + (n >> 6) as u8, 128 + (n & 63) as u8],
+        ]
+        .concat()
+    });
+    let read: Vec<_> = names
+        .map(|name| (CString::new(name).expect("no NUL"), vec![1; 2000]))
+        .collect();
+    let mut entry = of("a", 1);
+    entry.xattrs = Some(Xattrs::of(&read, scope(true)));
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("manifest");
+    let (writer, _, _) = Writer::begin(&path).expect("begin");
+    writer.add(&entry);
+    writer.end(true).expect("end");
+    let index = Index::open(&path).expect("open");
+    assert_eq!(index.get(&entry.path).expect("get"), Some(entry));
+}
+
+#[test]
+fn a_child_that_has_the_file_open_still_does_not_keep_the_next_run_out() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("manifest");
+    let (writer, _, _) = Writer::begin(&path).expect("begin");
+    // What fork(2) gives a child until it has become another program.
+    let same = writer.same_open_file();
+    writer.end(true).expect("end");
+    drop(writer);
+    let (writer, _, _) = Writer::begin(&path).expect("begin again");
+    drop((same, writer));
 }

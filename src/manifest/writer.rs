@@ -18,7 +18,8 @@ use crate::sys::host;
 const PENDING_MAX: usize = 64 << 10;
 const PENDING_LONGEST: Duration = Duration::from_secs(1);
 
-/// How long the lock of another run is waited for.
+/// How long the lock of another run is waited for: a child that was just made by one that is over holds it
+/// until it has become another program.
 const LOCK_WAIT: Duration = Duration::from_secs(1);
 
 /// A manifest that grows.
@@ -176,13 +177,18 @@ impl Writer {
         self.sync_dir()
     }
 
+    #[cfg(test)]
+    pub(super) fn same_open_file(&self) -> File {
+        self.state.lock().file.try_clone().expect("dup")
+    }
+
     fn sync_dir(&self) -> io::Result<()> {
         let parent = self.path.parent().filter(|p| !p.as_os_str().is_empty());
         File::open(parent.unwrap_or(Path::new(".")))?.sync_all()
     }
 }
 
-/// Locks the file. A child of who held it may hold it a moment longer.
+/// Locks the file.
 fn lock(file: &File) -> Result<(), Errno> {
     let since = Instant::now();
     loop {
@@ -192,6 +198,13 @@ fn lock(file: &File) -> Result<(), Errno> {
             }
             other => return other,
         }
+    }
+}
+
+impl Drop for Writer {
+    /// By closing the file the lock would stay for as long as a child that was made meanwhile has it open.
+    fn drop(&mut self) {
+        let _ = host::unlock(self.state.get_mut().file.as_fd()); // Closing it does it, too.
     }
 }
 

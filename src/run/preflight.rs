@@ -129,7 +129,7 @@ impl Dead {
 /// Everything that `mount` can know beforehand. Changes nothing.
 pub(super) fn mount(mut config: MountConfig) -> Result<Ground, Failure> {
     config.helper = !caps::have_sys_admin();
-    config.rootless = config.helper || !in_initial_user_namespace();
+    config.rootless = config.helper || !local::in_initial_user_namespace();
     if let Some(helper) = host_can_mount(&config)? {
         return mount_by(&helper, config);
     }
@@ -428,14 +428,6 @@ fn ours_to_mount_on(dst: &Root, point: &Root) -> Result<(), Failure> {
         );
     }
     local::may_write(point.fd.as_fd()).map_err(|e| unusable(point.role, &point.path, "access", e))
-}
-
-/// False for the root of a container or of `unshare --user`: `trusted.*` xattrs are not for us.
-fn in_initial_user_namespace() -> bool {
-    match std::fs::read_to_string("/proc/self/uid_map") {
-        Ok(map) => map.split_whitespace().eq(["0", "0", "4294967295"]),
-        Err(_) => true,
-    }
 }
 
 fn unusable(role: &str, path: &Path, call: &str, errno: Errno) -> Failure {

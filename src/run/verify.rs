@@ -16,8 +16,8 @@ use crate::error::Printable;
 use crate::manifest::{Index, Trouble, Writer};
 use crate::sys::host;
 use crate::verify::{
-    Difference, Kind, Told, VerifyOptions, VerifyReport, take_manifest, verify, verify_each,
-    verify_manifest,
+    Difference, Kind, ProofReport, Told, VerifyOptions, VerifyReport, take_manifest, verify,
+    verify_each, verify_manifest,
 };
 
 /// `mirrorfs verify`.
@@ -103,12 +103,17 @@ fn told(
     proof: Option<&Index>,
     options: &VerifyOptions,
     on: &mut dyn FnMut(Told),
-) -> Result<VerifyReport, Failure> {
+) -> Result<ProofReport, Failure> {
     match (proof, &args.second) {
         (Some(manifest), _) => Ok(verify_manifest(manifest, &args.first, options, on)?),
         (None, Some(dst)) => {
             preflight::verify(&args.first, dst)?;
-            Ok(verify_each(&args.first, dst, options, on)?)
+            let tree = verify_each(&args.first, dst, options, on)?;
+            Ok(ProofReport {
+                tree,
+                without_xattrs: 0,
+                xattrs_unseen: 0,
+            })
         }
         (None, None) => Err(Failure::new(exit::USAGE, "DST is missing")),
     }
@@ -148,7 +153,8 @@ impl Said {
     }
 
     /// The sum, and the exit code.
-    fn end(self, mut report: VerifyReport, proof: Option<&Index>) -> Outcome {
+    fn end(self, compared: ProofReport, proof: Option<&Index>) -> Outcome {
+        let mut report = compared.tree;
         let say = match self.quiet {
             true => out::complain,
             false => out::say,
@@ -160,6 +166,18 @@ impl Said {
                     let line = "the run that wrote the manifest did not end, or some entries failed: \
                                 it does not hold all of the tree; the same sync completes it";
                     out::complain(line);
+                }
+                if compared.without_xattrs > 0 {
+                    out::complain(&format!(
+                        "the manifest tells no xattrs and ACLs of {} entries: these were not compared",
+                        count(compared.without_xattrs)
+                    ));
+                }
+                if compared.xattrs_unseen > 0 {
+                    out::complain(&format!(
+                        "xattrs of {} entries were not compared: security.* and trusted.* are for root",
+                        count(compared.xattrs_unseen)
+                    ));
                 }
                 say(&self.proof_summary(&report));
             }

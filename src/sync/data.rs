@@ -3,10 +3,11 @@
 
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::AcqRel, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
 use rustix::io::Errno;
 
 use super::dir::{At, Dir};
@@ -14,7 +15,7 @@ use super::flow::{BULK, Flow};
 use super::{Item, Work};
 use crate::config::Reflink;
 use crate::error::{Context, Error, Result, Side};
-use crate::manifest::{self, Digest, Feed, Tree};
+use crate::manifest::{self, Digest, Feed, Part, Tree};
 use crate::meta::{Born, Meta};
 use crate::sys::cache::Aligned;
 use crate::sys::dir::Entry;
@@ -275,7 +276,7 @@ impl Work<'_, '_> {
             mut feed,
         } = slice;
         while range.start < range.end {
-            if lock(&t.failed).is_some() {
+            if t.failed.lock().is_some() {
                 break;
             }
             if self.crew.crowded() {
@@ -304,7 +305,7 @@ impl Work<'_, '_> {
             match self.chunk(buffers, &t, &range, &mut feed) {
                 Ok(next) => range.start = next,
                 Err(e) => {
-                    lock(&t.failed).get_or_insert(e);
+                    t.failed.lock().get_or_insert(e);
                     break;
                 }
             }
@@ -335,23 +336,19 @@ impl Work<'_, '_> {
         if self.stopping() {
             return Err(Error::Stopped);
         }
-        let mut data = range.clone();
-        if t.sparse {
-            let next = copy::next_data(t.src.as_fd(), range.start, range.end);
-            match next.on("lseek", Side::Src, path())? {
-                Some(extent) => data = extent,
-                None => {
-                    if let (Some(tree), Some(feed)) = (&t.tree, feed) {
-                        tree.zeros(feed, range.end);
-                    }
-                    return Ok(range.end);
-                }
-            }
-        }
+        let mut part = Part {
+            file: t.src.as_fd(),
+            sparse: t.sparse,
+            hash: t.tree.as_ref().zip(feed.as_mut()),
+        };
+        let next = part.data(range).on("lseek", Side::Src, path())?;
+        let Some(mut data) = next else {
+            return Ok(range.end);
+        };
         while data.start < data.end {
-            let n = match (&t.tree, feed.as_mut()) {
-                (Some(tree), Some(feed)) => self.hashed(buffers, t, &data, tree, feed)?,
-                _ => self.piece(buffers, t, &data)?,
+            let n = match part.hash {
+                Some(_) => self.hashed(buffers, t, &data, &mut part)?,
+                None => self.piece(buffers, t, &data)?,
             };
             if n == 0 {
                 let now = stat_fd(t.src.as_fd()).on("statx", Side::Src, path())?;
@@ -420,33 +417,31 @@ impl Work<'_, '_> {
         buffers: &mut Buffers,
         t: &Transfer,
         data: &Range<u64>,
-        tree: &Tree,
-        feed: &mut Feed,
+        part: &mut Part<'_>,
     ) -> Result<u64> {
         let memory = buffers.bulk.get_or_insert_with(|| Aligned::new(BULK));
-        let left = usize::try_from(data.end - data.start).unwrap_or(usize::MAX);
-        let read = match t.flow.passing {
-            true => t.flow.read(t, memory, data),
-            false => {
-                let buf = &mut memory.bytes()[..left.min(BULK)];
-                fd::pread_all(t.src.as_fd(), buf, data.start)
+        if !t.flow.passing {
+            let n = part.read(data, memory.bytes());
+            let n = n.on("read", Side::Src, t.at())?;
+            if !t.cloned {
+                let written = fd::pwrite_all(t.dst.as_fd(), &memory.bytes()[..n], data.start);
+                written.on("write", Side::Dst, t.at())?;
             }
-        };
-        let n = read.on("read", Side::Src, t.at())?;
-        if !t.cloned && t.flow.passing {
+            return Ok(n as u64);
+        }
+        let n = t.flow.read(t, memory, data);
+        let n = n.on("read", Side::Src, t.at())?;
+        if !t.cloned {
             let written = t.flow.write(t, memory, data.start, n);
             written.on("write", Side::Dst, t.at())?;
-        } else if !t.cloned {
-            let written = fd::pwrite_all(t.dst.as_fd(), &memory.bytes()[..n], data.start);
-            written.on("write", Side::Dst, t.at())?;
         }
-        tree.bytes(feed, data.start, &memory.bytes()[..n]);
+        part.bytes(data.start, &memory.bytes()[..n]);
         Ok(n as u64)
     }
 
     /// All parts are done.
     fn complete(&self, buffers: &mut Buffers, t: &Transfer) {
-        let outcome = match lock(&t.failed).take() {
+        let outcome = match t.failed.lock().take() {
             Some(e) => {
                 self.abandon(t);
                 Err(e)
@@ -467,8 +462,4 @@ impl Work<'_, '_> {
         let step = outcome.map(super::link::Step::Done);
         self.stepped(buffers, &t.dir, &t.name, step);
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -528,7 +528,7 @@ impl Work<'_, '_> {
                 self.refused(path, refused);
             }
         }
-        self.prove(path, &dir.meta.stat, None);
+        self.prove(path, &dir.meta, None);
         match dir.meta.flags & LATE_FLAGS {
             0 => Ok(()),
             late => stamp::add_flags(fd, late).on("FS_IOC_SETFLAGS", Side::Dst, path),

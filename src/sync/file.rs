@@ -1,10 +1,11 @@
 //! File: one regular file: new, replaced by a complete new one, or amended in its metadata.
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
-use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
+use parking_lot::Mutex;
 use rustix::fs::{AtFlags, FileType, Mode, OFlags};
 use rustix::io::Errno;
 
@@ -186,7 +187,7 @@ impl Work<'_, '_> {
         let mut changes = stamp::changes(&meta, &was, flags && self.job.src_flags, root);
         changes.atime = config.atimes && now.atime != meta.stat.atime;
         if !changes.any() || now.nlink < 2 {
-            self.prove_equal(buffers, &path, &src, &meta.stat, read, settled)?;
+            self.prove_equal(buffers, &path, (&src, &meta), read, settled)?;
         }
         if !changes.any() {
             return Ok(self.left_alone(now.key));

@@ -22,10 +22,10 @@ use rustix::fs::FileType;
 use super::Work;
 use super::data::{Buffers, Transfer};
 use crate::error::{Context, Error, Result, Side};
-use crate::manifest::{Digest, Entry, Index, Tree, Trouble, Writer, is_hashed};
+use crate::manifest::{Digest, Entry, Index, Part, Scope, Tree, Trouble, Writer, is_hashed};
+use crate::meta::Meta;
 use crate::sys::name::RelPath;
 use crate::sys::stat::{FileKey, Stat, fd_changed_since};
-use crate::sys::{copy, fd, local};
 
 /// The manifest of a run.
 pub(super) struct Proof {
@@ -34,8 +34,8 @@ pub(super) struct Proof {
     before: Index,
     /// Inodes with several names, one of them done: what is said of the next ones, and how many are left.
     groups: Mutex<HashMap<FileKey, (Entry, u32)>>,
-    /// Owners are kept.
-    root: bool,
+    /// What our copies can have.
+    scope: Scope,
 }
 
 impl Proof {
@@ -49,7 +49,7 @@ impl Proof {
             writer,
             before,
             groups: Mutex::default(),
-            root: local::uid() == 0,
+            scope: Scope::ours(),
         })
     }
 
@@ -58,8 +58,8 @@ impl Proof {
         self.writer.end(whole)
     }
 
-    fn entry(&self, path: RelPath, stat: &Stat) -> Entry {
-        Entry::copied(path, stat, self.root)
+    fn entry(&self, path: RelPath, meta: &Meta) -> Entry {
+        Entry::copied(path, &meta.stat, Some(&meta.xattrs), self.scope)
     }
 
     /// A name is done; others of its inode may follow.
@@ -92,11 +92,11 @@ impl Proof {
 
 impl Work<'_, '_> {
     /// A directory, symlink, fifo, socket or device is as src has it.
-    pub(super) fn prove(&self, path: &RelPath, src: &Stat, target: Option<&std::ffi::CStr>) {
+    pub(super) fn prove(&self, path: &RelPath, src: &Meta, target: Option<&std::ffi::CStr>) {
         if let Some(proof) = &self.job.proof {
             let mut entry = proof.entry(path.clone(), src);
             entry.link = target.map(|t| t.to_bytes().to_vec());
-            proof.add(entry, src);
+            proof.add(entry, &src.stat);
         }
     }
 
@@ -112,7 +112,7 @@ impl Work<'_, '_> {
             false => Entry {
                 digest: t.digest.or_else(|| t.tree.as_ref()?.digest()),
                 ctime: t.settled.then_some(src.ctime),
-                ..proof.entry(path, src)
+                ..proof.entry(path, &t.meta)
             },
         };
         proof.add(entry, src);
@@ -137,14 +137,14 @@ impl Work<'_, '_> {
         &self,
         buffers: &mut Buffers,
         path: &RelPath,
-        src: &OwnedFd,
-        stat: &Stat,
+        (src, meta): (&OwnedFd, &Meta),
         read: Option<Digest>,
         settled: bool,
     ) -> Result<()> {
         let Some(proof) = &self.job.proof else {
             return Ok(());
         };
+        let stat = &meta.stat;
         let digest = match read.or_else(|| proof.before.known(path, stat)) {
             Some(digest) => Some(digest),
             None => self.digest_of(buffers, src.as_fd(), stat, path)?,
@@ -157,7 +157,7 @@ impl Work<'_, '_> {
         let entry = Entry {
             digest,
             ctime: settled.then_some(stat.ctime),
-            ..proof.entry(path.clone(), stat)
+            ..proof.entry(path.clone(), meta)
         };
         proof.add(entry, stat);
         Ok(())
@@ -183,36 +183,22 @@ impl Work<'_, '_> {
         let tree = Tree::new(stat.size);
         let mut feed = tree.feed(0);
         let mut offset = 0;
+        let mut part = Part {
+            file: src,
+            sparse: stat.is_sparse(),
+            hash: Some((&tree, &mut feed)),
+        };
         while offset < stat.size {
-            let mut end = stat.size;
-            if stat.is_sparse() {
-                let data = copy::next_data(src, offset, stat.size).on("lseek", Side::Src, path)?;
-                match data {
-                    Some(extent) => (offset, end) = (extent.start, extent.end),
-                    None => {
-                        tree.zeros(&mut feed, stat.size);
-                        break;
-                    }
-                }
+            if self.stopping() {
+                return Err(Error::Stopped);
             }
-            while offset < end {
-                if self.stopping() {
-                    return Err(Error::Stopped);
-                }
-                if self.crew.hungry() {
-                    self.give_rest(buffers);
-                }
-                let left = usize::try_from(end - offset).unwrap_or(usize::MAX);
-                let len = buffers.data.len().min(left);
-                let buf = &mut buffers.data[..len];
-                let n = fd::pread_all(src, buf, offset).on("read", Side::Src, path)?;
-                if n == 0 {
-                    return Ok(None);
-                }
-                tree.bytes(&mut feed, offset, &buf[..n]);
-                self.pace(n as u64);
-                offset += n as u64;
+            if self.crew.hungry() {
+                self.give_rest(buffers);
             }
+            let step = part.step(&(offset..stat.size), &mut buffers.data);
+            let (next, read) = step.or_else(|(call, e)| Err(e).on(call, Side::Src, path))?;
+            self.pace(read as u64);
+            offset = next;
         }
         Ok(tree.digest())
     }

@@ -78,7 +78,7 @@ impl Work<'_, '_> {
                 let at = Target::At(dir.pair.dst.as_fd(), name);
                 let (was, changes) = self.special_changes(at, &path, &meta, now)?;
                 if !changes.any() || now.nlink < 2 {
-                    self.prove(&path, &stat, target.as_deref());
+                    self.prove(&path, &meta, target.as_deref());
                 }
                 if !changes.any() {
                     return Ok(self.unchanged(now.key));
@@ -130,7 +130,7 @@ impl Work<'_, '_> {
         if temp.is_some() {
             self.publish(dir, new, name, now.as_ref())?;
         }
-        self.prove(&path, &stat, target.as_deref());
+        self.prove(&path, &meta, target.as_deref());
         count();
         match group {
             Some(_) => self.key_of(dir, name).map(Step::Done),

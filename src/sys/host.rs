@@ -72,6 +72,11 @@ pub fn try_lock(fd: BorrowedFd<'_>) -> Result<()> {
     rustix::fs::flock(fd, rustix::fs::FlockOperation::NonBlockingLockExclusive)
 }
 
+/// Releases a lock of `try_lock`, whoever else has the same open file.
+pub fn unlock(fd: BorrowedFd<'_>) -> Result<()> {
+    rustix::fs::flock(fd, rustix::fs::FlockOperation::Unlock)
+}
+
 /// As [`try_lock`]; where a server knows no locks nobody else can hold one either. NFS locks only what
 /// is open for writing.
 pub fn try_lock_if_any(fd: BorrowedFd<'_>) -> Result<()> {

@@ -23,6 +23,14 @@ pub fn gid() -> u32 {
     rustix::process::getegid().as_raw()
 }
 
+/// False for the root of a container or of `unshare --user`: `trusted.*` xattrs are not for us.
+pub fn in_initial_user_namespace() -> bool {
+    match std::fs::read_to_string("/proc/self/uid_map") {
+        Ok(map) => map.split_whitespace().eq(["0", "0", "4294967295"]),
+        Err(_) => true,
+    }
+}
+
 /// This process's umask. Without /proc, or before Linux 4.7, it can only be read by setting it: another
 /// thread that creates something at this very moment creates it without one.
 pub fn umask() -> u32 {

@@ -199,7 +199,7 @@ impl Work<'_, '_> {
 }
 
 /// Every xattr but the live mark.
-fn all(target: Target<'_>) -> Result<Vec<(CString, Vec<u8>)>, Errno> {
+pub(super) fn all(target: Target<'_>) -> Result<Vec<(CString, Vec<u8>)>, Errno> {
     let mut out = Vec::new();
     for name in xattr::list(target)? {
         if name.as_c_str() != MarkName::Trusted.as_cstr()

@@ -20,23 +20,32 @@ use super::content::{CHUNK, SHARE};
 use super::{BATCH, Difference, Kind, Told, VerifyOptions, VerifyReport};
 use crate::crew::Crew;
 use crate::error::Side;
-use crate::manifest::{BLOCK, Digest, Feed, Tree};
+use crate::manifest::{BLOCK, Digest, Feed, Part, Tree};
 use crate::mark::{CONTROL_DIR, MarkName};
 use crate::progress::Counter;
 use crate::sys::name::{Name, RelPath};
 use crate::sys::stat::{Stat, stat_at, stat_fd};
 use crate::sys::xattr::Target;
-use crate::sys::{copy, dir, fd, host};
+use crate::sys::{dir, fd, host};
 
 /// What is done with a tree. `T` is what the visitor wants to remember of a file that is read.
 pub(super) trait Visit<T>: Sync {
     /// A directory is open, and will be listed.
     fn opened(&self, to: &Teller<'_>, path: &RelPath, dir: BorrowedFd<'_>, stat: &Stat);
-    /// A name; `target`: where a symlink points.
-    fn entry(&self, to: &Teller<'_>, path: &RelPath, stat: &Stat, target: Option<&CStr>)
-    -> Next<T>;
+    /// A name.
+    fn entry(&self, to: &Teller<'_>, met: &Met<'_>) -> Next<T>;
     /// All of a file was read; `digest`: unless it could not be (that was told), or ended early.
     fn read(&self, to: &Teller<'_>, file: &File<T>, digest: Option<Digest>);
+}
+
+/// A name that was met.
+pub(super) struct Met<'a> {
+    pub(super) path: &'a RelPath,
+    pub(super) stat: &'a Stat,
+    /// Where a symlink points.
+    pub(super) link: Option<&'a CStr>,
+    /// Where its xattrs are.
+    pub(super) at: Target<'a>,
 }
 
 /// How to go on with a name.
@@ -279,12 +288,18 @@ impl<T: Send + Sync, V: Visit<T>> Work<'_, '_, T, V> {
             Err(e) => return self.to.unreadable(&path, "statx", e),
         };
         let is_link = stat.kind() == FileType::Symlink;
-        let target = is_link.then(|| rustix::fs::readlinkat(&dir.fd, name.as_cstr(), Vec::new()));
-        let target = match target.transpose() {
-            Ok(target) => target,
+        let link = is_link.then(|| rustix::fs::readlinkat(&dir.fd, name.as_cstr(), Vec::new()));
+        let link = match link.transpose() {
+            Ok(link) => link,
             Err(e) => return self.to.unreadable(&path, "readlinkat", e),
         };
-        match self.visit.entry(&self.to, &path, &stat, target.as_deref()) {
+        let met = Met {
+            path: &path,
+            stat: &stat,
+            link: link.as_deref(),
+            at: Target::At(dir.fd.as_fd(), name),
+        };
+        match self.visit.entry(&self.to, &met) {
             Next::Over => {}
             Next::List => self.crew.push([Item::Dir(path)]),
             Next::Read(about) => self.content(buffers, dir, name, path, stat, about),
@@ -360,33 +375,26 @@ impl<T: Send + Sync, V: Visit<T>> Work<'_, '_, T, V> {
         range: &Range<u64>,
         feed: &mut Feed,
     ) -> std::result::Result<u64, (&'static str, Errno)> {
-        let mut data = range.clone();
-        if file.stat.is_sparse() {
-            let found = copy::next_data(file.fd.as_fd(), range.start, range.end);
-            match found.map_err(|e| ("lseek", e))? {
-                Some(extent) => data = extent,
-                None => {
-                    file.tree.zeros(feed, range.end);
-                    return Ok(range.end);
-                }
-            }
-        }
-        let left = usize::try_from(data.end - data.start).unwrap_or(usize::MAX);
-        let buf = &mut buffers.data[..left.min(CHUNK)];
-        let n = fd::pread_all(file.fd.as_fd(), buf, data.start).map_err(|e| ("read", e))?;
-        self.one.bytes.add(n as u64);
-        if n == 0 {
-            return Ok(range.end); // Shorter than it was: it has no digest.
-        }
-        file.tree.bytes(feed, data.start, &buf[..n]);
-        Ok(data.start + n as u64)
+        let mut part = Part {
+            file: file.fd.as_fd(),
+            sparse: file.stat.is_sparse(),
+            hash: Some((&file.tree, feed)),
+        };
+        let (next, read) = part.step(range, &mut buffers.data)?;
+        self.one.bytes.add(read as u64);
+        Ok(next)
     }
 }
 
 /// An unfinished migration has left it.
 pub(super) fn is_marked(fd: BorrowedFd<'_>) -> bool {
+    is_marked_at(Target::Open(fd))
+}
+
+/// As `is_marked`.
+pub(super) fn is_marked_at(target: Target<'_>) -> bool {
     let marks = [MarkName::Trusted, MarkName::User];
     marks
         .iter()
-        .any(|mark| matches!(mark.get(Target::Open(fd)), Ok(Some(_))))
+        .any(|mark| matches!(mark.get(target), Ok(Some(_))))
 }

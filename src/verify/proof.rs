@@ -1,14 +1,15 @@
 //! Proof: dst against the manifest that was written when it was copied. src is not needed.
 //!
-//!   size, mtime, mode, owner, target, type differ   somebody has changed it since: `Changed`
+//!   size, mtime, mode, owner, target, type, xattrs  somebody has changed it since: `Changed`
+//!     or ACLs differ
 //!   none of these differs, the bytes do             nobody has: `Corrupt`
 //!   only one of the two has the name                `Missing`, `Extra`
 //!   the manifest has no digest of a file            `Unproven`
 //!
-//! A file whose size or time differ is not read: its bytes are the user's. Each name of dst (`one`) is
+//! A file whose size or time differ is not read: its bytes are the user's. Only an inode's ctime tells of a
+//! change of its xattrs, and that of dst is in no manifest: so what differs there is never `Corrupt`. Each name of dst (`one`) is
 //! asked of the manifest's index; what nobody asked for is missing.
 
-use std::ffi::CStr;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::sync::atomic::Ordering::Relaxed;
@@ -19,12 +20,15 @@ use rustix::io::Errno;
 
 use super::entry::type_name;
 use super::groups::{Groups, Inode};
-use super::one::{File, Next, One, Teller, Visit, difference, is_marked};
+use super::one::{File, Met, Next, One, Teller, Visit, difference, is_marked, is_marked_at};
 use super::{Kind, Told, VerifyOptions, VerifyReport};
-use crate::error::{Error, Result, Side};
-use crate::manifest::{Digest, Entry, Index};
+use crate::error::{Error, Printable, Result, Side};
+use crate::manifest::{Became, Digest, Entry, Index, Scope};
+use crate::meta::CAPABILITY;
+use crate::progress::Counter;
 use crate::sys::name::RelPath;
 use crate::sys::stat::{Stat, Time, stat_at, stat_fd};
+use crate::sys::xattr::Target;
 use crate::sys::{fd, host};
 
 /// Compares the tree below a directory with a manifest; `on` gets each difference, in no order, and
@@ -34,7 +38,7 @@ pub fn verify_manifest(
     dst: &Path,
     options: &VerifyOptions,
     on: &mut dyn FnMut(Told),
-) -> Result<VerifyReport> {
+) -> Result<ProofReport> {
     let begin = Instant::now();
     let root = host::open_dir(dst);
     let root = root.map_err(|e| Error::Unusable(format!("{}: {e}", dst.display())))?;
@@ -43,6 +47,9 @@ pub fn verify_manifest(
         manifest,
         options,
         groups: Groups::default(),
+        scope: Scope::ours(),
+        silent: Counter::default(),
+        unseen: Counter::default(),
     };
     let (mut differences, mut unreadable) = (0, 0);
     let mut told = |told: Told| {
@@ -58,7 +65,22 @@ pub fn verify_manifest(
     if !stopped {
         proof.missing(&one, &mut told);
     }
-    Ok(one.report(begin, (differences, unreadable), stopped))
+    Ok(ProofReport {
+        tree: one.report(begin, (differences, unreadable), stopped),
+        without_xattrs: proof.silent.get(),
+        xattrs_unseen: proof.unseen.get(),
+    })
+}
+
+/// The result of a comparison with a manifest.
+#[derive(Debug, Clone, Copy)]
+pub struct ProofReport {
+    /// As of two trees.
+    pub tree: VerifyReport,
+    /// Entries whose xattrs the manifest does not tell: they were not compared.
+    pub without_xattrs: u64,
+    /// Entries with xattrs that only root can compare, and we are not root.
+    pub xattrs_unseen: u64,
 }
 
 /// The comparison.
@@ -66,13 +88,25 @@ struct Proof<'a> {
     manifest: &'a Index,
     options: &'a VerifyOptions,
     groups: Groups,
+    /// What this process can see.
+    scope: Scope,
+    /// Entries that the manifest tells no xattrs of.
+    silent: Counter,
+    /// Entries of which it tells some that we cannot see.
+    unseen: Counter,
 }
 
 impl Visit<Digest> for Proof<'_> {
     fn opened(&self, to: &Teller<'_>, path: &RelPath, dir: BorrowedFd<'_>, stat: &Stat) {
         if path.is_root() {
             if let Some(entry) = self.asked(to, path) {
-                self.looks(to, &entry, stat, None);
+                let met = Met {
+                    path,
+                    stat,
+                    link: None,
+                    at: Target::Open(dir),
+                };
+                self.looks(to, &entry, &met);
             }
             if is_marked(dir) {
                 to.tell(path, Kind::NotFinished, "dst carries a mark");
@@ -81,13 +115,8 @@ impl Visit<Digest> for Proof<'_> {
         self.done(to, path);
     }
 
-    fn entry(
-        &self,
-        to: &Teller<'_>,
-        path: &RelPath,
-        stat: &Stat,
-        target: Option<&CStr>,
-    ) -> Next<Digest> {
+    fn entry(&self, to: &Teller<'_>, met: &Met<'_>) -> Next<Digest> {
+        let (path, stat) = (met.path, met.stat);
         let Some(entry) = self.asked(to, path) else {
             return Next::Over;
         };
@@ -96,7 +125,7 @@ impl Visit<Digest> for Proof<'_> {
             to.tell(path, Kind::Changed, format!("{now}, was {was}"));
             return self.over(to, path);
         }
-        let same = self.looks(to, &entry, stat, target);
+        let same = self.looks(to, &entry, met);
         match stat.kind() {
             FileType::Directory => return Next::List,
             FileType::RegularFile if same => {}
@@ -163,7 +192,8 @@ impl Proof<'_> {
     }
 
     /// Compares all but the bytes. True: size and time say that these are as they were.
-    fn looks(&self, to: &Teller<'_>, was: &Entry, now: &Stat, target: Option<&CStr>) -> bool {
+    fn looks(&self, to: &Teller<'_>, was: &Entry, met: &Met<'_>) -> bool {
+        let now = met.stat;
         let mut changes = Vec::new();
         fn note<T: PartialEq>(
             changes: &mut Vec<String>,
@@ -188,7 +218,7 @@ impl Proof<'_> {
         note(&mut changes, "group", (now.gid, was.gid), text);
         let shown = |d: &(u32, u32)| format!("{}:{}", d.0, d.1);
         note(&mut changes, "device", (now.rdev, was.device), shown);
-        if let (Some(now), Some(was)) = (target, &was.link)
+        if let (Some(now), Some(was)) = (met.link, &was.link)
             && now.to_bytes() != was
         {
             changes.push("another target".into());
@@ -198,10 +228,39 @@ impl Proof<'_> {
         {
             changes.push("other names are one inode".into());
         }
+        self.xattrs(to, was, met, &mut changes);
         if !changes.is_empty() {
             to.tell(&was.path, Kind::Changed, changes.join("; "));
         }
         same
+    }
+
+    /// Compares xattrs and ACLs, as far as both sides know them.
+    fn xattrs(&self, to: &Teller<'_>, was: &Entry, met: &Met<'_>, changes: &mut Vec<String>) {
+        let Some(were) = &was.xattrs else {
+            // Of an entry of which it tells nothing at all something else is told.
+            self.silent.add(u64::from(was.time.is_some()));
+            return;
+        };
+        let unseen = !self.scope.all_xattrs && were.has_root_s();
+        self.unseen.add(u64::from(unseen));
+        let now = match super::entry::all(met.at) {
+            Ok(now) => now,
+            Err(e) => return to.unreadable(met.path, "listxattr, getxattr", e),
+        };
+        for (name, became) in were.compare(&now, self.scope) {
+            let due = name == CAPABILITY.to_bytes() && became == Became::Gone;
+            if due && is_marked_at(met.at) {
+                continue; // It comes with the bytes.
+            }
+            let name = <std::ffi::OsStr as std::os::unix::ffi::OsStrExt>::from_bytes(&name);
+            let became = match became {
+                Became::Other => "has another value",
+                Became::Gone => "is gone",
+                Became::New => "is new",
+            };
+            changes.push(format!("xattr {} {became}", Printable(name)));
+        }
     }
 
     /// All of a file was read, or it could not be.

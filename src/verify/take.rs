@@ -5,7 +5,7 @@
 //! size, mtime and ctime is not read again.
 
 use std::collections::HashMap;
-use std::ffi::CStr;
+use std::ffi::CString;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::sync::atomic::Ordering::Relaxed;
@@ -13,15 +13,17 @@ use std::time::Instant;
 
 use parking_lot::Mutex;
 use rustix::fs::FileType;
+use rustix::io::Errno;
 
-use super::one::{File, Next, One, Teller, Visit, is_marked};
+use super::one::{File, Met, Next, One, Teller, Visit, is_marked};
 use super::{Kind, Told, VerifyOptions, VerifyReport};
 use crate::error::{Context, Error, Result, Side};
-use crate::manifest::{Digest, Entry, Index, Writer, is_hashed, is_settled};
+use crate::manifest::{Digest, Entry, Index, Scope, Writer, is_hashed, is_settled};
 use crate::sys::name::RelPath;
 use crate::sys::stat::{FileKey, Stat, fd_changed_since, stat_fd};
 use crate::sys::view::View;
-use crate::sys::{fd, host, local};
+use crate::sys::xattr::Target;
+use crate::sys::{fd, host};
 
 /// Writes a line for each entry of the tree. `on` gets what could not be read or changed meanwhile:
 /// of these the manifest has nothing, or no digest. Its end is the caller's.
@@ -46,7 +48,7 @@ pub fn take_manifest(
         before,
         groups: Mutex::default(),
         stays_on: options.one_file_system.then_some(stat.key.dev),
-        root: local::uid() == 0,
+        scope: Scope::ours(),
     };
     let (mut differences, mut unreadable) = (0, 0);
     one.walk(options, &take, &mut |told| {
@@ -60,6 +62,9 @@ pub fn take_manifest(
     Ok(one.report(begin, (differences, unreadable), stopped))
 }
 
+/// Names and values.
+type List = Vec<(CString, Vec<u8>)>;
+
 struct Take<'a> {
     writer: &'a Writer,
     before: &'a Index,
@@ -67,30 +72,27 @@ struct Take<'a> {
     groups: Mutex<HashMap<FileKey, (Digest, u32)>>,
     /// The only file system whose directories are gone into.
     stays_on: Option<(u32, u32)>,
-    /// Owners will be kept.
-    root: bool,
+    /// What our copies can have.
+    scope: Scope,
 }
 
 impl Visit<Entry> for Take<'_> {
     fn opened(&self, to: &Teller<'_>, path: &RelPath, dir: BorrowedFd<'_>, stat: &Stat) {
         if path.is_root() {
-            self.writer
-                .add(&Entry::copied(path.clone(), stat, self.root));
+            let xattrs = self.xattrs(to, path, Target::Open(dir));
+            let entry = Entry::copied(path.clone(), stat, xattrs.as_deref(), self.scope);
+            self.writer.add(&entry);
         }
         if is_marked(dir) {
             to.tell(path, Kind::NotFinished, "it is pending");
         }
     }
 
-    fn entry(
-        &self,
-        _: &Teller<'_>,
-        path: &RelPath,
-        stat: &Stat,
-        target: Option<&CStr>,
-    ) -> Next<Entry> {
-        let mut entry = Entry::copied(path.clone(), stat, self.root);
-        entry.link = target.map(|t| t.to_bytes().to_vec());
+    fn entry(&self, to: &Teller<'_>, met: &Met<'_>) -> Next<Entry> {
+        let (path, stat) = (met.path, met.stat);
+        let xattrs = self.xattrs(to, path, met.at);
+        let mut entry = Entry::copied(path.clone(), stat, xattrs.as_deref(), self.scope);
+        entry.link = met.link.map(|t| t.to_bytes().to_vec());
         match stat.kind() {
             FileType::RegularFile => {
                 entry.ctime = is_settled(stat).then_some(stat.ctime);
@@ -136,7 +138,7 @@ impl Visit<Entry> for Take<'_> {
             Ok(false) => {}
         }
         let Some(digest) = digest else {
-            return to.unreadable(path, "read", rustix::io::Errno::IO); // It ends, and says it does not.
+            return to.unreadable(path, "read", Errno::IO); // It ends, and says it does not.
         };
         self.note_group(&file.stat, digest);
         self.writer.add(&Entry {
@@ -147,6 +149,18 @@ impl Visit<Entry> for Take<'_> {
 }
 
 impl Take<'_> {
+    /// What there is; `None`: it could not be read. That is told, but where the whole entry is not for us.
+    fn xattrs(&self, to: &Teller<'_>, path: &RelPath, at: Target<'_>) -> Option<List> {
+        match super::entry::all(at) {
+            Ok(list) => Some(list),
+            Err(Errno::ACCESS | Errno::PERM) => None,
+            Err(e) => {
+                to.unreadable(path, "listxattr, getxattr", e);
+                None
+            }
+        }
+    }
+
     /// The digest of an inode that was read by another name.
     fn of_group(&self, stat: &Stat) -> Option<Digest> {
         if stat.nlink < 2 {

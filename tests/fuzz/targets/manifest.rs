@@ -3,7 +3,7 @@
 
 use std::io::Write;
 
-use mirrorfs::manifest::{Entry, Index};
+use mirrorfs::manifest::{Entry, Index, Scope};
 use mirrorfs::sys::name::RelPath;
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| {
@@ -13,6 +13,15 @@ libfuzzer_sys::fuzz_target!(|data: &[u8]| {
             let mut line = Vec::new();
             entry.write(&mut line);
             let line = line.strip_suffix(b"\n").expect("an end");
+            if let Some(xattrs) = &entry.xattrs {
+                // Against what an inode may have: nothing, and one that is there by chance.
+                let now = [(c"user.a".to_owned(), b"a".to_vec())];
+                for (owners, all_xattrs) in [(true, true), (false, false)] {
+                    let scope = Scope { owners, all_xattrs };
+                    let few = xattrs.compare(&now, scope).len();
+                    assert!(few <= xattrs.compare(&[], scope).len() + 1);
+                }
+            }
             assert_eq!(Entry::parse(line), Ok(Some(entry)));
         }
         Ok(None) => {}
