@@ -230,11 +230,13 @@ impl Shared {
                 .mirror
                 .child_in(&listing.node, listing.dir.as_fd(), &entry.name);
             // Deleted between the listing and the look: as if it had not been listed.
-            let Ok(node) = found else {
+            let Ok(found) = found else {
                 fill.at = next;
                 continue;
             };
-            let attr = match self.mirror.attr_now(&node) {
+            let attr = self.mirror.attr_of(&found);
+            let node = found.node;
+            let attr = match attr {
                 Ok(Some(attr)) => Some(attr),
                 // It must not look missing: whoever wants more than its name asks again.
                 Ok(None) if std::mem::replace(&mut first, Ask::Src) == Ask::Nobody => None,

@@ -94,12 +94,18 @@ impl Mirror {
                     // As btrfs says it: nobody may conclude that there are no subdirectories.
                     stat.nlink = 1;
                 }
-            } else if stat.nlink > 1 {
-                stat.nlink = self.anchors.nlink(&stat);
             }
-            self.steady_ctime(node, &mut stat);
-            return Ok(Some(Attr { stat }));
+            return Ok(Some(self.whole_attr(node, stat)));
         }
+    }
+
+    /// The attributes of an inode of which dst knows all.
+    pub(super) fn whole_attr(&self, node: &Node, mut stat: Stat) -> Attr {
+        if node.kind != FileType::Directory && stat.nlink > 1 {
+            stat.nlink = self.anchors.nlink(&stat);
+        }
+        self.steady_ctime(node, &mut stat);
+        Attr { stat }
     }
 
     fn steady_ctime(&self, node: &Node, stat: &mut Stat) {

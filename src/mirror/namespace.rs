@@ -15,12 +15,12 @@ use rustix::fs::{AtFlags, FileType, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
 
 use super::Mirror;
-use super::anchor::Anchor;
 use super::attr::Attr;
 use super::control::CONTROL;
+use super::found::Found;
 use super::hydrate::Need;
-use super::node::{Ino, Node, Phase, Place, ROOT};
-use super::populate::{Access, origin_of};
+use super::node::{Ino, Node, Phase, ROOT};
+use super::populate::Access;
 use crate::error::{Context, Error, Result, Side};
 use crate::mark::Mark;
 use crate::sys::name::Name;
@@ -76,7 +76,7 @@ impl Mirror {
         let (mirror, wanted) = (Arc::clone(self), name.clone());
         let look = move |ready: Result<()>| match ready.and_then(|()| mirror.child(parent, &wanted))
         {
-            Ok(node) => mirror.with_entry(node, then),
+            Ok(found) => mirror.with_entry(found, then),
             Err(e) => then(Err(e)),
         };
         if self.is_control(parent, name.as_bytes()) || self.has_name(&dir, &name) {
@@ -85,70 +85,7 @@ impl Mirror {
         self.look_ahead(&dir, name, Box::new(look));
     }
 
-    /// The entry of a node that was just remembered; on failure the reference is returned.
-    fn with_entry(
-        self: &Arc<Self>,
-        node: Arc<Node>,
-        then: impl FnOnce(Result<Entry>) + Send + 'static,
-    ) {
-        let (mirror, held) = (Arc::clone(self), Arc::clone(&node));
-        self.with_attr(&node, move |attr| match attr {
-            Ok(attr) => then(Ok(Entry { node: held, attr })),
-            Err(e) => {
-                mirror.nodes.forget(held.ino, 1);
-                then(Err(e));
-            }
-        });
-    }
-
-    /// Finds a name in a populated directory and counts a reference to its node.
-    fn child(&self, parent: Ino, name: &Name) -> Result<Arc<Node>> {
-        if self.is_control(parent, name.as_bytes()) {
-            return Err(Errno::NOENT).on("lookup", Side::Dst, CONTROL);
-        }
-        let shown = name.as_os_str();
-        let dir_node = self.nodes.get(parent).on("lookup", Side::Dst, shown)?;
-        let dir = self.nodes.dir(&dir_node).on("open", Side::Dst, shown)?;
-        self.child_in(&dir_node, dir.as_fd(), name)
-    }
-
-    /// As `child`, in a directory that is open already (readdirplus).
-    pub fn child_in(
-        &self,
-        parent: &Arc<Node>,
-        dir: BorrowedFd<'_>,
-        name: &Name,
-    ) -> Result<Arc<Node>> {
-        let shown = name.as_os_str();
-        let stat = stat::stat_at(dir, name.as_cstr()).on("lookup", Side::Dst, shown)?;
-        let anchor = parent.anchor.child(dir, name);
-        let anchor = anchor.on("name_to_handle_at", Side::Dst, shown)?;
-        // Below an unmarked directory nothing is marked: spare the look.
-        let mark = match (stat.is_file() || stat.is_dir()) && parent.phase() != Phase::Unmarked {
-            true => self
-                .mark
-                .get(Target::At(dir, name))
-                .on("getxattr", Side::Dst, shown)?,
-            false => None,
-        };
-        let phase = match &mark {
-            None => Phase::Unmarked,
-            Some(mark) if mark.populated => Phase::Populated,
-            Some(_) => Phase::Pending,
-        };
-        let origin = mark.and_then(|m| origin_of(parent.origin().as_ref(), name, &m));
-        let landed = stat.is_file() && self.has_landed(stat.key.ino, &anchor);
-        let phase = if landed { Phase::Unmarked } else { phase };
-        let place = Place {
-            parent: parent.ino,
-            name: name.clone(),
-        };
-        let kind = stat.kind();
-        let found = Node::new(stat.key.ino, anchor, kind, phase, origin, Some(place));
-        Ok(self.nodes.remember(found))
-    }
-
-    fn is_control(&self, parent: Ino, name: &[u8]) -> bool {
+    pub(super) fn is_control(&self, parent: Ino, name: &[u8]) -> bool {
         parent == ROOT && name == CONTROL.as_bytes()
     }
 
@@ -168,8 +105,8 @@ impl Mirror {
             let made = ready.and_then(|()| mirror.make_now(parent, &name, &what, creator));
             match made {
                 Err(e) => then(Err(e)),
-                Ok((node, opened)) => {
-                    mirror.with_entry(node, move |entry| then(entry.map(|e| (e, opened))))
+                Ok((found, opened)) => {
+                    mirror.with_entry(found, move |entry| then(entry.map(|e| (e, opened))))
                 }
             }
         };
@@ -182,7 +119,7 @@ impl Mirror {
         name: &Name,
         what: &Make,
         creator: Creator,
-    ) -> Result<(Arc<Node>, Option<OwnedFd>)> {
+    ) -> Result<(Found, Option<OwnedFd>)> {
         let shown = name.as_os_str();
         let dir_node = self.nodes.get(parent).on("create", Side::Dst, shown)?;
         let dir = self.nodes.dir(&dir_node).on("open", Side::Dst, shown)?;
@@ -287,7 +224,7 @@ impl Mirror {
             }
             match mirror.child(parent, &name) {
                 Err(_) => then(Ok(())),
-                Ok(node) => {
+                Ok(Found { node, .. }) => {
                     node.ctime().is_users();
                     let ino = node.ino;
                     let again = Arc::clone(&mirror);
@@ -319,7 +256,7 @@ impl Mirror {
         let link = move |mirror: &Arc<Mirror>, ready: Result<()>| match ready
             .and_then(|()| mirror.link_now(&held, parent, &name))
         {
-            Ok(node) => mirror.with_entry(node, then),
+            Ok(found) => mirror.with_entry(found, then),
             Err(e) => then(Err(e)),
         };
         let (mirror, link) = (Arc::clone(self), self.acting(link));
@@ -335,7 +272,7 @@ impl Mirror {
         });
     }
 
-    fn link_now(&self, node: &Arc<Node>, parent: Ino, name: &Name) -> Result<Arc<Node>> {
+    fn link_now(&self, node: &Arc<Node>, parent: Ino, name: &Name) -> Result<Found> {
         let shown = name.as_os_str();
         let dir_node = self.nodes.get(parent).on("link", Side::Dst, shown)?;
         let dir = self.nodes.dir(&dir_node).on("open", Side::Dst, shown)?;
@@ -451,11 +388,6 @@ impl Mirror {
         result
     }
 
-    /// The node under a name, with a reference that the caller returns.
-    fn node_at(&self, parent: &Arc<Node>, dir: BorrowedFd<'_>, name: &Name) -> Option<Arc<Node>> {
-        self.child_in(parent, dir, name).ok()
-    }
-
     /// Before something marked moves: its origin is in its mark, and every directory above its new
     /// place is marked, so that a restart finds it. `moves` is held.
     fn prepare_move(
@@ -561,13 +493,6 @@ impl Mirror {
             self.progress.complete.store(false, Ordering::Relaxed);
         }
         Ok(())
-    }
-
-    /// A file's bytes are in dst although its mark is still to go.
-    pub(super) fn has_landed(&self, ino: Ino, anchor: &Anchor) -> bool {
-        self.hydrations
-            .find(ino, anchor)
-            .is_some_and(|h| h.has_landed())
     }
 }
 
