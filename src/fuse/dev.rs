@@ -4,11 +4,14 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use rustix::io::Errno;
 
 use super::MirrorFs;
-use super::abi::{IN_HEADER, NOTIFY_INVAL_INODE, NOTIFY_RESEND, NOTIFY_RETRIEVE, OUT_HEADER};
+use super::abi::{
+    IN_HEADER, NOTIFY_INVAL_INODE, NOTIFY_RESEND, NOTIFY_RETRIEVE, OUT_HEADER, opcode,
+};
 use super::reply::Channel;
 use super::request::{Header, fields_len};
 use crate::mirror::Ino;
@@ -16,6 +19,11 @@ use crate::sys::fusedev;
 
 /// Largest data of one request. More gains nothing and costs a buffer per thread.
 pub(super) const DATA_MAX: u32 = 1 << 20;
+
+/// How long a thread leaves forgets alone after one, where all that somebody waits for comes through
+/// io_uring: to wake a thread for each costs whoever deletes a file as much as the request for it.
+/// Signals to those who wait come here too, and are that late.
+const REST: Duration = Duration::from_millis(5);
 
 /// Numbers for requests that we have the kernel make. Its own count up from 2, and will not come here.
 static NEXT: AtomicU64 = AtomicU64::new(1 << 62);
@@ -144,6 +152,10 @@ pub(super) fn serve(dev: Dev, fs: &MirrorFs) -> Result<(), Errno> {
     while let Some(request) = dev.receive(&mut buf)? {
         let channel = Channel::Dev(Arc::clone(&dev));
         fs.dispatch(&request.header, request.fields, request.rest, channel);
+        let forgets = matches!(request.header.opcode, opcode::FORGET | opcode::BATCH_FORGET);
+        if forgets && fs.shared.has_ring() {
+            std::thread::sleep(REST);
+        }
     }
     Ok(())
 }

@@ -436,6 +436,7 @@ impl Worker<'_> {
             }
             return request.send(header.unique, Ok((&[], &[])));
         }
+        self.fs.shared.ring_works();
         if slow {
             return self.aside.answer(request);
         }

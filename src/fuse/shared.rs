@@ -30,7 +30,13 @@ pub(super) struct Shared {
     pub(super) own: Own,
     /// The mount is detached: dst changes behind the kernel's back from now on.
     pub(super) expired: AtomicBool,
+    /// Requests have come through io_uring: all but forgets and interrupts do, from then on.
+    ring: AtomicBool,
 }
+
+/// As short as a time can be (the kernel counts its ticks): the attributes of a file that was made
+/// hold while the kernel opens it, which would ask for them again else.
+const TICK: Duration = Duration::from_nanos(1);
 
 impl Shared {
     pub(super) fn new(mirror: Arc<Mirror>) -> Shared {
@@ -42,6 +48,7 @@ impl Shared {
             dev: OnceLock::new(),
             own: Own::new(),
             expired: AtomicBool::new(false),
+            ring: AtomicBool::new(false),
         }
     }
 
@@ -52,6 +59,14 @@ impl Shared {
 
     pub(super) fn expire(&self) {
         self.expired.store(true, Ordering::Relaxed);
+    }
+
+    pub(super) fn ring_works(&self) {
+        self.ring.store(true, Ordering::Relaxed);
+    }
+
+    pub(super) fn has_ring(&self) -> bool {
+        self.ring.load(Ordering::Relaxed)
     }
 
     pub(super) fn entry_ttl(&self) -> Duration {
@@ -203,7 +218,10 @@ impl Shared {
         let mode = self.backings.decide(ino, &Locate::Here, change, register);
         let node = Arc::clone(&entry.node);
         let handle = self.insert_file(node, file, None, (mode.clone(), true));
-        let shown = self.entry(&entry.node, entry.attr);
+        let mut shown = self.entry(&entry.node, entry.attr);
+        if shown.attr_ttl.is_zero() && !is_volatile(&entry.attr) {
+            shown.attr_ttl = TICK;
+        }
         let how = How::File(mode);
         reply.ok(Created(shown, Opened { handle, how }));
     }
