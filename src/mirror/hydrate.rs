@@ -364,11 +364,11 @@ impl Mirror {
         }
     }
 
-    /// Opens both sides and submits the whole-file job: here if src's directory is open already or
-    /// nobody waits (a walker thread), else on a pool thread.
+    /// Opens both sides and submits the whole-file job: here if src's directory is open already, on a
+    /// disk, or nobody waits (a walker thread), else on a pool thread.
     pub(super) fn start(self: &Arc<Self>, hydration: &Arc<Hydration>, priority: Priority) {
         let origin_dir = hydration.file.origin.as_ref().map(|o| Arc::clone(&o.dir));
-        let at_hand = origin_dir.is_none_or(|d| self.source.cached_dir(&d).is_some());
+        let at_hand = origin_dir.is_none_or(|d| self.source.is_at_hand(&d));
         let (mirror, hydration) = (Arc::clone(self), Arc::clone(hydration));
         let go = move || {
             if let Err(e) = mirror.submit_whole(&hydration, priority) {

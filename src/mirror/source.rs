@@ -209,6 +209,12 @@ impl Source {
         self.dirs.lock().get(path).map(Arc::clone)
     }
 
+    /// The directory is open, and a call on what is in it does not wait for long: a session thread may
+    /// make one.
+    pub fn is_at_hand(&self, path: &RelPath) -> bool {
+        self.cached_dir(path).is_some_and(|dir| !dir.may_hang)
+    }
+
     /// Opens a directory of src. May wait for src.
     pub fn dir(&self, path: &Arc<RelPath>) -> Result<Arc<SrcDir>> {
         if let Some(dir) = self.cached_dir(path) {

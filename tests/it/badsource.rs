@@ -533,6 +533,8 @@ pub(crate) fn a_file_that_hangs_delays_nobody_who_does_not_wait_for_it() {
         tree(bad);
         for n in 0..100 {
             bad.write(&format!("hung/f{n}"), &bytes(n, 5000));
+            bad.write(&format!("asked/d{n}/f"), &bytes(n, 500));
+            bad.write(&format!("stuck/f{n}"), &bytes(n, 700));
         }
         bad.write("more/a", b"a");
     });
@@ -545,27 +547,47 @@ pub(crate) fn a_file_that_hangs_delays_nobody_who_does_not_wait_for_it() {
     }
     let without = p99(operations(&m));
     assert_eq!(fs::read_dir(m.path("hung")).unwrap().count(), 100);
-    // More accesses hang than the pool has threads.
+    assert_eq!(fs::read_dir(m.path("asked")).unwrap().count(), 100);
+    assert_eq!(fs::read_dir(m.path("stuck")).unwrap().count(), 100);
+    // The ring keeps a file that hangs when it is opened or read. No ring asks for a name or an xattr: a
+    // thread does, and more of those hang than the pool has, or sessions.
     bad.tell("add path=hung/* op=read,open hang");
+    bad.tell("add path=asked/*/f op=lookup hang");
+    bad.tell("add path=stuck/* op=lookup,getxattr hang");
     let hung: Vec<_> = (0..100)
         .map(|n| read_apart(m.path(format!("hung/f{n}"))))
         .collect();
-    wait_until("100 wait", LIMIT, || m.status()["waiting"] == 100);
+    let asked: Vec<_> = (0..100)
+        .map(|n| read_apart(m.path(format!("asked/d{n}/f"))))
+        .collect();
+    let stuck: Vec<_> = (0..100)
+        .map(|n| read_apart(m.path(format!("stuck/f{n}"))))
+        .collect();
+    wait_until("300 wait", LIMIT, || m.status()["waiting"] == 300);
     thread::sleep(Duration::from_millis(300));
     let with = p99(operations(&m));
-    eprintln!("p99 of 1,000 operations: {without:?}, while 100 files hang {with:?}");
+    eprintln!("p99 of 1,000 operations: {without:?}, while 300 accesses hang {with:?}");
     // What is not here yet comes too, and writers and new files do not wait.
-    assert_eq!(fs::read(m.path("more/a")).unwrap(), b"a");
-    assert_eq!(fs::read(m.path("top")).unwrap(), bytes(98, 70_000));
+    let more = read_apart(m.path("more/a")).recv_timeout(LIMIT);
+    assert_eq!(more.expect("a thread for it").unwrap(), b"a");
+    let top = read_apart(m.path("top")).recv_timeout(LIMIT);
+    assert_eq!(top.expect("a worker for it").unwrap(), bytes(98, 70_000));
     fs::write(m.path("d0/new"), b"new").unwrap();
     fs::remove_file(m.path("d0/new")).unwrap();
-    assert!(!is_away(&m), "one directory is not src: {:#}", m.status());
-    assert!(hung.iter().all(|h| h.try_recv().is_err()));
+    assert!(!is_away(&m), "some names are not src: {:#}", m.status());
+    assert!(
+        hung.iter()
+            .chain(&asked)
+            .chain(&stuck)
+            .all(|h| h.try_recv().is_err())
+    );
     bad.tell("off");
     bad.tell("release");
-    for (n, told) in hung.into_iter().enumerate() {
-        let read = told.recv_timeout(LIMIT).unwrap();
-        assert_eq!(read.unwrap(), bytes(n as u64, 5000));
+    for (all, len) in [(hung, 5000), (asked, 500), (stuck, 700)] {
+        for (n, told) in all.into_iter().enumerate() {
+            let read = told.recv_timeout(LIMIT).unwrap();
+            assert_eq!(read.unwrap(), bytes(n as u64, len));
+        }
     }
     run(mirrorfs().arg("resume").arg(&m.at)).expect_code(0);
     wait_until("an empty ledger", LIMIT, || entries(&m).is_empty());
@@ -607,11 +629,32 @@ pub(crate) fn a_source_that_hangs_keeps_no_daemon_from_ending() {
     bad.start(&[]);
     let mut m = w.mount_lazy();
     assert_eq!(fs::read_dir(m.path("d0")).unwrap().count(), 10);
+    bad.tell("add path=d0/f3 op=read hang");
+    // A file hangs in a copy worker's ring, a directory keeps a thread of the pool, and another one the
+    // walker's.
+    let asks = |program: &str, path: &str| {
+        let mut command = Command::new(program);
+        command.arg(m.path(path)).stdin(Stdio::null());
+        command.stdout(Stdio::null()).stderr(Stdio::null());
+        raw::die_with_parent(&mut command).spawn().unwrap()
+    };
+    let copied = asks("cat", "d0/f3");
+    wait_until("one is read", LIMIT, || {
+        let listed = bad.tell("list");
+        listed.lines().any(|l| l.contains("acted 1"))
+    });
     bad.tell("add path=* op=open,read,lookup,getattr hang");
+    let waiting = [copied, asks("ls", "d1")];
+    wait_until("two wait", LIMIT, || m.status()["waiting"] == 2);
     run(mirrorfs().arg("resume").arg(&m.at)).expect_code(0);
     thread::sleep(NOT_YET);
     run(Command::new("umount").arg("-l").arg(&m.at)).expect_code(0);
     let begun = Instant::now();
+    // They are the last who have something open in the mount.
+    for mut child in waiting {
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
     assert_eq!(m.wait_exit(Duration::from_secs(60)), Some(20));
     eprintln!("the daemon ended after {:?}", begun.elapsed());
     bad.tell("release");
