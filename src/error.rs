@@ -58,6 +58,11 @@ pub enum Error {
         /// The path in src.
         path: PathBuf,
     },
+    /// src has listed the name and does not say what it is: a stand-in keeps its place in dst.
+    Unseen {
+        /// The path in src.
+        path: PathBuf,
+    },
     /// Something else stands where src has an entry of another type.
     WrongType {
         /// The path in dst.
@@ -87,6 +92,7 @@ impl Error {
             Error::Call { errno, .. } => *errno,
             Error::SrcChanged { .. } => Errno::IO,
             Error::SrcPending { .. } => Errno::IO,
+            Error::Unseen { .. } => Errno::IO,
             Error::WrongType { .. } => Errno::IO,
             Error::Rules { .. } => Errno::INVAL,
             Error::Stopped => Errno::NOTCONN,
@@ -99,7 +105,7 @@ impl Error {
     pub fn side(&self) -> Side {
         match self {
             Error::Call { side, .. } => *side,
-            Error::SrcChanged { .. } | Error::SrcPending { .. } => Side::Src,
+            Error::SrcChanged { .. } | Error::SrcPending { .. } | Error::Unseen { .. } => Side::Src,
             Error::WrongType { .. } => Side::Dst,
             Error::Rules { side, .. } => *side,
             Error::Stopped | Error::Usage(_) | Error::Unusable(_) => Side::Host,
@@ -112,6 +118,7 @@ impl Error {
             Error::Call { call, .. } => call,
             Error::SrcChanged { .. } => "changed",
             Error::SrcPending { .. } => "pending",
+            Error::Unseen { .. } => "unseen",
             Error::WrongType { .. } => "type",
             Error::Rules { .. } => "rules",
             Error::Stopped => "stopped",
@@ -194,6 +201,11 @@ impl fmt::Display for Error {
             Error::SrcPending { path } => write!(
                 f,
                 "\"{}\": src carries a live mark: it is itself a migration that has not finished",
+                Printable(path.as_os_str())
+            ),
+            Error::Unseen { path } => write!(
+                f,
+                "\"{}\": src has listed it and does not say what it is",
                 Printable(path.as_os_str())
             ),
             Error::WrongType { path } => {

@@ -4,7 +4,8 @@
 //! ext4's 256-byte inode):
 //!
 //!   high four bits: the version: 1; 2 where two bytes of permission bits follow the first; 3 where 8
-//!          bytes of a mixed file follow; 4 where both do, permissions first
+//!          bytes of a mixed file follow; 4 where both do, permissions first; 5, and nothing else: a
+//!          stand-in for a name of which src does not say what it is
 //!   bit 0  the directory is populated (`L`); clear: pending (`P`)
 //!   bit 1  an explicit origin follows, to the end of the value
 //!   bit 2  24 bytes follow: atime and mtime that the user set (D9)
@@ -38,6 +39,8 @@ const VERSION: u8 = 1 << 4;
 const VERSION_PERM: u8 = 2 << 4;
 const VERSION_MIXED: u8 = 3 << 4;
 const VERSION_PERM_MIXED: u8 = 4 << 4;
+/// The whole value.
+const UNSEEN: [u8; 1] = [5 << 4];
 const POPULATED: u8 = 1;
 const ORIGIN: u8 = 1 << 1;
 const TIMES: u8 = 1 << 2;
@@ -103,6 +106,9 @@ pub struct Mark {
     /// Users have written into the file: `.mirrorfs/maps` says where, its size and times in dst are
     /// the truth, and of src's bytes only those before this offset count.
     pub mixed: Option<u64>,
+    /// The inode is no placeholder: it keeps the place of a name that src has listed (unseen.rs). No
+    /// other field says anything then.
+    pub unseen: bool,
 }
 
 impl Mark {
@@ -119,8 +125,19 @@ impl Mark {
         }
     }
 
+    /// A stand-in.
+    pub fn unseen() -> Mark {
+        Mark {
+            unseen: true,
+            ..Mark::default()
+        }
+    }
+
     /// The xattr's value.
     pub fn encode(&self) -> Vec<u8> {
+        if self.unseen {
+            return UNSEEN.to_vec();
+        }
         let bit = |on: bool, bit: u8| if on { bit } else { 0 };
         let version = match (self.perm, self.mixed) {
             (None, None) => VERSION,
@@ -155,6 +172,9 @@ impl Mark {
 
     /// The inverse of [`Mark::encode`]; `None` for anything else.
     pub fn decode(value: &[u8]) -> Option<Mark> {
+        if value == UNSEEN {
+            return Some(Mark::unseen());
+        }
         let (&head, mut rest) = value.split_first()?;
         let (has_perm, is_mixed) = match head & 0xf0 {
             VERSION => (false, false),
@@ -194,6 +214,7 @@ impl Mark {
             capability: head & CAPABILITY != 0,
             perm,
             mixed,
+            unseen: false,
         })
     }
 }
@@ -213,6 +234,9 @@ mod tests {
     fn the_common_marks_are_one_byte() {
         assert_eq!(Mark::pending().encode(), [0x10]);
         assert_eq!(Mark::populated().encode(), [0x11]);
+        assert_eq!(Mark::unseen().encode(), [0x50]);
+        assert_eq!(Mark::decode(&[0x50]), Some(Mark::unseen()));
+        assert_eq!(Mark::decode(&[0x51]), None);
     }
 
     proptest! {
@@ -230,6 +254,7 @@ mod tests {
                 mixed,
                 times: times.map(|(a, b, c, d)| (Time { sec: a, nsec: b }, Time { sec: c, nsec: d })),
                 origin: origin.and_then(|o| RelPath::from_bytes(o.as_bytes())),
+                unseen: false,
             };
             prop_assert_eq!(Mark::decode(&mark.encode()), Some(mark));
         }

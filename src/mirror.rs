@@ -50,6 +50,7 @@ mod tally;
 mod through;
 mod trace;
 mod turn;
+mod unseen;
 mod upgrade;
 mod whole;
 
@@ -177,6 +178,7 @@ pub struct Mirror {
     room: room::Room,
     aside: aside::Aside,
     spoiled: salvage::Spoiled,
+    unseen: unseen::Unseen,
     patience: Arc<Patience>,
     source_timeout: Duration,
     large_file_bytes: u64,
@@ -282,6 +284,7 @@ impl Mirror {
             shares: carry::Shares::default(),
             nodes: NodeTable::new(Arc::clone(&dst), root),
             dst,
+            unseen: unseen::Unseen::load(control.unseen.as_fd())?,
             control,
             mark,
             modes_bind: perms::are_binding(mark),
@@ -392,11 +395,6 @@ impl Mirror {
         let accepted = self.ledger.accept(path);
         self.ledger.sync(self.control.dir.as_fd())?;
         Ok(accepted)
-    }
-
-    /// What failed a moment ago is tried again by whoever comes.
-    pub fn forget_failures(&self) {
-        self.spoiled.forget();
     }
 
     /// True when this start found a migration to resume.

@@ -16,8 +16,9 @@ use rustix::io::Errno;
 use crate::engine::job::Priority;
 use crate::error::{Context, Error, Result, Side};
 use crate::mirror::{DirRef, FileRef, Marked, Mirror, Need, Origin};
+use crate::sys::dir::{self, Entry};
+use crate::sys::fd;
 use crate::sys::name::{Name, RelPath};
-use crate::sys::{dir, fd};
 
 /// Files under way at a time.
 const IN_FLIGHT: usize = 16;
@@ -126,7 +127,14 @@ impl Pull<'_> {
         for entry in dir::list(opened.as_fd()).on("getdents64", Side::Dst, shown())? {
             let marked = self
                 .mirror
-                .marked_child(dir, opened.as_fd(), &entry.name, entry.kind)?;
+                .revealed_child((dir, opened.as_fd()), &entry, true);
+            let marked = match marked {
+                Err(e @ Error::Unseen { .. }) => {
+                    self.failed(e);
+                    continue;
+                }
+                other => other?,
+            };
             match marked.map(Found::from) {
                 None => {}
                 Some(Found::Dir(below)) => stack.push(below),
@@ -178,8 +186,13 @@ fn find(mirror: &Arc<Mirror>, path: &RelPath) -> Result<Option<Found>> {
     loop {
         mirror.populate_names(&dir)?;
         let opened = mirror.open_dir(&dir)?;
-        let kind = FileType::Unknown;
-        let marked = mirror.marked_child(&dir, opened.as_fd(), &name, kind)?;
+        let entry = Entry {
+            name: name.clone(),
+            kind: FileType::Unknown,
+            ino: 0,
+            next: 0,
+        };
+        let marked = mirror.revealed_child((&dir, opened.as_fd()), &entry, true)?;
         let Some(found) = marked.map(Found::from) else {
             return exists(mirror, path).map(|()| None);
         };

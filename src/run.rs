@@ -110,7 +110,9 @@ impl From<Error> for Failure {
                 side: Side::Host, ..
             } => exit::FAILURE,
             Error::SrcChanged { .. } => exit::VANISHED,
-            Error::WrongType { .. } | Error::Rules { .. } => exit::SOME_FAILED,
+            Error::WrongType { .. } | Error::Rules { .. } | Error::Unseen { .. } => {
+                exit::SOME_FAILED
+            }
             Error::Stopped => exit::INTERRUPTED,
         };
         Failure::new(exit, error.to_string())

@@ -506,10 +506,13 @@ impl Shared {
         entry: &Entry,
         below: &mut Vec<Step>,
     ) -> Result<()> {
-        let found = self
-            .mirror
-            .marked_child(&task.dir, opened, &entry.name, entry.kind)?;
-        let Some(found) = found else { return Ok(()) };
+        let at = (&task.dir, opened);
+        let found = self.mirror.revealed_child(at, entry, !self.sweeps());
+        if matches!(found, Err(Error::Unseen { .. })) {
+            task.clean.store(false, Ordering::Relaxed);
+            return Ok(());
+        }
+        let Some(found) = found? else { return Ok(()) };
         if found.kind == FileType::Directory {
             below.push(Shared::step_below(task, found.dir, !found.mark.populated));
             return Ok(());

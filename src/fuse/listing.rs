@@ -18,7 +18,7 @@ use super::reply::{Reply, errno};
 use super::request::At;
 use super::shared::Shared;
 use crate::engine::job::Priority;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::mirror::{Attr, CONTROL, Ino, Node, ROOT, Stream};
 use crate::sys::dir::{self, Entry};
 
@@ -36,7 +36,7 @@ impl Shared {
     pub(super) fn open_listing(&self, ino: Ino, stream: Option<Stream>) -> Result<Opened, Errno> {
         let node = self.node(ino)?;
         let dir = self.mirror.open_listing(&node)?;
-        let complete = stream.is_none() && !node.is_pending_dir() && !self.entry_ttl().is_zero();
+        let complete = stream.is_none() && !node.is_pending_dir() && !self.names_ttl().is_zero();
         let handle = self.listings.insert(Listing {
             node,
             dir,
@@ -58,7 +58,9 @@ impl Shared {
         if let Some(stream) = stream {
             let dst = listing.dir.as_fd();
             let entries = self.mirror.list_ahead(&stream, dst, offset);
-            return entries.map_err(|e| errno("readdir", &e));
+            let mut entries = entries.map_err(|e| errno("readdir", &e))?;
+            self.mirror.unsee(&mut entries);
+            return Ok(entries);
         }
         let mut entries = Vec::new();
         let mut buf = Vec::new();
@@ -66,6 +68,7 @@ impl Shared {
             entries.push(entry);
             entries.len() < AHEAD_MAX
         })?;
+        self.mirror.unsee(&mut entries);
         Ok(entries)
     }
 
@@ -229,10 +232,28 @@ impl Shared {
             let found = self
                 .mirror
                 .child_in(&listing.node, listing.dir.as_fd(), &entry.name);
-            // Deleted between the listing and the look: as if it had not been listed.
-            let Ok(found) = found else {
-                fill.at = next;
-                continue;
+            let found = match found {
+                Ok(found) => found,
+                // A name and nothing else. Whoever wants more asks, and so asks src.
+                Err(Error::Unseen { .. }) => {
+                    let Some(shown) = self.name_only(&fill.listing) else {
+                        fill.reply.error(Errno::IO);
+                        return None;
+                    };
+                    if !fill.out.add(Some(&shown), &Dirent::of(&entry, entry.ino)) {
+                        let left = std::iter::once(entry).chain(fill.entries).collect();
+                        Self::keep_ahead(&fill.listing, fill.at, left);
+                        fill.reply.ok(fill.out);
+                        return None;
+                    }
+                    fill.at = next;
+                    continue;
+                }
+                // Deleted between the listing and the look: as if it had not been listed.
+                Err(_) => {
+                    fill.at = next;
+                    continue;
+                }
             };
             let attr = self.mirror.attr_of(&found);
             let node = found.node;
@@ -279,20 +300,23 @@ impl Shared {
     /// 0, which tells the kernel that there is the name only.
     fn plus(&self, node: &Node, attr: Option<Attr>, listing: &Listing) -> Option<answer::Entry> {
         let Some(attr) = attr else {
-            // It does not look at these.
-            let attr = self.mirror.attr_now(&listing.node).ok()??;
-            return Some(answer::Entry {
-                ino: 0,
-                generation: 0,
-                attr,
-                entry_ttl: Duration::ZERO,
-                attr_ttl: Duration::ZERO,
-            });
+            return self.name_only(listing);
         };
         let shown = self.entry(node, attr);
         Some(answer::Entry {
             entry_ttl: shown.attr_ttl,
             ..shown
+        })
+    }
+
+    fn name_only(&self, listing: &Listing) -> Option<answer::Entry> {
+        Some(answer::Entry {
+            ino: 0,
+            generation: 0,
+            // The kernel does not look at these.
+            attr: self.mirror.attr_now(&listing.node).ok()??,
+            entry_ttl: Duration::ZERO,
+            attr_ttl: Duration::ZERO,
         })
     }
 }

@@ -77,6 +77,14 @@ impl Shared {
         }
     }
 
+    /// How long the kernel may keep what a directory with all its names has, and has not.
+    pub(super) fn names_ttl(&self) -> Duration {
+        match self.mirror.has_unseen() {
+            true => Duration::ZERO,
+            false => self.entry_ttl(),
+        }
+    }
+
     pub(super) fn attr_ttl(&self, ino: Ino, attr: &Attr) -> Duration {
         let hidden = attr.stat.is_file() && self.backings.has_hidden_writers(ino);
         if hidden || is_volatile(attr) {
@@ -119,12 +127,12 @@ impl Shared {
         result: Result<mirror::Entry>,
         reply: Reply<Found>,
     ) {
-        let ttl = self.entry_ttl();
         reply.send(match result {
             Ok(entry) => Ok(Found::Entry(self.entry(&entry.node, entry.attr))),
             Err(e) => match errno("lookup", &e) {
-                Errno::NOENT if !ttl.is_zero() && self.has_all_names(parent) => {
-                    Ok(Found::Nothing(ttl))
+                // In this order: a directory has its stand-ins before it has all its names.
+                Errno::NOENT if self.has_all_names(parent) && !self.names_ttl().is_zero() => {
+                    Ok(Found::Nothing(self.entry_ttl()))
                 }
                 errno => Err(errno),
             },

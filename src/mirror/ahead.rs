@@ -164,7 +164,7 @@ impl Mirror {
             return Ok(None);
         };
         if !partial.has(name) {
-            self.place_ahead(dir, &partial, std::slice::from_ref(name))?;
+            self.place_ahead(dir, &partial, std::slice::from_ref(name), false)?;
         }
         Ok(Some(partial))
     }
@@ -179,8 +179,14 @@ impl Mirror {
         }
     }
 
-    /// Places some names of a P directory.
-    fn place_ahead(&self, dir: &DirRef, partial: &Partial, names: &[Name]) -> Result<()> {
+    /// Places some names of a P directory; `last`: of those that src lists and does not show, stand-ins.
+    fn place_ahead(
+        &self,
+        dir: &DirRef,
+        partial: &Partial,
+        names: &[Name],
+        last: bool,
+    ) -> Result<()> {
         let src = self.src_of(dir)?;
         let opened = self.open_dir(dir)?;
         let times = match partial.times() {
@@ -198,7 +204,13 @@ impl Mirror {
                 return Ok(());
             };
             fault::point("ahead-before");
-            match placer.place(name) {
+            let placed = match placer.place(name) {
+                Err(e) if last && e.errno() != Errno::NOENT => self
+                    .stand_in(opened.as_fd(), &src.path, name, e)
+                    .map(|()| true),
+                placed => placed,
+            };
+            match placed {
                 Ok(true) => {
                     // After a crash nobody remembers them.
                     let set = meta::set_times_fd(opened.as_fd(), times.0, times.1);
@@ -258,10 +270,10 @@ impl Mirror {
         dst: BorrowedFd<'_>,
         offset: u64,
     ) -> Result<Vec<Entry>> {
-        let (mut attempt, began) = (0, Instant::now());
+        let (mut attempt, mut last, began) = (0, false, Instant::now());
         let mut cursor = stream.cursor.lock();
         loop {
-            let error = match self.list_once(stream, &mut cursor, dst, offset) {
+            let error = match self.list_once(stream, &mut cursor, (dst, last), offset) {
                 Ok(entries) => return Ok(entries),
                 Err(e) => e,
             };
@@ -270,6 +282,9 @@ impl Mirror {
             let origin = stream.dir.origin.as_ref();
             origin.iter().for_each(|o| self.source.forget_dir(o));
             if !self.wait_here(&mut attempt, &error, began) {
+                if !std::mem::replace(&mut last, true) {
+                    continue;
+                }
                 if let (
                     Some(path),
                     Error::Call {
@@ -288,7 +303,7 @@ impl Mirror {
         &self,
         stream: &Stream,
         cursor: &mut Cursor,
-        dst: BorrowedFd<'_>,
+        (dst, at_last): (BorrowedFd<'_>, bool),
         offset: u64,
     ) -> Result<Vec<Entry>> {
         let shown = stream.dir.origin.as_deref().cloned().unwrap_or_default();
@@ -308,7 +323,7 @@ impl Mirror {
             offset = last.next;
             if let Some(partial) = self.partial(&stream.dir, Some(dst))? {
                 let names: Vec<_> = listed.iter().map(|e| e.name.clone()).collect();
-                self.place_ahead(&stream.dir, &partial, &names)?;
+                self.place_ahead(&stream.dir, &partial, &names, at_last)?;
             }
             as_in_dst(&mut listed, dst, &shown)?;
             if !listed.is_empty() {

@@ -301,6 +301,7 @@ impl Mirror {
         fd: std::os::fd::BorrowedFd<'_>,
         change: Change,
     ) -> Result<(), Errno> {
+        let _changing = self.unseen.changing();
         let _guard = self.lock_mark(node.ino);
         if self.may_be_marked(node)
             && !fault::breaks("D9")

@@ -7,6 +7,7 @@
 //!   flags/      one empty file per inode that gets +i or +a at finish: `FLAGS-HANDLE`
 //!   perms/      permissions that are about to come true (perms.rs)
 //!   maps/       which blocks of a mixed file are users' (bytemap.rs)
+//!   unseen/     one link to each stand-in of a name that src does not show (unseen.rs)
 //!   ledger      what could not be pulled (ledger.rs)
 
 use std::io::{Read, Write};
@@ -61,6 +62,8 @@ pub struct Control {
     pub perms: OwnedFd,
     /// `.mirrorfs/maps`, open.
     pub maps: OwnedFd,
+    /// `.mirrorfs/unseen`, open.
+    pub unseen: OwnedFd,
     /// What this migration is.
     pub identity: Identity,
     /// True when this start found a migration to resume.
@@ -191,12 +194,14 @@ impl Control {
         let flags = subdir(dir.as_fd(), c"flags")?;
         let perms = subdir(dir.as_fd(), c"perms")?;
         let maps = subdir(dir.as_fd(), c"maps")?;
+        let unseen = subdir(dir.as_fd(), c"unseen")?;
         Ok(Control {
             dir,
             links,
             flags,
             perms,
             maps,
+            unseen,
             identity,
             resumed,
             lock,
@@ -417,7 +422,15 @@ pub fn remove(root: BorrowedFd<'_>, control: &Control) -> Result<()> {
     empty_dir(control.flags.as_fd(), ".mirrorfs/flags")?;
     empty_dir(control.perms.as_fd(), ".mirrorfs/perms")?;
     empty_dir(control.maps.as_fd(), ".mirrorfs/maps")?;
-    for name in [c"links", c"flags", c"perms", c"maps"] {
+    let unseen = crate::mark::in_control(super::unseen::DIR);
+    for entry in dir::list(control.unseen.as_fd()).on("getdents64", Side::Dst, &unseen)? {
+        super::extras::remove(
+            control.unseen.as_fd(),
+            &entry.name,
+            &unseen.join(&entry.name),
+        )?;
+    }
+    for name in [c"links", c"flags", c"perms", c"maps", c"unseen"] {
         rustix::fs::unlinkat(control.dir.as_fd(), name, AtFlags::REMOVEDIR).on(
             "rmdir",
             Side::Dst,

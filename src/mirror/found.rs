@@ -90,6 +90,7 @@ impl Mirror {
                 .on("getxattr", Side::Dst, shown)?,
             false => None,
         };
+        self.check_seen(stat.key.ino, mark.as_ref(), || shown.into())?;
         let phase = match &mark {
             None => Phase::Unmarked,
             Some(mark) if mark.populated => Phase::Populated,

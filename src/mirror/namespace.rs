@@ -77,6 +77,7 @@ impl Mirror {
         let look = move |ready: Result<()>| match ready.and_then(|()| mirror.child(parent, &wanted))
         {
             Ok(found) => mirror.with_entry(found, then),
+            Err(Error::Unseen { .. }) => mirror.lookup_revealed(parent, wanted, then),
             Err(e) => then(Err(e)),
         };
         if self.is_control(parent, name.as_bytes()) || self.has_name(&dir, &name) {
@@ -143,6 +144,7 @@ impl Mirror {
             }
         };
         let create = || caps::with_fsetid(make);
+        let _changing = self.unseen.changing();
         let made = caps::as_creator(creator.uid, creator.gid, creator.umask, create)
             .and_then(|made| made)
             .on("create", Side::Dst, shown)?;
@@ -169,6 +171,7 @@ impl Mirror {
         let shown = name.as_os_str();
         let dir_node = self.nodes.get(parent).on("unlink", Side::Dst, shown)?;
         let dir = self.nodes.dir(&dir_node).on("open", Side::Dst, shown)?;
+        let _changing = self.changing_name(dir.as_fd(), name)?;
         if flags.is_empty() {
             self.pin_origin_of_open(dir.as_fd(), name)?;
         }
@@ -286,6 +289,7 @@ impl Mirror {
             self.epoch.fetch_add(1, Ordering::Release);
         }
         fault::point("rename-origin");
+        let _changing = self.unseen.changing();
         fd::link_fd(opened.as_fd(), dir.as_fd(), name.as_cstr()).on("link", Side::Dst, shown)?;
         self.child_in(&dir_node, dir.as_fd(), name)
     }
@@ -370,6 +374,8 @@ impl Mirror {
                 .and_then(|()| self.prepare_move(&other, to_dir.as_fd(), &to.1, &from_node))
                 .and_then(|()| {
                     fault::point("rename-origin");
+                    drop(self.changing_name(from_dir.as_fd(), &from.1)?);
+                    let _changing = self.changing_name(to_dir.as_fd(), &to.1)?;
                     let from = (&*from_node, from_dir.as_fd(), &from.1);
                     let to = (&*to_node, to_dir.as_fd(), &to.1);
                     self.rename_at(from, to, flags)

@@ -127,7 +127,7 @@ impl Drop for Claimed<'_> {
 
 impl Partial {
     /// Nothing is here yet; `clean`: dst's directory is empty.
-    fn new(
+    pub(super) fn new(
         ino: Ino,
         anchor: Anchor,
         origin: Arc<RelPath>,

@@ -13,7 +13,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crossbeam_channel::RecvTimeoutError;
-use parking_lot::Mutex;
 use rustix::fs::{FileType, OFlags};
 use rustix::io::Errno;
 
@@ -27,6 +26,7 @@ use super::partial::Partial;
 use super::place::Placer;
 use super::running::Extent;
 use super::source::SrcDir;
+use super::unseen::Lost;
 use crate::engine::job::Priority;
 use crate::error::{Context, Error, Result, Side};
 use crate::mark::Mark;
@@ -218,7 +218,8 @@ impl Mirror {
         extent: Extent,
         attempt: u32,
     ) {
-        let result = match self.populate(dir, carrier, extent) {
+        let mut attempt = attempt;
+        let result = match self.populate(dir, carrier, extent, &mut attempt) {
             Ok(true) => Ok(()),
             Ok(false) => return,
             Err(e) => Err(e),
@@ -257,6 +258,7 @@ impl Mirror {
         dir: &DirRef,
         carrier: Option<&Carrier<'_>>,
         extent: Extent,
+        attempt: &mut u32,
     ) -> Result<bool> {
         let opened = self.open_dir(dir)?;
         let Some(partial) = self.partial(dir, Some(opened.as_fd()))? else {
@@ -267,7 +269,8 @@ impl Mirror {
         let src = self.src_of(dir)?;
         let placer = Placer::new(self, &src, opened.as_fd(), &partial, carrier);
         self.settle_ledger(&src.path);
-        let Some((meta, settled)) = self.place_all(&src, &partial, &placer, extent)? else {
+        let placed = self.place_all(&src, &partial, &placer, extent, attempt)?;
+        let Some((meta, settled)) = placed else {
             return Ok(false);
         };
         if settled {
@@ -288,13 +291,14 @@ impl Mirror {
     /// metadata: src's names are not known for sure. One that changes
     /// meanwhile, or lists what it says is not there, is listed again; one that keeps changing is
     /// published as it was last seen, and is in the ledger. A name that stays listed without being
-    /// there is an error: it may be a file.
+    /// there, or fails for itself, may be a file: it gets a stand-in (unseen.rs).
     fn place_all(
         &self,
         src: &SrcDir,
         partial: &Partial,
         placer: &Placer<'_>,
         extent: Extent,
+        attempt: &mut u32,
     ) -> Result<Option<(Meta, bool)>> {
         let path = src.path.as_ref();
         let mut tries_left = LISTINGS_MAX;
@@ -302,41 +306,34 @@ impl Mirror {
             let meta =
                 Meta::capture_fd(src.capture, src.fd.as_fd()).on("statx", Side::Src, path)?;
             partial.set_times((meta.stat.atime, meta.stat.mtime));
-            let gone = Mutex::new(None);
-            if !self.place_listed(src, partial, placer, extent, &gone)? {
+            let lost = Lost::new(*attempt);
+            if !self.place_listed(src, partial, placer, extent, &lost)? {
                 return Ok(None);
             }
             tries_left -= 1;
             let after = stat::stat_fd(src.fd.as_fd()).on("statx", Side::Src, path)?;
             let same = after.mtime == meta.stat.mtime;
-            match gone.into_inner() {
-                None if same => return Ok(Some((meta, true))),
-                Some(name) if same && tries_left == 0 => {
-                    return Err(Errno::NOENT).on("statx", Side::Src, path.join(&name));
-                }
-                _ => {}
+            if tries_left > 0 && (lost.has_gone() || !same) {
+                continue;
             }
-            if tries_left == 0 {
-                self.fail(
-                    path,
-                    &Error::SrcChanged {
-                        path: path.to_path(),
-                    },
-                );
-                return Ok(Some((meta, false)));
+            self.stand_in_for(placer, lost, same, attempt)?;
+            if !same {
+                let path = path.to_path();
+                self.fail(&src.path, &Error::SrcChanged { path });
             }
+            return Ok(Some((meta, same)));
         }
     }
 
-    /// Lists a src directory once and places what is not here; false: it is too large. `gone`: a name
-    /// that was listed and is not there.
+    /// Lists a src directory once and places what is not here; false: it is too large. `lost`: names
+    /// that are listed, and that is all.
     fn place_listed(
         &self,
         src: &SrcDir,
         partial: &Partial,
         placer: &Placer<'_>,
         extent: Extent,
-        gone: &Mutex<Option<Name>>,
+        lost: &Lost,
     ) -> Result<bool> {
         let (mut from, mut len_max, mut buf) = (0, LARGE_DIR, Vec::new());
         loop {
@@ -371,12 +368,13 @@ impl Mirror {
                     return Ok(());
                 };
                 fault::point("populate-before-child");
-                match placer.place_listed(entry)? {
-                    true => claimed.here(),
-                    false => {
+                match placer.place_listed(entry) {
+                    Ok(true) => claimed.here(),
+                    Ok(false) => {
                         claimed.not_in_src();
-                        *gone.lock() = Some(entry.name.clone());
+                        lost.note_gone(&entry.name);
                     }
+                    Err(e) => lost.note_bad(&entry.name, &src.path, e)?,
                 }
                 fault::point("populate-after-child");
                 Ok(())
@@ -519,6 +517,7 @@ impl Mirror {
             return Ok(None);
         };
         let stat = stat::stat_fd(file.as_fd()).on("statx", Side::Dst, shown())?;
+        self.check_seen(stat.key.ino, Some(&mark), || shown().to_path())?;
         let anchor = parent
             .anchor
             .child_at(opened, name, file.as_fd(), stat.key.ino);

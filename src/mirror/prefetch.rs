@@ -264,7 +264,11 @@ impl Mirror {
                 return Ok((files, Some(next)));
             }
             next = entry.next;
-            let marked = self.marked_child(&window.dir, opened.as_fd(), &entry.name, entry.kind)?;
+            let marked = self.marked_child(&window.dir, opened.as_fd(), &entry.name, entry.kind);
+            let marked = match marked {
+                Err(Error::Unseen { .. }) => continue,
+                other => other?,
+            };
             let Some(found) = marked else { continue };
             let here = self.has_landed(found.dir.ino, &found.dir.anchor);
             if here || found.kind != FileType::RegularFile || found.size > FILE_MAX {

@@ -56,6 +56,7 @@ impl Mirror {
             .mark
             .get(Target::Fd(dst.as_fd()))
             .on("getxattr", Side::Dst, path)?;
+        self.check_seen(hydration.file.ino, mark.as_ref(), || path.to_path())?;
         // Only a hydration removes the mark, and this inode's only one is ours: the answer holds.
         Ok(mark.map(|_| dst))
     }

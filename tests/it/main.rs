@@ -43,6 +43,7 @@ mod service;
 mod shards;
 mod signals;
 mod tidy;
+mod unseen;
 mod upgrade;
 mod uring;
 mod verifying;

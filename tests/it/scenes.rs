@@ -52,6 +52,7 @@ scenes! {
     full::an_xattr_that_found_no_room_is_not_left_out_and_one_that_never_fits_is_in_the_ledger,
     full::sync_into_a_read_only_target_stops_with_one_line,
     badsource::finish_waives_what_was_given_up_by_path_and_nothing_else,
+    unseen::what_is_given_up_of_them_is_missing_and_nothing_else,
     badsource::the_background_leaves_what_hangs_and_comes_back_for_it,
     badsource::a_source_that_hangs_keeps_no_daemon_from_ending,
     badsource::with_on_error_fail_an_access_ends_and_the_next_one_works_when_src_is_back,
