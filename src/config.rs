@@ -99,6 +99,9 @@ pub struct MountConfig {
     pub record: Option<PathBuf>,
     /// Such a file: what it names is pulled in that order.
     pub replay: Option<PathBuf>,
+    /// Where it is written what src's entries are, with a digest of each file.
+    #[serde(default)]
+    pub manifest: Option<PathBuf>,
     /// Whose reads are answered from src and not stored.
     #[serde(default)]
     pub no_store: NoStore,
@@ -157,6 +160,7 @@ impl MountConfig {
             transport: Transport::default(),
             record: None,
             replay: None,
+            manifest: None,
             no_store: NoStore::default(),
             threads: cpus().clamp(2, 8),
             workers: cpus(),

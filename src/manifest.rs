@@ -16,13 +16,15 @@ mod digest;
 mod index;
 mod line;
 mod reading;
+mod stream;
 mod writer;
 mod xattrs;
 
 pub use digest::{BLOCK, Digest, Feed, Tree, is_hashed};
 pub use index::{Index, Trouble};
-pub use line::{Entry, is_settled};
+pub use line::{Entry, is_settled, is_settled_at};
 pub use reading::Part;
+pub use stream::Stream;
 pub use writer::Writer;
 pub use xattrs::{Became, Scope, Xattrs};
 

@@ -40,6 +40,7 @@ mod place;
 mod populate;
 mod prefetch;
 mod prepare;
+mod proof;
 mod ranged;
 mod room;
 mod running;
@@ -80,7 +81,7 @@ pub use namespace::{Creator, Entry, Make};
 pub use node::{Ino, Node, NodeTable, Origin, Phase, ROOT};
 pub use populate::{Access, DirRef, Marked, Waiter};
 pub use ranged::ReadDone;
-pub use source::SrcInfo;
+pub use source::{Face, SrcInfo};
 pub use through::Caller;
 pub use trace::{Traced, parse_trace};
 pub use upgrade::{DirState, State};
@@ -168,6 +169,7 @@ pub struct Mirror {
     /// Writes down what is accessed first, when that is asked for; and where to, until it begins.
     recorder: Option<trace::Recorder>,
     trace_file: Mutex<Option<std::fs::File>>,
+    proof: Mutex<Option<Arc<proof::Proof>>>,
     /// Whose reads leave nothing behind.
     no_store: NoStore,
     commit: Commit,
@@ -299,6 +301,7 @@ impl Mirror {
             with_neighbours: config.prefetch,
             recorder: config.record.is_some().then(trace::Recorder::default),
             trace_file: Mutex::default(),
+            proof: Mutex::default(),
             no_store: config.no_store.clone(),
             commit: Commit::default(),
             engine,

@@ -14,6 +14,7 @@ mod front;
 mod helper;
 mod live;
 mod log;
+mod manifest;
 mod metrics;
 mod mount;
 mod out;
@@ -172,7 +173,7 @@ fn dispatch(command: Command) -> Outcome {
         Command::Upgrade(args) => upgrade::run(&args),
         Command::Pull(args) => pull::run(&args),
         Command::Verify(args) => verify::run_with(&args),
-        Command::Manifest(args) => verify::take(&args),
+        Command::Manifest(args) => manifest::take(&args),
         Command::Finish(args) => finish::run(&args.path, args.accept_loss),
         Command::Errors(args) => errors::run(&args),
         Command::Completions(args) => {

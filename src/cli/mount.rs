@@ -37,7 +37,7 @@ pub struct Mount {
     /// large=SIZE (files over it open at once and are pulled by range; 8M), cache=auto|keep|drop
     /// (what background copies of large files leave in the page cache), transport=auto|dev|uring,
     /// threads=N (FUSE session threads), workers=N (copy workers), noprefetch (files are not pulled
-    /// because others of their directory were opened), nostore=WHO, record=FILE, replay=FILE, adopt, checksum, delete, nobackground, finish,
+    /// because others of their directory were opened), nostore=WHO, record=FILE, replay=FILE, manifest=FILE, adopt, checksum, delete, nobackground, finish,
     /// log=FILE, loglevel=LEVEL,
     /// bwlimit=RATE, jobs=N, source-timeout=DUR, on-error=wait|fail, metrics=ADDR, metrics-file=FILE,
     /// config=FILE. ro, nosuid, nodev and noexec apply to the mount. allow_other lets other
@@ -90,6 +90,13 @@ pub struct Mount {
     /// Also with --no-background. What is not there any more is skipped.
     #[arg(long, value_name = "FILE")]
     pub replay: Option<PathBuf>,
+    /// Write down what each entry of SRC is, and the BLAKE3 of each file
+    ///
+    /// A text in the format of mtree(5), for `mirrorfs verify --manifest`. Files are hashed while they are
+    /// pulled; `finish` ends the manifest, and reads from SRC what came by ranges or was here already. One of an
+    /// earlier run is gone on with. Not in SRC, DST or MOUNTPOINT.
+    #[arg(long, value_name = "FILE")]
+    pub manifest: Option<PathBuf>,
     /// Store nothing of what these processes read: uid:NUMBER, cgroup:/PATH or idle
     ///
     /// For scanners, indexers and backups, which would pull the whole tree in their order. What they
@@ -289,6 +296,7 @@ impl Mount {
         config.finish = self.finish;
         config.native = self.experimental_native;
         (config.record, config.replay) = (self.record, self.replay);
+        config.manifest = self.manifest;
         for who in &self.no_store {
             let added = config.no_store.add(who);
             added.map_err(|e| format!("--no-store {e}"))?;
@@ -389,6 +397,7 @@ fn mount_option(config: &mut MountConfig, option: &str) -> Result<(), String> {
         }
         ("record", Some(file)) => config.record = Some(PathBuf::from(file)),
         ("replay", Some(file)) => config.replay = Some(PathBuf::from(file)),
+        ("manifest", Some(file)) => config.manifest = Some(PathBuf::from(file)),
         ("noprefetch", None) => config.prefetch = false,
         ("nobackground", None) => config.background = false,
         ("finish", None) => config.finish = true,
@@ -428,7 +437,7 @@ fn mount_option(config: &mut MountConfig, option: &str) -> Result<(), String> {
         (
             "large" | "cache" | "threads" | "workers" | "log" | "loglevel" | "bwlimit" | "jobs"
             | "metrics" | "metrics-file" | "source-timeout" | "on-error" | "config" | "nostore"
-            | "record" | "replay" | "transport",
+            | "record" | "replay" | "manifest" | "transport",
             None,
         ) => {
             return Err(format!("-o {key} needs a value: -o {key}=..."));

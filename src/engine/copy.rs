@@ -75,6 +75,8 @@ pub(super) struct CopyPlan {
     /// dst may have bytes where src has a hole.
     used: bool,
     bytes: u64,
+    /// The owner is told src's bytes and holes.
+    tells: bool,
     chunks: Vec<Option<Chunk>>,
     in_flight: usize,
     again: u32,
@@ -84,6 +86,7 @@ pub(super) struct CopyPlan {
 impl CopyPlan {
     pub(super) fn new(span: Span, durability: Durability, limits: Limits) -> CopyPlan {
         CopyPlan {
+            tells: span != Span::Whole,
             span,
             durability,
             limits,
@@ -105,6 +108,12 @@ impl CopyPlan {
             again: 0,
             failure: None,
         }
+    }
+
+    /// Also of a whole file the owner is told what src has, if so.
+    pub(super) fn telling(mut self, tells: bool) -> CopyPlan {
+        self.tells |= tells;
+        self
     }
 
     /// Takes an event; appends what is to be done now.
@@ -336,7 +345,7 @@ impl CopyPlan {
             self.free(id, out);
             self.fill(out);
         } else {
-            if self.span != Span::Whole {
+            if self.tells {
                 out.push(Action::Data {
                     chunk: id,
                     offset,
@@ -395,8 +404,11 @@ impl CopyPlan {
     }
 
     fn hole_landed(&mut self, hole: Range<u64>, out: &mut Vec<Action>) {
-        if self.span != Span::Whole {
-            out.push(Action::Zeros(hole.clone()));
+        if self.tells {
+            out.push(match self.span {
+                Span::Whole => Action::Hole(hole.clone()),
+                Span::Range(_) => Action::Zeros(hole.clone()),
+            });
         }
         out.push(Action::Landed(hole));
     }
@@ -439,6 +451,9 @@ impl CopyPlan {
             self.failure = Some(Failure::SrcChanged);
         } else {
             // By name again: an editor may have renamed a new file over the one that we copied.
+            if self.tells {
+                out.push(Action::Again);
+            }
             self.retry = true;
             self.used = true;
             self.shrunk = false;
@@ -491,6 +506,8 @@ impl CopyPlan {
             Action::Sync => self.fail("fdatasync", Side::Dst, errno),
             Action::Data { .. }
             | Action::Zeros(_)
+            | Action::Hole(_)
+            | Action::Again
             | Action::Landed(_)
             | Action::Free { .. }
             | Action::Finish(_) => {} // Announcements cannot fail.

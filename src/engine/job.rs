@@ -92,8 +92,22 @@ pub trait Completion: Send {
         false
     }
 
-    /// Source bytes as soon as they were read, before they are written to dst: only for
-    /// `Span::Range` jobs, in pieces, any order, that together cover the clipped range.
+    /// Asked once, after `begin`: a `Span::Whole` job tells `data` and `hole`, too.
+    fn wants_data(&self) -> bool {
+        false
+    }
+
+    /// src has changed, and is copied once more from its beginning, perhaps in another way.
+    fn again(&mut self) {}
+
+    /// A hole of src: only for `Span::Whole` jobs, where `wants_data`. All of them and what `data` tells
+    /// are the file, once, unless its extents were shared, or copied by a server.
+    fn hole(&mut self, range: Range<u64>) {
+        let _ = range; // As above.
+    }
+
+    /// Source bytes as soon as they were read, before they are written to dst: for `Span::Range` jobs, in
+    /// pieces, any order, that together cover the clipped range; and where `wants_data`.
     fn data(&mut self, offset: u64, bytes: &[u8]) {
         let _ = (offset, bytes); // Most jobs have no reader to answer early.
     }

@@ -412,6 +412,12 @@ impl Worker {
                     call(&file.path, || file.done.data(at, &ZEROS[..len]));
                 }
             }
+            Action::Again => {
+                call(&file.path, || file.done.again());
+            }
+            Action::Hole(range) => {
+                call(&file.path, || file.done.hole(range));
+            }
             Action::Landed(range) => {
                 call(&file.path, || file.done.landed(range.clone()));
                 self.pass_by(slot, &range);

@@ -318,6 +318,7 @@ impl Worker {
         }
         let source = self.device_of(&src_dir);
         let chunks = self.limits.chunks_max;
+        let tells = call(&path, || done.wants_data()) == Some(true);
         self.files[slot] = Some(File {
             src_dir,
             src_name,
@@ -325,7 +326,7 @@ impl Worker {
             priority,
             path,
             done,
-            plan: CopyPlan::new(span, durability, self.limits),
+            plan: CopyPlan::new(span, durability, self.limits).telling(tells),
             src: None,
             away: None,
             source,

@@ -12,7 +12,7 @@ use xxhash_rust::xxh3::xxh3_64;
 use super::{Digest, END, Entry, HEADER, HEADER_ANY, SIGNATURE};
 use crate::error::Printable;
 use crate::sys::name::RelPath;
-use crate::sys::stat::Stat;
+use crate::sys::stat::{FileKey, Stat};
 
 /// A line of this length is none of ours: paths are at most some thousand bytes, four for each.
 const LINE_MAX: usize = 1 << 20;
@@ -44,6 +44,8 @@ pub struct Index {
     path: PathBuf,
     /// Hash of the path and place of the line, in order.
     lines: Vec<(u64, u64)>,
+    /// Likewise, by the inode in src: of files with several names and a digest.
+    groups: Vec<(u64, u64)>,
     /// A bit for each line that was asked for.
     asked: Vec<AtomicU64>,
     /// The run that wrote it came to its end.
@@ -96,14 +98,26 @@ impl Index {
         Ok(found)
     }
 
-    /// The digest that it has of a file, if the file has not changed since.
+    /// The digest that it has of a file, by this name or another, if the file has not changed since.
     pub fn known(&self, path: &RelPath, src: &Stat) -> Option<Digest> {
+        let same = |entry: &Entry| {
+            entry.size == Some(src.size)
+                && entry.time == Some(src.mtime)
+                && entry.ctime == Some(src.ctime)
+        };
         // A manifest that cannot be read any more only costs another reading of the file.
-        let entry = self.get(path).ok()??;
-        let same = entry.size == Some(src.size)
-            && entry.time == Some(src.mtime)
-            && entry.ctime == Some(src.ctime);
-        entry.digest.filter(|_| same)
+        let by_name = self.get(path).ok().flatten().filter(same);
+        by_name.and_then(|entry| entry.digest).or_else(|| {
+            let hash = hash_of(&src.key);
+            let first = self.groups.partition_point(|(h, _)| *h < hash);
+            let all = self.groups.get(first..)?.iter();
+            let mut all = all.take_while(|(h, _)| *h == hash && src.nlink > 1);
+            all.find_map(|(_, offset)| {
+                let entry = self.read(*offset).ok()?;
+                let its = entry.group.is_some_and(|(_, key)| key == src.key);
+                entry.digest.filter(|_| its && same(&entry))
+            })
+        })
     }
 
     /// Each path that nobody has asked for, once.
@@ -146,6 +160,12 @@ impl Index {
     }
 }
 
+fn hash_of(inode: &FileKey) -> u64 {
+    let FileKey { dev, ino } = inode;
+    let [a, b] = [dev.0, dev.1].map(u32::to_le_bytes);
+    xxh3_64(&[&a[..], &b, &ino.to_le_bytes()].concat())
+}
+
 fn hash(path: &RelPath) -> u64 {
     xxh3_64(path.as_bytes())
 }
@@ -169,6 +189,7 @@ pub(super) fn scan(file: File, path: &Path) -> Result<Scan, Trouble> {
     let mut reader = BufReader::with_capacity(256 << 10, &file);
     let mut hasher = blake3::Hasher::new();
     let (mut lines, mut ended, mut bad) = (Vec::new(), false, None);
+    let mut groups = Vec::new();
     let (mut offset, mut number) = (0u64, 0u64);
     let mut line = Vec::new();
     loop {
@@ -202,6 +223,9 @@ pub(super) fn scan(file: File, path: &Path) -> Result<Scan, Trouble> {
                     Ok(Some(entry)) => {
                         ended = false;
                         lines.push((hash(&entry.path), offset));
+                        if let (Some((_, key)), Some(_)) = (entry.group, entry.digest) {
+                            groups.push((hash_of(&key), offset));
+                        }
                     }
                     Ok(None) if body.starts_with(END) => {
                         ended = true;
@@ -210,7 +234,7 @@ pub(super) fn scan(file: File, path: &Path) -> Result<Scan, Trouble> {
                             let why = "the lines before it were changed since they were written";
                             bad = Some(trouble(number, why.into()));
                             // Nobody knows which: none of them serves another run.
-                            lines.clear();
+                            (lines, groups) = (Vec::new(), Vec::new());
                             offset = 0;
                             break;
                         }
@@ -230,6 +254,7 @@ pub(super) fn scan(file: File, path: &Path) -> Result<Scan, Trouble> {
         return Err(trouble(0, "it is not a manifest of mirrorfs".into()));
     }
     lines.sort_unstable();
+    groups.sort_unstable();
     let asked = (0..lines.len().div_ceil(64)).map(|_| AtomicU64::new(0));
     Ok(Scan {
         index: Index {
@@ -237,6 +262,7 @@ pub(super) fn scan(file: File, path: &Path) -> Result<Scan, Trouble> {
             file,
             path: path.to_path_buf(),
             lines,
+            groups,
             ended,
         },
         good: offset,

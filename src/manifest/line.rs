@@ -186,7 +186,12 @@ const YOUNG_S: i64 = 2;
 
 /// True when another change would give the file another ctime. To be asked before it is read.
 pub fn is_settled(src: &Stat) -> bool {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    is_settled_at(src, SystemTime::now())
+}
+
+/// As `is_settled`, of a file that was read from `begun` on.
+pub fn is_settled_at(src: &Stat, begun: SystemTime) -> bool {
+    let now = begun.duration_since(UNIX_EPOCH);
     let now = now.map_or(0, |t| i64::try_from(t.as_secs()).unwrap_or(i64::MAX));
     src.ctime.sec < now.saturating_sub(YOUNG_S)
 }

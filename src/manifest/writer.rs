@@ -39,6 +39,7 @@ struct State {
     hasher: blake3::Hasher,
     /// The first failure: from there on the manifest cannot be whole.
     failed: Option<io::Error>,
+    closed: bool,
 }
 
 impl Writer {
@@ -101,6 +102,7 @@ impl Writer {
             entries: 0,
             hasher,
             failed: None,
+            closed: false,
         };
         let writer = Writer {
             path: path.clone(),
@@ -115,12 +117,31 @@ impl Writer {
         let mut line = Vec::with_capacity(256);
         entry.write(&mut line);
         let mut state = self.state.lock();
+        if state.closed {
+            return;
+        }
         state.hasher.update(&line);
         state.entries += 1;
         state.pending.extend_from_slice(&line);
         if state.pending.len() >= PENDING_MAX || state.written.elapsed() >= PENDING_LONGEST {
             state.flush();
         }
+    }
+
+    /// What was said so far goes to the file.
+    pub fn flush(&self) {
+        self.state.lock().flush();
+    }
+
+    /// The end of a run that leaves the end of the manifest to another one: nothing more is written, and the
+    /// file is free.
+    pub fn close(&self) -> Result<(), Trouble> {
+        let ended = self.end(false);
+        let mut state = self.state.lock();
+        state.closed = true;
+        // The file is only closed with the last who knows of this writer.
+        let _ = host::unlock(state.file.as_fd()); // Then that does it.
+        ended
     }
 
     /// The end of the run, when all that the lines speak of is durable. `whole`: they speak of all of the
@@ -204,7 +225,7 @@ fn lock(file: &File) -> Result<(), Errno> {
 impl Drop for Writer {
     /// By closing the file the lock would stay for as long as a child that was made meanwhile has it open.
     fn drop(&mut self) {
-        let _ = host::unlock(self.state.get_mut().file.as_fd()); // Closing it does it, too.
+        let _ = host::unlock(self.state.get_mut().file.as_fd()); // Closing it does that, in the end.
     }
 }
 

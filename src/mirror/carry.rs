@@ -18,7 +18,7 @@ use std::cell::RefCell;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use parking_lot::Mutex;
 use rustix::fs::{AtFlags, FileType};
@@ -171,6 +171,7 @@ impl Placer<'_> {
         open: Option<OwnedFd>,
     ) -> Result<bool> {
         let begun = Instant::now();
+        let proof = self.mirror.proof().map(|proof| (proof, SystemTime::now()));
         let read = match open {
             Some(file) => read_open(file, self.src.capture, stat, buffer),
             None => self.read(name, stat, buffer),
@@ -185,6 +186,9 @@ impl Placer<'_> {
             other => other.on("openat", Side::Dst, path)?,
         };
         let done = self.fill(path, (&meta, &src, &file), buffer);
+        if let (Ok(true), Some((proof, begun))) = (&done, proof) {
+            proof.carried(path, stat, begun, buffer);
+        }
         if !matches!(done, Ok(true)) {
             // What failed is what is told; in a P directory nothing that is left over counts (D5).
             let _ = rustix::fs::unlinkat(self.dst, name.as_cstr(), AtFlags::empty()); // As said.

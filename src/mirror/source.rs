@@ -86,7 +86,8 @@ pub struct Face {
 }
 
 impl Face {
-    fn of(root: BorrowedFd<'_>) -> Result<Face> {
+    /// Looks at an open directory; a server is asked.
+    pub fn of(root: BorrowedFd<'_>) -> Result<Face> {
         let stat = stat::stat_fd_fresh(root).on("statx", Side::Src, ".")?;
         let fs = host::fs_stat(root).on("statfs", Side::Src, ".")?;
         Ok(Face {

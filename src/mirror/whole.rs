@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use super::Mirror;
 use super::hydrate::{Hydration, Stage};
+use super::proof::{Hashing, Proof};
 use crate::engine::job::{Completion, Copied, Priority};
 use crate::error::{Error, Result};
 
@@ -17,6 +18,8 @@ pub(super) struct Whole {
     priority: Priority,
     /// This job, and no other, copies the file.
     begun: bool,
+    /// For the manifest, if there is one.
+    hashing: Option<(Arc<Proof>, Hashing)>,
 }
 
 impl Whole {
@@ -30,6 +33,7 @@ impl Whole {
             hydration: Arc::clone(hydration),
             priority,
             begun: false,
+            hashing: None,
         }
     }
 }
@@ -43,6 +47,8 @@ impl Completion for Whole {
             state.moved = Instant::now();
             drop(state);
             self.mirror.keep_times(&self.hydration);
+            let proof = self.mirror.proof();
+            self.hashing = proof.map(|proof| (proof, Hashing::begin(self.priority)));
         }
         self.begun = won;
         won
@@ -64,13 +70,37 @@ impl Completion for Whole {
         passes
     }
 
+    fn wants_data(&self) -> bool {
+        self.hashing.is_some()
+    }
+
+    fn data(&mut self, offset: u64, bytes: &[u8]) {
+        if let Some((proof, hashing)) = &mut self.hashing {
+            hashing.bytes(proof, offset, bytes);
+        }
+    }
+
+    /// Such a file is read again in the end: what was handed on is of another time.
+    fn again(&mut self) {
+        self.hashing = None;
+    }
+
+    fn hole(&mut self, range: Range<u64>) {
+        if let Some((proof, hashing)) = &mut self.hashing {
+            hashing.hole(proof, range);
+        }
+    }
+
     fn landed(&mut self, range: Range<u64>) {
         let mut state = self.hydration.state.lock();
         state.present.insert(range);
         state.moved = Instant::now();
     }
 
-    fn done(self: Box<Self>, outcome: Result<Copied>) {
+    fn done(mut self: Box<Self>, outcome: Result<Copied>) {
+        if let (Ok(copied), Some((proof, hashing))) = (&outcome, self.hashing.take()) {
+            hashing.done(&proof, &self.hydration.path, copied.src);
+        }
         let leaves = self.begun && outcome.is_err() && self.leaves();
         match outcome {
             _ if leaves => self.mirror.whole_left(&self.hydration),

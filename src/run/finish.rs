@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use super::control::make_run_dir;
 use super::counts::Counts;
 use super::front::file_name;
+use super::manifest::Unended;
 use super::mount::refused;
 use super::varlink::Request;
 use super::{Outcome, client, exit, out, preflight};
@@ -15,12 +16,13 @@ use crate::mirror::LedgerEntry;
 
 /// `mirrorfs finish`.
 pub(super) fn run(path: &Path, accept_loss: bool) -> Outcome {
-    let (lost, report) = match client::find(path)? {
+    let (lost, report, manifest) = match client::find(path)? {
         Some(daemon) => {
             let reply = daemon.call(&Request::Finish { accept_loss })?;
             let lost = reply.get("lost").and_then(Value::as_u64).unwrap_or(0);
             let report = reply.get("report").and_then(Value::as_str);
-            (lost, report.map(PathBuf::from))
+            let manifest = reply.get("manifest").and_then(Unended::from_json);
+            (lost, report.map(PathBuf::from), manifest)
         }
         None => {
             preflight::migration(path)?;
@@ -29,18 +31,16 @@ pub(super) fn run(path: &Path, accept_loss: bool) -> Outcome {
             crate::mirror::finish_offline(path, accept_loss)
                 .map_err(|e| refused(e, survey.ledger))?;
             let src = survey.identity_src.unwrap_or_default();
-            (survey.ledger, write_report(&src, path, &entries, None))
+            let report = write_report(&src, path, &entries, None);
+            (survey.ledger, report, None)
         }
     };
     out::say(&format!("finished: {} is a plain tree", out::quoted(path)));
     if let Some(report) = report {
         out::say(&format!("report: {}", report.display()));
     }
-    Ok(if lost > 0 {
-        exit::SOME_FAILED
-    } else {
-        exit::DONE
-    })
+    let proved = manifest.map_or(Ok(exit::DONE), |manifest| manifest.end())?;
+    Ok(if lost > 0 { exit::SOME_FAILED } else { proved })
 }
 
 /// The final report of a migration, in the run directory: DST holds nothing of ours any more. `None`

@@ -9,7 +9,7 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
@@ -23,6 +23,7 @@ use super::daemon::{self, Parent};
 use super::front::Front;
 use super::live::{Every, LINE_EVERY};
 use super::log::Log;
+use super::manifest::{self, Unended};
 use super::metrics::Exporter;
 use super::out::quoted;
 use super::preflight::{self, Ground};
@@ -132,6 +133,7 @@ fn all_absolute(mut config: MountConfig) -> Result<MountConfig, Failure> {
         &mut config.metrics_file,
         &mut config.record,
         &mut config.replay,
+        &mut config.manifest,
     ];
     for path in paths.into_iter().chain(files.into_iter().flatten()) {
         *path = absolute(path)?;
@@ -195,6 +197,7 @@ fn serve(
     if let Some(file) = traces.record {
         mirror.record_into(file)?;
     }
+    manifest::begin(&mirror, &config, before.is_some())?;
     let wheel = Arc::new(Wheel::new(args.clone(), log, mirror.clone()));
     let (events_in, events) = bounded(64);
     watch_signals(events_in.clone())?;
@@ -272,6 +275,7 @@ fn serve(
         replay.join();
     }
     served.save_tally();
+    manifest::unended(&mirror, &config);
     served.exporter.stop();
     socket.close();
     let report = watch.report();
@@ -347,7 +351,10 @@ impl Served<'_> {
                 if self.mirror.progress().errors.get() == 0 {
                     if finish_again.is_none_or(|at| Instant::now() >= at) {
                         match self.finish(false) {
-                            Ok(_) => return Ok(Phase::Finished),
+                            Ok(report) => {
+                                Self::end_manifest(&report, events);
+                                return Ok(Phase::Finished);
+                            }
                             Err(failure) => tracing::error!("{}", failure.line),
                         }
                         finish_again = Some(Instant::now() + FINISH_PAUSE);
@@ -362,6 +369,7 @@ impl Served<'_> {
             let line_due = line.is_due();
             if line_due {
                 self.save_tally();
+                self.mirror.flush_proof();
                 tell_systemd(&[NotifyState::Status(&self.watch.report().line())]);
             }
             front.show(self.watch, line_due);
@@ -404,6 +412,7 @@ impl Served<'_> {
                     listener: self.socket.listener(),
                 };
                 self.save_tally();
+                self.mirror.flush_proof();
                 // It comes back only when there is no other program.
                 let failure = served.hand_over(binary.as_deref(), client.as_fd());
                 self.wheel.kick();
@@ -419,6 +428,21 @@ impl Served<'_> {
             },
         }
         None
+    }
+
+    /// Ends the manifest, until a signal comes.
+    fn end_manifest(report: &Value, events: &Receiver<Event>) {
+        if let Some(manifest) = report.get("manifest").and_then(Unended::from_json) {
+            let stop = Arc::new(AtomicBool::new(false));
+            std::thread::scope(|scope| {
+                let work = scope.spawn(|| manifest.end_in_daemon(&stop));
+                while !work.is_finished() {
+                    if let Ok(Event::Signal(SIGINT | SIGTERM)) = events.recv_timeout(TICK) {
+                        stop.store(true, Relaxed);
+                    }
+                }
+            });
+        }
     }
 
     fn save_tally(&self) {
@@ -470,7 +494,9 @@ impl Served<'_> {
         let report = finish::write_report(src, dst, &lost, Some(&counts));
         self.background.end();
         self.detach()?;
-        Ok(json!({ "lost": lost.iter().filter(|e| !e.is_extra()).count(), "report": report }))
+        let lost = lost.iter().filter(|e| !e.is_extra()).count();
+        let manifest = manifest::unended(self.mirror, self.config);
+        Ok(json!({ "lost": lost, "report": report, "manifest": manifest }))
     }
 }
 

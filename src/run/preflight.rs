@@ -195,6 +195,11 @@ fn look(mut config: MountConfig) -> Result<Ground, Failure> {
         }
     }
     not_nested(&src, &dst)?;
+    if let Some(path) = &config.manifest {
+        for root in [&src, &dst, &point] {
+            outside("--manifest", path, root)?;
+        }
+    }
     if point.is(&dst) {
         config.mountpoint = config.dst.clone();
     } else if !point.is(&src) {

@@ -11,13 +11,13 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 
 use super::out::{self, bytes, count, duration};
 use super::{Failure, Outcome, exit, preflight};
-use crate::cli::{Manifest, Verify};
+use crate::cli::Verify;
 use crate::error::Printable;
-use crate::manifest::{Index, Trouble, Writer};
+use crate::manifest::Index;
 use crate::sys::host;
 use crate::verify::{
-    Difference, Kind, ProofReport, Told, VerifyOptions, VerifyReport, take_manifest, verify,
-    verify_each, verify_manifest,
+    Difference, Kind, ProofReport, Told, VerifyOptions, VerifyReport, verify, verify_each,
+    verify_manifest,
 };
 
 /// `mirrorfs verify`.
@@ -56,45 +56,6 @@ pub(super) fn run_with(args: &Verify) -> Outcome {
     })?;
     lines.end().map_err(failed)?;
     said.end(report, proof.as_ref())
-}
-
-/// `mirrorfs manifest`.
-pub(super) fn take(args: &Manifest) -> Outcome {
-    let mut options = options()?;
-    options.one_file_system = args.one_file_system;
-    preflight::manifest(&args.src, &args.file)?;
-    let unusable = |t: Trouble| Failure::new(exit::UNUSABLE, t.to_string());
-    let (writer, before, bad) = Writer::begin(&args.file).map_err(unusable)?;
-    if let Some(bad) = bad.filter(|bad| bad.line > 0) {
-        out::complain(&format!("{bad}; what is behind it is read again"));
-    }
-    let report = take_manifest(&args.src, (&writer, &before), &options, &mut |told| {
-        if let Told::Difference(difference) = told {
-            out::complain(&difference.to_string());
-        }
-    })?;
-    let whole = report.unreadable == 0 && !report.stopped;
-    let ended = writer.end(whole);
-    ended.map_err(|t| Failure::new(exit::FAILURE, t.to_string()))?;
-    out::say(&format!(
-        "{} entries, {} of {} files read in {}",
-        count(report.entries),
-        bytes(report.bytes),
-        count(report.files),
-        duration(report.elapsed),
-    ));
-    if report.stopped {
-        let line = "interrupted; the same command goes on where it stopped";
-        Err(Failure::new(exit::INTERRUPTED, line))
-    } else if report.unreadable > 0 {
-        let line = format!("{} entries failed, see above", count(report.unreadable));
-        Err(Failure::new(exit::SOME_FAILED, line))
-    } else if report.differences > 0 {
-        let line = format!("{} entries kept changing", count(report.differences));
-        Err(Failure::new(exit::VANISHED, line))
-    } else {
-        Ok(exit::DONE)
-    }
 }
 
 /// The comparison that was asked for.
@@ -216,7 +177,7 @@ pub(super) fn run(src: &Path, dst: &Path, one_file_system: bool) -> Outcome {
 }
 
 /// All of both trees, until a signal comes.
-fn options() -> Result<VerifyOptions, Failure> {
+pub(super) fn options() -> Result<VerifyOptions, Failure> {
     host::raise_nofile();
     let stop = Arc::new(AtomicBool::new(false));
     for signal in [SIGINT, SIGTERM] {

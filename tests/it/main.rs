@@ -30,6 +30,7 @@ mod native;
 mod pagecache;
 mod prefetch;
 mod proof;
+mod proof_mount;
 mod proof_xattrs;
 mod quiet;
 mod raw;

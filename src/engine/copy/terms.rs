@@ -65,6 +65,10 @@ pub(in crate::engine) enum Action {
     },
     /// Tell the reader: zeros.
     Zeros(Range<u64>),
+    /// Tell the owner: src has changed, and what was told of it counts for nothing.
+    Again,
+    /// Tell the owner: src has no data there.
+    Hole(Range<u64>),
     /// Tell the owner: these bytes are in dst.
     Landed(Range<u64>),
     /// The chunk's buffer is free again.

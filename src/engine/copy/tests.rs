@@ -33,6 +33,7 @@ struct World {
     written: u64,
     landed: RangeSet,
     told: Vec<(u64, Vec<u8>)>,
+    telling: bool,
 }
 
 impl World {
@@ -208,7 +209,7 @@ impl World {
 
     /// Runs a plan to its end, completing what is in flight in random order.
     fn run(&mut self, span: Span, durability: Durability) -> Result<Done, Failure> {
-        let mut plan = CopyPlan::new(span.clone(), durability, limits());
+        let mut plan = CopyPlan::new(span.clone(), durability, limits()).telling(self.telling);
         let (mut out, mut flying, mut outcome) = (Vec::new(), Vec::new(), None);
         let mut synced = false;
         plan.step(Event::Start, &mut out);
@@ -221,12 +222,16 @@ impl World {
                         outcome = Some(o);
                     }
                     Action::Landed(r) => self.landed.insert(r),
-                    Action::Zeros(r) => {
+                    Action::Again => {
+                        assert!(self.telling || span != Span::Whole);
+                        self.told.clear();
+                    }
+                    Action::Zeros(r) | Action::Hole(r) => {
                         self.told
                             .push((r.start, vec![0; (r.end - r.start) as usize]));
                     }
                     Action::Data { chunk, offset, len } => {
-                        assert_ne!(span, Span::Whole);
+                        assert!(self.telling || span != Span::Whole);
                         let bytes = self.buffers[chunk].as_ref().expect("a buffer")[..len].to_vec();
                         self.told.push((offset, bytes));
                     }
@@ -286,7 +291,7 @@ prop_compose! {
             src, version: 1, changes_left, dst,
             offer: Offer { clone, offload }, can_punch, choices, at: 0,
             buffers: vec![None; 3], opened: false, written: 0,
-            landed: RangeSet::new(), told: Vec::new(),
+            landed: RangeSet::new(), told: Vec::new(), telling: false,
         }
     }
 }
@@ -311,6 +316,33 @@ proptest! {
                 prop_assert_eq!(failure, Failure::SrcChanged);
                 prop_assert!(w.version > 2, "changed once is copied again");
             }
+        }
+    }
+
+    #[test]
+    fn what_is_told_of_a_whole_file_is_all_of_it_once_or_not_all(mut w in world()) {
+        w.telling = true;
+        let Ok(done) = w.run(Span::Whole, Durability::Later) else {
+            return Ok(());
+        };
+        if done.src.mtime.sec != w.version {
+            return Ok(()); // It has changed again since, and nobody says to what.
+        }
+        w.told.sort();
+        let mut all: Vec<u8> = Vec::new();
+        for (offset, bytes) in &w.told {
+            if *offset > all.len() as u64 {
+                // Shared, or copied by a server.
+                prop_assert!(w.offer.clone || w.offer.offload);
+                return Ok(());
+            }
+            prop_assert_eq!(*offset, all.len() as u64, "told twice");
+            all.extend(bytes);
+        }
+        if all.len() as u64 == done.src.size {
+            prop_assert_eq!(&all, &w.src);
+        } else {
+            prop_assert!(w.offer.clone || w.offer.offload);
         }
     }
 
