@@ -2,7 +2,8 @@
 //!
 //! A round begins with the first shard that starts, and is over when each has ended since:
 //!
-//!   (absent) -> round     begin()  `.mirrorfs/shards/` is made; this shard's K.done goes
+//!   (absent) -> round     begin()  `.mirrorfs/shards/` is made; this shard's K.done goes. If the shard is
+//!                                  at work already that process goes on, and this one ends
 //!   round    -> round     end()    this shard's K.done is made
 //!   round    -> (absent)  end()    every K.done is there: anchors and all go, root's times stay
 //!
@@ -18,6 +19,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags};
 use rustix::io::Errno;
@@ -25,7 +27,7 @@ use rustix::io::Errno;
 use super::record::{self, End};
 use super::stamp;
 use crate::config::Shard;
-use crate::error::{Context, Result, Side};
+use crate::error::{Context, Error, Result, Side};
 use crate::mark::{self, CONTROL_DIR, SHARDS_DIR};
 use crate::meta::LATE_FLAGS;
 use crate::sys::name::{Name, RelPath};
@@ -57,6 +59,11 @@ impl Round {
             match Round::join(root, shard) {
                 Ok(Some(round)) => return Ok(round),
                 Ok(None) | Err(Errno::NOENT) => {}
+                Err(Errno::WOULDBLOCK) => {
+                    return Err(Error::Unusable(format!(
+                        "shard {shard} is at work already, here or on another machine: that one goes on"
+                    )));
+                }
                 Err(e) => return Err(e).on("mkdirat", Side::Dst, path()),
             }
         }
@@ -74,18 +81,14 @@ impl Round {
         };
         let shards = make_dir(control.as_fd(), SHARDS_DIR)?;
         let own = make_dir(shards.as_fd(), &shard.count().to_string())?;
+        // In this order: whoever ends this shard now sees that it has begun again, or its K.done goes.
+        let running = lock_run(own.as_fd(), shard)?;
         ignore_missing(rustix::fs::unlinkat(
             &own,
             done(shard.number()),
             AtFlags::empty(),
         ))?;
         let links = make_dir(shards.as_fd(), LINKS)?;
-        let name = format!("{}.run", shard.number());
-        let flags = OFlags::CREATE | OFlags::RDWR | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let running = rustix::fs::openat(&own, name, flags, Mode::RUSR | Mode::WUSR)?;
-        if matches!(host::try_lock(running.as_fd()), Err(Errno::WOULDBLOCK)) {
-            tracing::warn!("shard {shard} is at work elsewhere too: that is safe, and of no use");
-        }
         let round = Round {
             shard,
             control,
@@ -147,7 +150,7 @@ impl Round {
     }
 
     fn ended(&self, root: BorrowedFd<'_>, end: End) -> Result<Vec<u32>, Errno> {
-        let name = format!("{}.run", self.shard.number());
+        let name = run(self.shard.number());
         ignore_missing(rustix::fs::unlinkat(&self.own, name, AtFlags::empty()))?;
         // NFS keeps another name of what is open.
         let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
@@ -160,6 +163,20 @@ impl Round {
         let text: &[u8] = if whole { b"whole\n" } else { b"partial\n" };
         fd::pwrite_all(file.as_fd(), text, 0)?;
         drop(file);
+        let again = run(self.shard.number());
+        if absent(rustix::fs::statat(
+            &self.own,
+            &again,
+            AtFlags::SYMLINK_NOFOLLOW,
+        ))?
+        .is_some()
+        {
+            // Another process has begun this shard since its lock went: it is not over.
+            let taken =
+                rustix::fs::unlinkat(&self.own, done(self.shard.number()), AtFlags::empty());
+            ignore_missing(taken)?;
+            return self.missing(self.own.as_fd());
+        }
         fault::point("shard-ended");
         let left = self.missing(self.own.as_fd())?;
         if !left.is_empty() {
@@ -307,11 +324,20 @@ fn remove_round(control: BorrowedFd<'_>, name: &Name) -> Result<(), Errno> {
         let Some(dir) = absent(fd::open_at(top.as_fd(), &entry.name, flags))? else {
             continue;
         };
-        for file in sys_dir::list(dir.as_fd())? {
-            unlink_anchor(dir.as_fd(), &file.name, file.kind)?;
+        // Once more where a shard that was about to join has just made a name: it looks again, and joins another.
+        for attempt in 0..10 {
+            for file in sys_dir::list(dir.as_fd())? {
+                unlink_anchor(dir.as_fd(), &file.name, file.kind)?;
+            }
+            let gone = rustix::fs::unlinkat(&top, entry.name.as_cstr(), AtFlags::REMOVEDIR);
+            match ignore_missing(gone) {
+                Err(Errno::NOTEMPTY) if attempt < 9 => {}
+                other => {
+                    other?;
+                    break;
+                }
+            }
         }
-        let gone = rustix::fs::unlinkat(&top, entry.name.as_cstr(), AtFlags::REMOVEDIR);
-        ignore_missing(gone)?;
     }
     ignore_missing(rustix::fs::unlinkat(
         control,
@@ -375,6 +401,33 @@ fn any_file(
         }
     }
     Ok(false)
+}
+
+/// How long the lock of a process that has just ended is waited for: a server may be slow to hear of it.
+const LOCK_WAIT: Duration = Duration::from_secs(2);
+
+/// Says that this shard is at work. EWOULDBLOCK: it is already. Where a file system knows no locks nobody can
+/// say that.
+fn lock_run(own: BorrowedFd<'_>, shard: Shard) -> Result<OwnedFd, Errno> {
+    let flags = OFlags::CREATE | OFlags::RDWR | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let since = Instant::now();
+    loop {
+        let name = run(shard.number());
+        let running = rustix::fs::openat(own, name, flags, Mode::RUSR | Mode::WUSR)?;
+        match host::try_lock_if_any(running.as_fd()) {
+            Ok(()) if rustix::fs::fstat(&running)?.st_nlink > 0 => return Ok(running),
+            // Its name has gone with who held it, perhaps with the whole round.
+            Ok(()) => return Err(Errno::NOENT),
+            Err(Errno::WOULDBLOCK) if since.elapsed() < LOCK_WAIT => {
+                std::thread::sleep(LOCK_WAIT / 20);
+            }
+            Err(e) => return Err(e),
+        }
+    }
+}
+
+fn run(number: u32) -> String {
+    format!("{number}.run")
 }
 
 fn done(number: u32) -> String {

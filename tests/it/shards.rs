@@ -545,3 +545,53 @@ fn hard_links_that_nobody_may_change_and_symlinks_in_the_way_are_no_failures() {
     t.expect_copy();
     assert_eq!(fs::read_dir(&outside).unwrap().count(), 0);
 }
+
+#[test]
+fn a_shard_that_is_started_twice_goes_on_and_the_second_one_ends_with_one_line() {
+    let trees = Trees::new();
+    for n in 0..8 {
+        let dir = trees.src.join(format!("bulk{n}"));
+        fs::create_dir(&dir).unwrap();
+        fs::write(dir.join("file"), bytes(n, 100_000)).unwrap();
+    }
+    let mut slow = trees.shard("1/2");
+    slow.args(["--bwlimit=100", "-j1"]);
+    slow.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let first = raw::die_with_parent(&mut slow).spawn().unwrap();
+    wait_until("the shard is at work", LIMIT, || {
+        trees.round().join("2/1.run").exists()
+    });
+    // Time for its lock.
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    let second = run(&mut trees.shard("1/2")).expect_code(3);
+    assert_eq!(second.err.lines().count(), 1, "{}", second.err);
+    let line = "shard 1/2 is at work already";
+    assert!(second.err.contains(line), "{}", second.err);
+    // Another one is not in its way.
+    run(&mut trees.shard("2/2")).expect_code(0);
+    wait(first, "the first one").expect_code(0);
+    trees.expect_copy();
+}
+
+/// Whoever begins a shard at the moment at which another process ends it: whoever is last ends the round.
+#[test]
+fn a_shard_that_begins_as_the_same_one_ends_leaves_no_difference_and_no_traces() {
+    let trees = Trees::new();
+    for _ in 0..10 {
+        let running: Vec<_> = (0..4)
+            .map(|n| {
+                let mut command = trees.shard(["1/2", "2/2"][n % 2]);
+                command.stdout(Stdio::piped()).stderr(Stdio::piped());
+                raw::die_with_parent(&mut command).spawn().unwrap()
+            })
+            .collect();
+        for child in running {
+            let said = wait(child, "a shard");
+            assert!([0, 3].contains(&said.code()), "{}{}", said.out, said.err);
+        }
+        for shard in ["1/2", "2/2"] {
+            run(&mut trees.shard(shard)).expect_code(0);
+        }
+        trees.expect_copy();
+    }
+}
