@@ -156,8 +156,7 @@ pub struct Verify {
     pub second: Option<PathBuf>,
     /// Compare DST with this manifest, which `mirrorfs sync --manifest` has written
     ///
-    /// Files whose size and mtime are in it are read and hashed, the others are not. It knows no xattrs,
-    /// ACLs and inode flags.
+    /// Files whose size and mtime are in it are read and hashed, the others are not. It knows no inode flags.
     #[arg(long, value_name = "FILE")]
     pub manifest: Option<PathBuf>,
     /// With --manifest: what somebody has changed, removed or made since is no difference
@@ -176,6 +175,11 @@ pub struct Verify {
     /// everything once. Names and metadata of all entries are compared each time.
     #[arg(long, value_name = "K/N")]
     pub sample: Option<crate::config::Shard>,
+    /// Print JSON: an object on a line for each difference, and one with the sum
+    ///
+    /// docs/verify.schema.json is their schema. Not with --combined -.
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// `mirrorfs manifest`.

@@ -26,6 +26,7 @@ mod report;
 mod status;
 mod steer;
 mod sync;
+mod told;
 mod trace;
 mod upgrade;
 mod varlink;

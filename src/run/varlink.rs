@@ -274,7 +274,7 @@ fn service_error(name: &str, key: &str, value: &str) -> Reply {
 }
 
 /// A path as the ledger writes it too: the text, and the bytes where it is not UTF-8.
-fn path_to_json(path: &Path) -> Value {
+pub(super) fn path_to_json(path: &Path) -> Value {
     match path.to_str() {
         Some(text) => json!({ "path": text }),
         None => {

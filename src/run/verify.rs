@@ -10,6 +10,7 @@ use std::sync::atomic::AtomicBool;
 use signal_hook::consts::{SIGINT, SIGTERM};
 
 use super::out::{self, bytes, count, duration};
+use super::told::{Form, Said};
 use super::{Failure, Outcome, exit, preflight};
 use crate::cli::Verify;
 use crate::error::Printable;
@@ -34,19 +35,30 @@ pub(super) fn run_with(args: &Verify) -> Outcome {
         Index::open(path).map_err(|t| Failure::new(exit::UNUSABLE, t.to_string()))
     });
     let proof = proof.transpose()?;
+    let stdout = args
+        .combined
+        .as_ref()
+        .is_some_and(|to| to.as_os_str() == "-");
+    let form = match (args.json, stdout) {
+        (true, true) => {
+            let line = "verify --json with --combined -: one of them can have standard output";
+            return Err(Failure::new(exit::USAGE, line));
+        }
+        (true, false) => Form::Json,
+        (false, true) => Form::Quiet,
+        (false, false) => Form::Lines,
+    };
+    let mut said = Said::new(args.ignore_changed, form);
     let Some(to) = &args.combined else {
-        let mut said = Said::new(args.ignore_changed, false);
         let report = told(args, proof.as_ref(), &options, &mut |told| {
             said.tell(&told);
         })?;
         return said.end(report, proof.as_ref());
     };
-    let quiet = to.as_os_str() == "-";
     let failed = |e: std::io::Error| {
         Failure::new(exit::FAILURE, format!("--combined {}: {e}", to.display()))
     };
-    let mut said = Said::new(args.ignore_changed, quiet);
-    let mut lines = match quiet {
+    let mut lines = match stdout {
         true => Combined::new(Box::new(std::io::stdout())),
         false => Combined::new(Box::new(File::create(to).map_err(failed)?)),
     };
@@ -77,93 +89,6 @@ fn told(
             })
         }
         (None, None) => Err(Failure::new(exit::USAGE, "DST is missing")),
-    }
-}
-
-/// What was said of the differences.
-struct Said {
-    /// What users did since does not count.
-    forgives: bool,
-    /// Standard output is for something else.
-    quiet: bool,
-    counts: HashMap<Kind, u64>,
-    forgiven: u64,
-}
-
-impl Said {
-    fn new(forgives: bool, quiet: bool) -> Said {
-        Said {
-            forgives,
-            quiet,
-            counts: HashMap::new(),
-            forgiven: 0,
-        }
-    }
-
-    fn tell(&mut self, told: &Told) {
-        let Told::Difference(difference) = told else {
-            return;
-        };
-        *self.counts.entry(difference.kind).or_default() += 1;
-        let theirs = [Kind::Changed, Kind::Missing, Kind::Extra].contains(&difference.kind);
-        if self.forgives && theirs {
-            self.forgiven += 1;
-        } else if !self.quiet {
-            out::say(&difference.to_string());
-        }
-    }
-
-    /// The sum, and the exit code.
-    fn end(self, compared: ProofReport, proof: Option<&Index>) -> Outcome {
-        let mut report = compared.tree;
-        let say = match self.quiet {
-            true => out::complain,
-            false => out::say,
-        };
-        match proof {
-            None => say(&summary(&report)),
-            Some(manifest) => {
-                if !manifest.has_ended() {
-                    let line = "the run that wrote the manifest did not end, or some entries failed: \
-                                it does not hold all of the tree; the same sync completes it";
-                    out::complain(line);
-                }
-                if compared.without_xattrs > 0 {
-                    out::complain(&format!(
-                        "the manifest tells no xattrs and ACLs of {} entries: these were not compared",
-                        count(compared.without_xattrs)
-                    ));
-                }
-                if compared.xattrs_unseen > 0 {
-                    out::complain(&format!(
-                        "xattrs of {} entries were not compared: security.* and trusted.* are for root",
-                        count(compared.xattrs_unseen)
-                    ));
-                }
-                say(&self.proof_summary(&report));
-            }
-        }
-        report.differences -= self.forgiven;
-        conclude(&report)
-    }
-
-    fn proof_summary(&self, report: &VerifyReport) -> String {
-        let of = |kind| self.counts.get(&kind).copied().unwrap_or(0);
-        let mut line = format!("{}: {} corrupt", verified(report), count(of(Kind::Corrupt)));
-        for (kind, what) in [
-            (Kind::Changed, "changed since"),
-            (Kind::Missing, "missing"),
-            (Kind::Extra, "extra"),
-            (Kind::NotFinished, "not finished"),
-            (Kind::Unproven, "without a digest"),
-            (Kind::Unreadable, "unreadable"),
-        ] {
-            let basic = [Kind::Changed, Kind::Missing, Kind::Extra].contains(&kind);
-            if basic || of(kind) > 0 {
-                line += &format!(", {} {what}", count(of(kind)));
-            }
-        }
-        line
     }
 }
 
@@ -272,7 +197,7 @@ pub(super) fn summary(report: &VerifyReport) -> String {
     line
 }
 
-fn verified(report: &VerifyReport) -> String {
+pub(super) fn verified(report: &VerifyReport) -> String {
     format!(
         "verified {} entries, {} files, {} in {}",
         count(report.entries),

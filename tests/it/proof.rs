@@ -668,6 +668,7 @@ pub(crate) fn a_manifest_that_cannot_be_used_is_refused_in_one_line() {
         &["sync", "--manifest", "m", "--files-from=l", "a", "b"],
         &["verify", "--manifest", "m", "a", "b"],
         &["verify", "--ignore-changed", "a", "b"],
+        &["verify", "--json", "--combined", "-", "a", "b"],
         &["verify", "a"],
     ] {
         run(mirrorfs().args(args)).expect_code(2);

@@ -2,10 +2,13 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
-use crate::fixture::{Scratch, find_program, mirrorfs, need, run, shell_as};
+use serde_json::Value;
+
+use crate::fixture::{Output, Scratch, find_program, mirrorfs, need, run, shell_as};
 
 const FILES: usize = 60;
 
@@ -126,4 +129,99 @@ fn samples_find_each_damaged_file_in_exactly_one_of_n_runs() {
     }
     assert_eq!(all.len(), FILES);
     assert_eq!(all.iter().collect::<BTreeSet<_>>().len(), FILES);
+}
+
+/// Its lines, each as docs/verify.schema.json says: the differences, and the sum.
+#[track_caller]
+fn json_lines(said: &Output) -> (Vec<Value>, Value) {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let schema = fs::read_to_string(root.join("docs/verify.schema.json")).unwrap();
+    let schema: Value = serde_json::from_str(&schema).unwrap();
+    let validator = jsonschema::validator_for(&schema).unwrap();
+    let mut all: Vec<Value> = Vec::new();
+    for line in said.out.lines() {
+        let mut value: Value = serde_json::from_str(line).unwrap_or_else(|e| panic!("{e}: {line}"));
+        let wrong: Vec<_> = validator
+            .iter_errors(&value)
+            .map(|e| e.to_string())
+            .collect();
+        assert!(wrong.is_empty(), "{wrong:?}: {line}");
+        all.push(value.clone());
+        value["surprise"] = true.into();
+        assert!(
+            !validator.is_valid(&value),
+            "a new field is not seen: {line}"
+        );
+    }
+    let sum = all
+        .pop()
+        .unwrap_or_else(|| panic!("nothing was said: {}", said.err));
+    assert_eq!(sum["exit"], said.code());
+    (all, sum["sum"].clone())
+}
+
+#[test]
+fn json_says_what_the_lines_say() {
+    let scratch = Scratch::new();
+    let (src, dst) = equal(&scratch);
+    let verify = |args: &[&str]| {
+        let mut command = mirrorfs();
+        run(command.arg("verify").arg(&src).arg(&dst).args(args))
+    };
+    let (lines, sum) = json_lines(&verify(&["--json"]).expect_code(0));
+    assert!(lines.is_empty(), "{lines:?}");
+    assert_eq!(sum["entries"], FILES + 2);
+    assert_eq!(
+        (&sum["manifest"], &sum["ignored"]),
+        (&Value::Null, &0.into())
+    );
+
+    corrupt(&dst.join("d/f7"));
+    fs::remove_file(dst.join("d/f8")).unwrap();
+    let odd = std::ffi::OsStr::from_bytes(b"d/n\xff\n\"");
+    fs::write(dst.join(odd), b"").unwrap();
+    fs::set_permissions(dst.join("d/f9"), fs::Permissions::from_mode(0o400)).unwrap();
+    let (lines, sum) = json_lines(&verify(&["--json"]).expect_code(9));
+    let mut told: Vec<_> = lines
+        .iter()
+        .map(|l| (l["kind"].as_str().unwrap(), l["path"].as_str().unwrap()))
+        .collect();
+    told.sort_unstable();
+    let mut want = vec![
+        ("content", "d/f7"),
+        ("mode", "d/f9"),
+        ("mtime", "d"),
+        ("only_in_dst", "d/n\u{fffd}\n\""),
+        ("only_in_src", "d/f8"),
+    ];
+    want.sort_unstable();
+    assert_eq!(told, want);
+    let extra = lines.iter().find(|l| l["kind"] == "only_in_dst").unwrap();
+    assert_eq!(extra["path_hex"], "642f6eff0a22");
+    assert_eq!(sum["differences"]["mtime"], 1);
+    assert_eq!(sum["differences"].as_object().unwrap().len(), 5);
+
+    // Beside a list in a file, and of a manifest.
+    let list = scratch.path().join("list");
+    let args = ["--json", "--combined", list.to_str().unwrap()];
+    json_lines(&verify(&args).expect_code(9));
+    assert_eq!(
+        fs::read_to_string(&list).unwrap().lines().count(),
+        FILES + 4
+    );
+    let manifest = scratch.path().join("manifest");
+    run(mirrorfs().arg("manifest").arg(&src).arg(&manifest)).expect_code(0);
+    let verify = |args: &[&str]| {
+        let mut command = mirrorfs();
+        command.arg("verify").arg("--manifest").arg(&manifest);
+        run(command.arg(&dst).arg("--json").args(args))
+    };
+    let (lines, sum) = json_lines(&verify(&["--ignore-changed"]).expect_code(9));
+    assert_eq!(lines.len(), 1, "{lines:?}");
+    assert_eq!(
+        (&lines[0]["kind"], &lines[0]["path"]),
+        (&"corrupt".into(), &"d/f7".into())
+    );
+    assert_eq!(sum["ignored"], 4, "{sum}");
+    assert_eq!(sum["manifest"]["ended"], true);
 }
