@@ -23,6 +23,7 @@ mod pull;
 mod rate;
 mod records;
 mod report;
+mod saver;
 mod status;
 mod steer;
 mod sync;

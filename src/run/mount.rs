@@ -27,6 +27,7 @@ use super::manifest::{self, Unended};
 use super::metrics::Exporter;
 use super::out::quoted;
 use super::preflight::{self, Ground};
+use super::saver::{Saver, WRITE_MAX};
 use super::steer::{self, Wheel, absolute};
 use super::trace::Traces;
 use super::upgrade::{self, Predecessor};
@@ -254,6 +255,7 @@ fn serve(
         background: &background,
         args: &args,
         socket: &socket,
+        saver: Saver::start(&mirror)?,
     };
     if let Some(before) = before {
         before.answer();
@@ -274,7 +276,7 @@ fn serve(
     if let Some(replay) = replay {
         replay.join();
     }
-    served.save_tally();
+    served.saver.save_within(WRITE_MAX);
     manifest::unended(&mirror, &config);
     served.exporter.stop();
     socket.close();
@@ -312,6 +314,7 @@ struct Served<'a> {
     args: &'a cli::Mount,
     socket: &'a Socket,
     exporter: Exporter,
+    saver: Saver,
 }
 
 impl Served<'_> {
@@ -368,7 +371,7 @@ impl Served<'_> {
             }
             let line_due = line.is_due();
             if line_due {
-                self.save_tally();
+                self.saver.save();
                 self.mirror.flush_proof();
                 tell_systemd(&[NotifyState::Status(&self.watch.report().line())]);
             }
@@ -411,7 +414,11 @@ impl Served<'_> {
                     session,
                     listener: self.socket.listener(),
                 };
-                self.save_tally();
+                if !self.saver.save_within(WRITE_MAX) {
+                    let line = "upgrade: DST takes no writes: it is frozen, or its disk does not answer; try again then";
+                    answer(&reply, Err(Failure::new(exit::FAILURE, line)));
+                    return None;
+                }
                 self.mirror.flush_proof();
                 // It comes back only when there is no other program.
                 let failure = served.hand_over(binary.as_deref(), client.as_fd());
@@ -442,12 +449,6 @@ impl Served<'_> {
                     }
                 }
             });
-        }
-    }
-
-    fn save_tally(&self) {
-        if let Err(e) = self.mirror.save_tally() {
-            tracing::debug!("{e}"); // For people only: dst is full, most likely, and they know.
         }
     }
 

@@ -64,6 +64,7 @@ scenes! {
     proof::what_failed_leaves_a_manifest_without_an_end,
     proof::a_copy_is_verified_without_src_and_what_was_done_to_it_is_told_apart,
     proof::a_run_that_was_killed_leaves_what_it_knew_and_the_next_one_ends_it,
+    upgrade::a_frozen_dst_is_no_time_for_an_upgrade_and_nobody_is_kept,
     proof_mount::without_src_the_manifest_has_no_end_and_the_tree_is_finished_all_the_same,
     proof_mount::src_s_path_may_lead_elsewhere_after_a_migration,
     proof_mount::a_manifest_that_a_mount_cannot_write_is_refused,

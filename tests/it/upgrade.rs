@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 
 use crate::compare::{self, Ignore};
 use crate::fixture::{
-    LARGE, LIMIT, Mounted, Output, Random, World, bytes, can_mount_on, kit, mirrorfs, need, run,
-    wait_until,
+    LARGE, LIMIT, Mounted, Output, Random, World, bytes, can_mount_on, find_program, kit, mirrorfs,
+    need, run, wait_until,
 };
 use crate::nasty::{self, At};
 use crate::raw;
@@ -534,4 +534,78 @@ pub(crate) fn limits_and_a_pause_stay_and_the_daemon_is_the_same_one() {
     run(mirrorfs().arg("resume").arg(&m.at)).expect_code(0);
     m.finish();
     w.expect_finished_copy();
+}
+
+/// A file system that takes no writes until this goes, or this process.
+struct Frozen(Child);
+
+impl Frozen {
+    fn new(at: &Path) -> Frozen {
+        let script = "fsfreeze -f \"$0\" && echo frozen && cat; fsfreeze -u \"$0\"";
+        let mut child = Command::new("sh");
+        child.args(["-c", script]).arg(at);
+        child.stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = child.spawn().unwrap();
+        let mut said = [0; 7];
+        child
+            .stdout
+            .as_mut()
+            .unwrap()
+            .read_exact(&mut said)
+            .unwrap();
+        Frozen(child)
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        drop(self.0.stdin.take());
+        let status = self.0.wait().unwrap();
+        assert!(status.success() || thread::panicking(), "{status}");
+    }
+}
+
+#[test]
+pub(crate) fn a_frozen_dst_is_no_time_for_an_upgrade_and_nobody_is_kept() {
+    if !can_mount_on("ext4") || !need(find_program("fsfreeze").is_some(), "fsfreeze") {
+        return;
+    }
+    let w = World::on_two("ext4", "ext4");
+    for n in 0..5 {
+        file(&w, &format!("dir/f{n}"), 5000);
+    }
+    let m = w.mount();
+    m.wait_complete();
+    let read = || {
+        for n in 0..5 {
+            let path = m.path(format!("dir/f{n}"));
+            assert_eq!(fs::read(path).unwrap(), bytes(5000, 5000));
+        }
+    };
+    read();
+    let frozen = Frozen::new(w.dst.parent().unwrap());
+    let mut command = mirrorfs();
+    command
+        .arg("upgrade")
+        .arg(&m.at)
+        .arg("--binary")
+        .arg(program());
+    let mut asked = command.stderr(Stdio::piped()).spawn().unwrap();
+    // Whoever reads, and whoever asks, is served meanwhile.
+    wait_until("an answer", LIMIT, || {
+        read();
+        assert_eq!(m.status()["state"], "COMPLETE");
+        asked.try_wait().unwrap().is_some()
+    });
+    let said = asked.wait_with_output().unwrap();
+    let err = String::from_utf8_lossy(&said.stderr);
+    crate::messages::heard(&err, said.status.code());
+    assert_eq!(said.status.code(), Some(1), "{err}");
+    let line = "upgrade: DST takes no writes: it is frozen, or its disk does not answer";
+    assert!(err.contains(line), "{err}");
+    drop(frozen);
+    upgrade(&m);
+    read();
+    fs::write(m.path("new"), b"new").unwrap();
+    m.finish();
 }
