@@ -169,6 +169,8 @@ class Writer:
     def __init__(self, also=lambda: None):
         self.mount, self.also, self.lock = None, also, threading.Lock()
         self.ack = open(os.environ['ACK'], 'w')
+        if os.environ.get('NOISE'):
+            Beside(noise(os.environ['DST']))
         signal.signal(signal.SIGTERM, self.end)
 
     def promise(self, *words):
@@ -182,6 +184,33 @@ class Writer:
             self.mount.kill()
             self.mount.stop()
         os._exit(0)
+
+
+class Beside:
+    """Does something all the time, in a thread of its own."""
+
+    def __init__(self, act):
+        self.over, self.thread = False, threading.Thread(target=self.run, args=(act,), daemon=True)
+        self.thread.start()
+
+    def run(self, act):
+        while not self.over:
+            act()
+
+    def end(self):
+        self.over = True
+        self.thread.join()
+
+
+def noise(disk):
+    """For `Beside`: somebody else has the journal of the disk committed all the time."""
+    fd = os.open(disk + '/noise', os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+
+    def act():
+        os.write(fd, b'.' * 100)
+        os.fsync(fd)
+        time.sleep(0.002)
+    return act
 
 
 def promised():

@@ -10,6 +10,12 @@ migrations pull in the background, some do not, some lose their daemon by SIGKIL
 (fsync, fdatasync, msync, O_DSYNC, syncfs of the disk), and that is acknowledged. After the cut each byte must be one that
 the file had at the last acknowledged sync or later: src's only where nobody had synced another, zeros only where somebody
 made them.
+
+KIND=beside: somebody calls syncfs all the time while the file is written, which writes the map and the bytes in any order
+(M2). KIND=whole: it becomes whole with users' bytes that nobody has synced, while others commit dst's journal all the time
+(M5). KIND=cut: it is cut, and its directory synced: a log of btrfs then has the new mark and the size of before (M4). KIND=grow:
+src's file has grown between two daemons, and the directory is synced after the first change: the same for the mark that says that the file is mixed
+(M1).
 """
 import ctypes
 import json
@@ -23,7 +29,9 @@ sys.dont_write_bytecode = True
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import lab
 
-SIZE, OPS = 1_500_001, 60
+KIND = os.environ.get('KIND', 'ops')
+# What becomes whole is long in becoming durable.
+SIZE, OPS = 24_000_001 if KIND == 'whole' else 1_500_001, 60
 PIECES = [(0, 300_000), (320_000, 324_000), (600_001, 900_000), (1_000_000, SIZE)]
 LARGE = ['-o', 'large=64K']
 PUNCH, ZERO, KEEP = 2, 16, 1
@@ -111,25 +119,102 @@ def do(path, fd, op, disk):
             raise OSError(ctypes.get_errno(), 'syncfs')
 
 
-def mount(where, root, at, background):
+def src_of(where, mig):
+    return '%s/grow%d' % (where, mig) if KIND == 'grow' else where + '/src'
+
+
+def mount(src, where, root, at, background):
     args = LARGE if background else LARGE + ['--no-background']
-    m = lab.Mount(where + '/src', root, at, where + '/log', args)
+    m = lab.Mount(src, root, at, where + '/log', args)
     if not background:
         lab.ask('pause', at)
     return m
+
+
+def sync_name(at, name):
+    """A new name for the file, its directory synced: btrfs logs what it has of the inode, without its size."""
+    os.link(at + '/f', at + '/' + name)
+    d = os.open(at, os.O_RDONLY)
+    os.fsync(d)
+    os.close(d)
+
+
+def one(where, mig, at, dst, w, log):
+    """A migration of the other kinds than ops."""
+    root, src = '%s/dst%d' % (dst, mig), src_of(where, mig)
+    rng, count = random.Random(os.environ.get('SEED', '1') + KIND + str(mig)), iter(range(10_000))
+    if KIND == 'grow':
+        os.mkdir(src)
+        with open(src + '/f', 'wb') as f:
+            f.write(original()[:300_000])
+        w.mount = mount(src, where, root, at, False)
+        os.stat(at + '/f')
+        os.mkdir(at + '/now')   # It has all names, durably.
+        w.mount.stop()
+        with open(src + '/f', 'r+b') as f:
+            f.write(original())
+    w.mount = mount(src, where, root, at, False)
+    fd = os.open(at + '/f', os.O_RDWR)
+
+    def op(what, pos=0, n=0):
+        k = next(count)
+        words = [what, pos, n, rng.randrange(10**9)]
+        log.write(json.dumps([mig, k, words]) + '\n')
+        log.flush()
+        do(at + '/f', fd, words, None)
+        return k
+
+    if KIND == 'beside':
+        disk = os.open(dst, os.O_RDONLY)
+        beside = lab.Beside(lambda: lab.libc.syncfs(disk))
+        for k in range(150):
+            op('write', rng.randrange(SIZE // 4096) * 4096, rng.choice([4096, 8192, 20_480]))
+            time.sleep(rng.choice([0, 0, 0.001, 0.004]))
+            if k % 15 == 14:
+                w.promise(mig, op('sync'))
+        beside.end()
+        os.close(disk)
+    elif KIND == 'whole':
+        for k in range(4):
+            op('write', k * 6_000_000 + rng.randrange(1_000_000), 4_000_000)
+        beside = lab.Beside(lab.noise(dst))
+        lab.ask('resume', at)
+        end = time.monotonic() + 5
+        while time.monotonic() < end and any(m in os.listxattr(root + '/f') for m in lab.MARKS):
+            time.sleep(0.002)
+        beside.end()
+        w.promise(mig, op('sync'))
+    elif KIND == 'cut':
+        for k in range(10):
+            op('write', rng.randrange(200_000), 4096)
+            op('cut', SIZE - (k + 1) * 100_000 + rng.randrange(4096))
+            sync_name(at, 'name%d' % k)
+            time.sleep(rng.choice([0, 0.01, 0.05]))
+        w.promise(mig, op('sync'))
+    else:
+        op('write', 700_000, 4096)
+        sync_name(at, 'name')
+        time.sleep(rng.choice([0.02, 0.1]))
+        w.promise(mig, op('sync'))
+    os.close(fd)
+    w.mount.stop()
+    w.mount = None
 
 
 def write(where):
     dst, at = os.environ['DST'], where + '/mnt'
     os.makedirs(at, exist_ok=True)
     log, w = open(where + '/ops', 'w'), lab.Writer()
+    for mig in range(10_000 if KIND != 'ops' else 0):
+        os.mkdir('%s/dst%d' % (dst, mig))
+        one(where, mig, at, dst, w, log)
     rng = random.Random(int(os.environ.get('SEED', '1')))
     disk = os.open(dst, os.O_RDONLY)
     for mig in range(10_000):
         root = '%s/dst%d' % (dst, mig)
         os.mkdir(root)
         background = mig % 3 == 2
-        w.mount = mount(where, root, at, background)
+        w.mount = mount(where + '/src', where, root, at, background)
         fd, size = os.open(at + '/f', os.O_RDWR), SIZE
         for k in range(OPS):
             op = choose(rng, size)
@@ -141,7 +226,7 @@ def write(where):
                 os.close(fd)
                 w.mount.kill()
                 w.mount.stop()
-                w.mount = mount(where, root, at, background)
+                w.mount = mount(where + '/src', where, root, at, background)
                 fd = os.open(at + '/f', os.O_RDWR)
             do(at + '/f', fd, op, disk)
             size = os.fstat(fd).st_size
@@ -172,7 +257,13 @@ def check(where):
             all_ = apply(all_, op)
             if k >= last:
                 versions.append(all_)
-        m = lab.Mount(where + '/src', root, at, where + '/check-log', LARGE)
+        src = src_of(where, mig)
+        if KIND == 'grow':
+            if not os.path.exists(src + '/f'):
+                continue
+            with open(src + '/f', 'r+b') as f:
+                f.write(original())
+        m = lab.Mount(src, root, at, where + '/check-log', LARGE)
         try:
             bad += unlike(lab.read(at + '/f'), versions, 'dst%d after the cut (op %d)' % (mig, last))
             m.finish()
@@ -197,7 +288,8 @@ def unlike(got, versions, what):
             continue
         for i, c in enumerate(b):
             # An append that nobody synced may be there as zeros, on ext4 itself too.
-            if not any(c == (v[a + i] if a + i < len(v) else 0) for v in versions):
+            zeros = 0 if KIND == 'ops' else -1
+            if not any(c == (v[a + i] if a + i < len(v) else zeros) for v in versions):
                 kind = 'src\'s bytes' if b == src[a:a + 512] else 'zeros' if not any(b) else 'other bytes'
                 return ['%s: %s at %d of %d' % (what, kind, a + i, len(got))]
     return []

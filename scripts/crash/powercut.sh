@@ -7,7 +7,9 @@
 #   WHAT=huge (huge-power.py): a huge directory of which some files are here and changed.
 #   WHAT=pending (the same): files that are written while they are pending.
 #   WHAT=adopt (the same): a directory that is adopted from an earlier copy, and changed.
-#   WHAT=mixed (mixed-power.py): large files that are changed while most of them is pending.
+#   WHAT=carried (carried-power.py): small files that the background brings.
+#   WHAT=mixed (mixed-power.py): large files that are changed while most of them is pending. KIND=beside, whole, cut or grow: what breaks a
+#       rule of theirs.
 #   WHAT=mix (mix-power.py): mail, SQLite, git and logs, all at once, while a migration runs. MIX="mail sql wal git log postgres"
 #       chooses; PLAIN=1 does it without mirrorfs.
 #   WHAT=sync (sync-power.py): `mirrorfs sync`. The same command once more makes dst equal to src, whatever was left.
@@ -15,6 +17,7 @@
 # write torn, all but one, only one (the loop device has no FUA of its own: each such write is followed by a flush).
 # Needs the test kit's powercut.py (MIRRORFS_KIT). FS="ext4 ext4-writeback xfs btrfs" chooses, SECONDS_EACH=15 is the length
 # of a recording, EACH=50 how many states are made of one, POLICY=random,torn which, SEED=1 the random seed, WORK=/dir a place with some GB (default: in memory).
+# NOISE=1: somebody else has the journal of the disk committed all the time.
 # MIRRORFS_BREAK=D1 (with a program built with --features fault) breaks a rule of docs/DURABILITY.md: then there must be
 # bad states, and none is the failure.
 set -eu
@@ -25,10 +28,11 @@ case ${WHAT:-mount} in
   mount) script=$here/power.py ;;
   huge) script=$here/huge-power.py ;;
   adopt | pending) script=$here/huge-power.py; export KIND=$WHAT ;;
+  carried) script=$here/carried-power.py ;;
   mixed) script=$here/mixed-power.py ;;
   mix) script=$here/mix-power.py ;;
   sync) script=$here/sync-power.py ;;
-  *) echo "WHAT is mount, huge, pending, adopt, mixed, mix or sync" >&2; exit 2 ;;
+  *) echo "WHAT is mount, huge, carried, pending, adopt, mixed, mix or sync" >&2; exit 2 ;;
 esac
 [ -f "$kit/powercut.py" ] || { echo "no powercut.py: set MIRRORFS_KIT" >&2; exit 2; }
 # Every state is synced to a disk again and again: in memory that is several times as fast.
