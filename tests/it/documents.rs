@@ -1,11 +1,13 @@
 //! The documents: the commands that they show are run, in the order in which they stand there.
 //!
 //! `<!-- run -->` before a block says so; `<!-- run: mounted -->`: in a migration that has begun.
-//! `/old` and `/srv/data` are directories of the test.
+//! `/old` and `/srv/data` are directories of the test. A command of ours that stands elsewhere and names what
+//! it works on is run by itself, on a tree that is as far as it has to be; what stands for a path is one then.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use crate::fixture::{LoopFs, can_mount, can_mount_on, mirrorfs, need, run};
 
@@ -155,6 +157,128 @@ fn every_command_that_the_documents_show_is_one() {
     for line in ["mirrorfs snyc SRC DST", "mirrorfs sync --no-such SRC DST"] {
         assert!(wrong(&words(line), &help).is_some(), "{line}");
     }
+}
+
+/// What is for users: their commands are run.
+const FOR_USERS: &[&str] = &[
+    "README.md",
+    "docs/OPERATIONS.md",
+    "docs/CONFIGURATION.md",
+    "docs/TUNING.md",
+    "docs/TROUBLESHOOTING.md",
+];
+
+/// A command with paths of the test, and how many there are; `None`: something in it stands for too much.
+fn filled_in(words: &[String], dir: &Path) -> Option<(Vec<String>, usize)> {
+    let mut places = 0;
+    let mut place = |name: &str| {
+        places += 1;
+        Some(dir.join(name).display().to_string())
+    };
+    let word = |word: &String| match word.as_str() {
+        "SRC" | "/old" => place("old"),
+        "DST" | "PATH" | "[PATH]" | "PATH..." | "/srv/data" => place("data"),
+        "FILE" | "/old.mtree" => place("manifest"),
+        "K/N" => Some("1/1".to_owned()),
+        "N" => Some("2".to_owned()),
+        "SHELL" => Some("bash".to_owned()),
+        "[COMMAND]" => Some("sync".to_owned()),
+        text => match text.strip_prefix("/srv/data/") {
+            Some(below) => place(&format!("data/{below}")),
+            None => {
+                let shown = text.chars().any(|c| "<>[]|".contains(c)) || text.ends_with("...");
+                (!shown && !text.chars().all(char::is_uppercase)).then(|| text.to_owned())
+            }
+        },
+    };
+    let all: Option<Vec<String>> = words[1..].iter().map(word).collect();
+    Some((all?, places))
+}
+
+/// How many paths make a command whole; `None`: it needs no tree.
+fn places_of(command: &str) -> Option<usize> {
+    match command {
+        "man" | "completions" => None,
+        "mount" | "sync" | "verify" | "manifest" => Some(2),
+        _ => Some(1),
+    }
+}
+
+#[test]
+fn commands_that_stand_in_the_text_can_be_run() {
+    if !need(
+        can_mount() && can_mount_on("ext4"),
+        "root, /dev/fuse and mkfs.ext4",
+    ) {
+        return;
+    }
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut all = BTreeSet::new();
+    for document in FOR_USERS {
+        all.extend(commands(&fs::read_to_string(root.join(document)).unwrap()));
+    }
+    let disk = LoopFs::new("ext4");
+    let (mut ran, mut failed) = (0, Vec::new());
+    for (n, words) in all.iter().enumerate() {
+        let dir = disk.dir(&n.to_string());
+        let Some((args, places)) = filled_in(words, &dir) else {
+            continue;
+        };
+        let wanted = places_of(&args[0]);
+        if args[0].starts_with(|c: char| !c.is_alphabetic())
+            || places < wanted.unwrap_or(0)
+            || wanted.is_none() && args.len() < 2
+            || args[0] == "set" && args.len() < 3
+        {
+            continue;
+        }
+        failed.extend(run_alone(&dir, &args).map(|why| format!("{}: {why}", words.join(" "))));
+        ran += 1;
+    }
+    assert!(failed.is_empty(), "{failed:#?}");
+    assert!(ran > 25, "{ran} of {all:?}");
+}
+
+/// Runs a command on a small tree, which is mounted, copied, or neither, as the command needs it; what it has
+/// said, if it fails.
+fn run_alone(dir: &Path, args: &[String]) -> Option<String> {
+    let (old, data, manifest) = (dir.join("old"), dir.join("data"), dir.join("manifest"));
+    for path in [&old.join("today"), &data, &dir.join("run")] {
+        fs::create_dir_all(path).unwrap();
+    }
+    for n in 0..3 {
+        fs::write(old.join(format!("today/f{n}")), "today").unwrap();
+    }
+    let ours = |args: &[&std::ffi::OsStr]| {
+        let mut command = mirrorfs();
+        command.args(args).env("MIRRORFS_RUN_DIR", dir.join("run"));
+        run(command.stdin(Stdio::null()))
+    };
+    let (old_, data_, manifest_) = (old.as_ref(), data.as_ref(), manifest.as_ref());
+    let has = |word: &str| args.iter().any(|arg| arg == word);
+    match args[0].as_str() {
+        "verify" => {
+            ours(&["sync".as_ref(), old_, data_]).expect_code(0);
+            ours(&["manifest".as_ref(), old_, manifest_]).expect_code(0);
+        }
+        "mount" if has("--adopt") => {
+            ours(&["sync".as_ref(), old_, data_]).expect_code(0);
+        }
+        "mount" | "sync" | "manifest" | "man" | "completions" => {}
+        command => {
+            ours(&["mount".as_ref(), old_, data_]).expect_code(0);
+            if command == "finish" {
+                ours(&["wait".as_ref(), data_]).expect_code(0);
+            }
+        }
+    }
+    let args: Vec<&std::ffi::OsStr> = args.iter().map(AsRef::as_ref).collect();
+    let said = ours(&args);
+    // Whatever has failed: no mount is left.
+    for path in [&data, &old] {
+        let _ = rustix::mount::unmount(path, rustix::mount::UnmountFlags::DETACH); // As said.
+    }
+    (said.code() != 0).then_some(said.err)
 }
 
 fn run_block(document: &str, block: &Block) {
