@@ -115,14 +115,19 @@ impl Mirror {
     }
 
     /// No more lines; the file is another's to go on with. Its end is not written here. `None`: there is none.
-    /// Else what SRC's root is known by, and whether all lines are durable.
-    pub fn end_proof(&self) -> Option<(Face, Result<(), Trouble>)> {
+    /// Else whether all lines are durable.
+    pub fn end_proof(&self) -> Option<Result<(), Trouble>> {
         let proof = self.proof.lock().take()?;
         let _ = proof.away.tell.send(Task::End); // The thread ends only then.
         if let Some(thread) = proof.away.thread.lock().take() {
             let _ = thread.join(); // A panic was logged: some files have no digest.
         }
-        Some((self.source.face(), proof.writer.close()))
+        Some(proof.writer.close())
+    }
+
+    /// What SRC's root is known by.
+    pub fn src_face(&self) -> Face {
+        self.source.face()
     }
 }
 

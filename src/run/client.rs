@@ -4,6 +4,7 @@
 //! whoever asks about it.
 
 use std::io::ErrorKind;
+use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Component, Path, PathBuf};
@@ -40,6 +41,11 @@ impl Daemon {
         ask(&self.socket, request, None)
     }
 
+    /// As `call`, and whose process it is that has answered.
+    pub(crate) fn call_whose(&self, request: &Request) -> Result<(Value, u32), Failure> {
+        ask_whose(&self.socket, request, None)
+    }
+
     /// The same daemon now; `None`: it has ended, or does not answer.
     pub(crate) fn again(&self) -> Option<Daemon> {
         let value = ask(&self.socket, &Request::Status, Some(PATIENCE)).ok()?;
@@ -58,12 +64,21 @@ pub(super) fn ask(
     request: &Request,
     patience: Option<Duration>,
 ) -> Result<Value, Failure> {
+    ask_whose(socket, request, patience).map(|(value, _)| value)
+}
+
+fn ask_whose(
+    socket: &Path,
+    request: &Request,
+    patience: Option<Duration>,
+) -> Result<(Value, u32), Failure> {
     let fail = |call: &str, e: std::io::Error| {
         Failure::new(exit::FAILURE, format!("{}: {call}: {e}", quoted(socket)))
     };
     // A daemon that hangs, stopped by a signal or a debugger, has a full queue some day.
     let stream = local::connect(socket).map_err(|e| fail("connect", e.into()))?;
     let mut stream = UnixStream::from(stream);
+    let uid = local::peer_uid(stream.as_fd()).map_err(|e| fail("getsockopt", e.into()))?;
     let timed = stream.set_read_timeout(patience);
     timed.map_err(|e| fail("setsockopt", e))?;
     send(&mut stream, &request.to_call()).map_err(|e| fail("write", e))?;
@@ -73,7 +88,7 @@ pub(super) fn ask(
     let reply: Reply =
         serde_json::from_slice(&message).map_err(|e| fail("read", std::io::Error::from(e)))?;
     let Some(error) = reply.error else {
-        return Ok(reply.parameters);
+        return Ok((reply.parameters, uid));
     };
     let line = reply.parameters.get("message").and_then(Value::as_str);
     let code = reply.parameters.get("exit").and_then(Value::as_u64);

@@ -18,11 +18,11 @@ use crate::mirror::LedgerEntry;
 pub(super) fn run(path: &Path, accept_loss: bool) -> Outcome {
     let (lost, report, manifest) = match client::find(path)? {
         Some(daemon) => {
-            let reply = daemon.call(&Request::Finish { accept_loss })?;
+            let (reply, uid) = daemon.call_whose(&Request::Finish { accept_loss })?;
             let lost = reply.get("lost").and_then(Value::as_u64).unwrap_or(0);
             let report = reply.get("report").and_then(Value::as_str);
             let manifest = reply.get("manifest").and_then(Unended::from_json);
-            (lost, report.map(PathBuf::from), manifest)
+            (lost, report.map(PathBuf::from), manifest.map(|m| (m, uid)))
         }
         None => {
             preflight::migration(path)?;
@@ -39,7 +39,7 @@ pub(super) fn run(path: &Path, accept_loss: bool) -> Outcome {
     if let Some(report) = report {
         out::say(&format!("report: {}", report.display()));
     }
-    let proved = manifest.map_or(Ok(exit::DONE), |manifest| manifest.end())?;
+    let proved = manifest.map_or(Ok(exit::DONE), |(manifest, uid)| manifest.end(uid))?;
     Ok(if lost > 0 { exit::SOME_FAILED } else { proved })
 }
 

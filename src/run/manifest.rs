@@ -14,7 +14,7 @@ use crate::cli::Manifest;
 use crate::config::MountConfig;
 use crate::manifest::{Trouble, Writer};
 use crate::mirror::{Face, Mirror};
-use crate::sys::host;
+use crate::sys::{host, local};
 use crate::verify::{Told, VerifyOptions, take_manifest};
 
 /// `mirrorfs manifest`.
@@ -93,16 +93,16 @@ pub(super) fn begin(mirror: &Mirror, config: &MountConfig, served: bool) -> Resu
     }
 }
 
-/// The daemon lets go of its manifest. `None`: there is none, or it was let go of already.
+/// The daemon lets go of its manifest. `None`: none was asked for.
 pub(super) fn unended(mirror: &Mirror, config: &MountConfig) -> Option<Unended> {
-    let (root, closed) = mirror.end_proof()?;
-    if let Err(trouble) = closed {
+    let file = config.manifest.clone()?;
+    if let Some(Err(trouble)) = mirror.end_proof() {
         tracing::error!("{trouble}");
     }
     Some(Unended {
-        file: config.manifest.clone()?,
+        file,
         src: config.src.clone(),
-        root,
+        root: mirror.src_face(),
     })
 }
 
@@ -111,8 +111,12 @@ impl Unended {
         Unended::deserialize(value).ok()
     }
 
-    /// For `finish`.
-    pub(super) fn end(&self) -> Outcome {
+    /// For `finish`. `daemon`: whose process says so: root reads and writes no file because a user names it.
+    pub(super) fn end(&self, daemon: u32) -> Outcome {
+        if daemon != local::uid() {
+            let line = format!("its daemon is user {daemon}'s");
+            return Err(self.unended(Failure::new(exit::SOME_FAILED, line)));
+        }
         let to = To {
             say: |line| out::say(&format!("manifest: {line}")),
             complain: out::complain,
@@ -144,13 +148,15 @@ impl Unended {
             )),
             Err(failure) => Err(failure),
         };
-        ended.map_err(|failure| {
-            let (why, src, file) = (&failure.line, quoted(&self.src), quoted(&self.file));
-            let line = format!(
-                "the manifest has no end: {why}; mirrorfs manifest {src} {file} completes it while SRC is there"
-            );
-            Failure::new(failure.exit, line)
-        })
+        ended.map_err(|failure| self.unended(failure))
+    }
+
+    fn unended(&self, failure: Failure) -> Failure {
+        let (why, src, file) = (&failure.line, quoted(&self.src), quoted(&self.file));
+        let line = format!(
+            "the manifest has no end: {why}; mirrorfs manifest {src} {file} completes it while SRC is there"
+        );
+        Failure::new(failure.exit, line)
     }
 
     /// SRC's path leads to SRC: the mount was above it, perhaps, and something else may be.

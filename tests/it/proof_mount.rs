@@ -327,3 +327,27 @@ pub(crate) fn a_manifest_that_a_mount_cannot_write_is_refused() {
     refused(&other, &manifest_of(&w), "another run is writing it");
     finish(&mut m).expect_code(0);
 }
+
+#[test]
+pub(crate) fn a_manifest_that_is_gone_at_an_upgrade_is_told_and_the_mount_goes_on() {
+    if !can_mount_on("ext4") {
+        return;
+    }
+    let w = filled();
+    let mut m = mount(&w, &[]);
+    m.wait_complete();
+    fs::remove_file(manifest_of(&w)).unwrap();
+    fs::write(manifest_of(&w), b"precious").unwrap();
+    upgrade(&m);
+    let log = m.log();
+    assert!(
+        log.contains("what is pulled from now on is read once more"),
+        "{log}"
+    );
+    assert_eq!(fs::read(manifest_of(&w)).unwrap(), b"precious");
+    fs::remove_file(manifest_of(&w)).unwrap();
+    let said = finish(&mut m).expect_code(0);
+    assert!(!read_again(&said).starts_with("0 B"), "{}", said.out);
+    assert_eq!(expect_digests_of_src(&w), 18);
+    verify(&w, &[]).expect_code(0);
+}

@@ -1095,3 +1095,35 @@ fn random_operations_of_a_user_give_what_a_plain_tree_gives() {
 fn random_operations_of_a_user_on_what_is_pending_give_what_a_plain_tree_gives() {
     same_as_plain(false);
 }
+
+#[test]
+pub(crate) fn a_user_ends_his_manifest_and_root_does_not_do_it_for_him() {
+    if !can_run() {
+        return;
+    }
+    for by_root in [true, false] {
+        let home = Home::new().beside();
+        fs::write(home.src.join("f"), b"his").unwrap();
+        home.give_src();
+        let manifest = home.run_dir.join("manifest");
+        let m = home.mount(&["--manifest", manifest.to_str().unwrap()]);
+        m.wait_complete();
+        let mut finish = home.command_as(if by_root { 0 } else { USER });
+        let said = run(finish.arg("finish").arg(&home.at));
+        let text = fs::read_to_string(&manifest).unwrap();
+        if by_root {
+            let said = said.expect_code(23);
+            let line = format!("the manifest has no end: its daemon is user {USER}'s; ");
+            assert!(said.err.contains(&line), "{}", said.err);
+            assert!(!text.contains("# end"), "{text}");
+        } else {
+            said.expect_code(0);
+            assert!(
+                text.contains("# end 2 entries") && !text.contains("uid="),
+                "{text}"
+            );
+            assert!(text.contains("./f type=file mode=0644 size=3 "), "{text}");
+        }
+        drop(m);
+    }
+}
