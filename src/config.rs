@@ -95,6 +95,9 @@ pub struct MountConfig {
     pub prefetch: bool,
     /// How requests come from the kernel.
     pub transport: Transport,
+    /// Another daemon goes on with the mount when this one is killed.
+    #[serde(default)]
+    pub keep_mount: bool,
     /// Where the order of first accesses is written.
     pub record: Option<PathBuf>,
     /// Such a file: what it names is pulled in that order.
@@ -158,6 +161,7 @@ impl MountConfig {
             cache: Cache::Auto,
             prefetch: true,
             transport: Transport::default(),
+            keep_mount: false,
             record: None,
             replay: None,
             manifest: None,

@@ -65,6 +65,9 @@ impl MirrorFs {
         let Some(name) = Name::new(name) else {
             return reply.error(Errno::INVAL);
         };
+        let Some(reply) = Shared::create_again(&self.shared, reply) else {
+            return;
+        };
         let shared = Arc::clone(&self.shared);
         self.shared
             .mirror
@@ -164,6 +167,9 @@ impl MirrorFs {
         let node = match self.shared.node(ino) {
             Ok(node) => node,
             Err(e) => return reply.error(e),
+        };
+        let Some(reply) = self.shared.open_again(reply) else {
+            return;
         };
         let write = flags & OFlags::ACCMODE != OFlags::RDONLY;
         let (shared, held) = (Arc::clone(&self.shared), Arc::clone(&node));

@@ -7,6 +7,7 @@
 //! leaf. No lock is held across a copy, an fsync or a waiter (I8).
 
 mod absent;
+mod acts;
 mod ahead;
 mod anchor;
 mod aside;
@@ -25,6 +26,7 @@ mod fill;
 mod finish;
 mod found;
 mod hydrate;
+mod kept;
 mod ledger;
 mod links;
 mod mixed;
@@ -65,6 +67,7 @@ use parking_lot::{Mutex, MutexGuard};
 use rustix::fs::{FileType, OFlags};
 use rustix::io::Errno;
 
+pub use acts::{is_again, number_of};
 pub use ahead::Stream;
 pub use anchor::Anchor;
 pub use asker::{Asker, asking};
@@ -76,6 +79,7 @@ pub use file::{Locate, user_errno};
 pub use finish::{Survey, accept_offline, finish_offline, read_ledger, survey};
 pub use found::Found;
 pub use hydrate::{FileRef, Need};
+pub use kept::{Left, gone_fd, kind, write_json};
 pub use ledger::LedgerEntry;
 pub use namespace::{Creator, Entry, Make};
 pub use node::{Ino, Node, NodeTable, Origin, Phase, ROOT};
@@ -196,6 +200,7 @@ pub struct Mirror {
     mark_locks: [Mutex<()>; 64],
     /// What users ask for, from the first look at it to its answer.
     requests: Gate,
+    keep: kept::Keep,
     /// What removes and changes marks for good, and the end of a populate.
     marks: Gate,
     stopping: AtomicBool,
@@ -321,6 +326,7 @@ impl Mirror {
             epoch: AtomicU64::new(0),
             mark_locks: [const { Mutex::new(()) }; 64],
             requests: Gate::new(Place::Requests),
+            keep: kept::Keep::default(),
             marks: Gate::new(Place::Marks),
             stopping: AtomicBool::new(false),
             finished: AtomicBool::new(false),
@@ -537,11 +543,6 @@ impl Mirror {
                 .record_unread(path, &name.to_string_lossy(), *errno);
             self.progress.errors.set(self.ledger.len() as u64);
         }
-    }
-
-    /// The mark lock, where an inode's permissions change with its mark (perms.rs).
-    fn lock_perms(&self, ino: Ino) -> Option<MutexGuard<'_, ()>> {
-        self.modes_bind.then(|| self.lock_mark(ino))
     }
 
     /// Serialises reading, changing and writing back a mark.

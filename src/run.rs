@@ -12,6 +12,7 @@ mod errors;
 mod finish;
 mod front;
 mod helper;
+mod keeper;
 mod live;
 mod log;
 mod manifest;
@@ -24,6 +25,7 @@ mod rate;
 mod records;
 mod report;
 mod saver;
+mod signals;
 mod status;
 mod steer;
 mod sync;
@@ -129,6 +131,9 @@ pub(crate) type Outcome = Result<u8, Failure>;
 pub fn run(words: impl IntoIterator<Item = OsString>) -> ExitCode {
     let words: Vec<OsString> = words.into_iter().collect();
     if let Some(code) = upgrade::called(&words) {
+        return code;
+    }
+    if let Some(code) = keeper::called(&words) {
         return code;
     }
     if let Some(helper) = helper::Call::of(&words) {

@@ -4,6 +4,7 @@
 //! They return a bare `Errno`: the caller knows the path and adds it (`error::Context`).
 //! EINTR is retried here where the call can be repeated.
 
+pub mod board;
 pub mod cache;
 pub mod caps;
 pub mod copy;
@@ -16,6 +17,7 @@ pub mod fusering;
 pub mod handle;
 pub mod helper;
 pub mod host;
+pub mod keeper;
 pub mod local;
 pub mod memory;
 pub mod name;

@@ -44,6 +44,8 @@ pub struct MountFile {
     pub cache: Option<String>,
     /// `--transport`.
     pub transport: Option<String>,
+    /// `--keep-mount`.
+    pub keep_mount: Option<bool>,
     /// `-o threads`.
     pub threads: Option<usize>,
     /// `-o workers`.

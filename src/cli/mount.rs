@@ -35,7 +35,7 @@ pub struct Mount {
     /// Mount options, separated by commas
     ///
     /// large=SIZE (files over it open at once and are pulled by range; 8M), cache=auto|keep|drop
-    /// (what background copies of large files leave in the page cache), transport=auto|dev|uring,
+    /// (what background copies of large files leave in the page cache), transport=auto|dev|uring, keep_mount,
     /// threads=N (FUSE session threads), workers=N (copy workers), noprefetch (files are not pulled
     /// because others of their directory were opened), nostore=WHO, record=FILE, replay=FILE, manifest=FILE, adopt, checksum, delete, nobackground, finish,
     /// log=FILE, loglevel=LEVEL,
@@ -208,6 +208,12 @@ pub struct Mount {
         value_parser = transport
     )]
     pub transport: Option<Transport>,
+    /// Let the mount outlive the daemon
+    ///
+    /// A small process keeps what the kernel relies on. When the daemon is killed another one goes
+    /// on: open files live, and who waits is answered. For root, over /dev/fuse (Linux 6.9).
+    #[arg(long)]
+    pub keep_mount: bool,
     /// Read defaults from this file
     ///
     /// TOML; options and environment variables come first. Default: /etc/mirrorfs.toml, if it is
@@ -307,6 +313,7 @@ impl Mount {
         config.source_timeout = self.source_timeout.unwrap_or(config.source_timeout);
         config.on_error = self.on_error.map_or(config.on_error, OnError::from);
         config.transport = self.transport.unwrap_or(config.transport);
+        config.keep_mount |= self.keep_mount;
         config.metrics = self.metrics.or(config.metrics);
         config.metrics_file = self.metrics_file.or(config.metrics_file);
         for option in self.options.iter().flat_map(|list| list.split(',')) {
@@ -359,6 +366,7 @@ fn from_file(config: &mut MountConfig, file: &MountFile) -> Result<(), String> {
     if let Some(word) = &file.transport {
         config.transport = transport(word).map_err(in_file)?;
     }
+    config.keep_mount = file.keep_mount.unwrap_or(false);
     for who in file.no_store.iter().flatten() {
         config.no_store.add(who).map_err(in_file)?;
     }
@@ -410,6 +418,7 @@ fn mount_option(config: &mut MountConfig, option: &str) -> Result<(), String> {
         ("transport", Some(word)) => {
             config.transport = transport(word).map_err(|e| format!("-o transport={e}"))?;
         }
+        ("keep_mount", None) => config.keep_mount = true,
         ("threads", Some(text)) => config.threads = number(key, text)?,
         ("workers", Some(text)) => config.workers = number(key, text)?,
         ("log", Some(text)) => config.log_file = Some(PathBuf::from(text)),

@@ -14,7 +14,7 @@ use super::abi::{
 };
 use super::reply::Channel;
 use super::request::{Header, fields_len};
-use crate::mirror::Ino;
+use crate::mirror::{Ino, Mirror};
 use crate::sys::fusedev;
 
 /// Largest data of one request. More gains nothing and costs a buffer per thread.
@@ -49,25 +49,35 @@ pub(super) fn out_header(len: usize, errno: Option<Errno>, unique: u64) -> [u8; 
 }
 
 /// One open /dev/fuse.
-pub(super) struct Dev(Arc<OwnedFd>);
+pub(super) struct Dev {
+    fd: Arc<OwnedFd>,
+    /// Who is to know that a request is answered.
+    told: Option<Arc<Mirror>>,
+}
 
 impl Dev {
     pub(super) fn new(fd: OwnedFd) -> Dev {
-        Dev(Arc::new(fd))
+        Dev::shared(Arc::new(fd))
     }
 
     /// One whose fd others hold too.
     pub(super) fn shared(fd: Arc<OwnedFd>) -> Dev {
-        Dev(fd)
+        Dev { fd, told: None }
+    }
+
+    /// It tells the mirror of each answer, where that is to be known.
+    fn telling(mut self, mirror: &Arc<Mirror>) -> Dev {
+        self.told = mirror.board().map(|_| Arc::clone(mirror));
+        self
     }
 
     /// Another one of the same connection: requests are answered where they were read.
     pub(super) fn another(&self) -> Result<Dev, Errno> {
-        fusedev::clone(self.0.as_fd()).map(Dev::new)
+        fusedev::clone(self.fd.as_fd()).map(Dev::new)
     }
 
     pub(super) fn fd(&self) -> &Arc<OwnedFd> {
-        &self.0
+        &self.fd
     }
 
     /// Answers a request: the two parts of an answer, or an errno.
@@ -75,9 +85,12 @@ impl Dev {
         let (fixed, data) = result.unwrap_or_default();
         let len = OUT_HEADER + fixed.len() + data.len();
         let header = out_header(len, result.err(), unique);
-        if let Err(errno) = fusedev::write(self.0.as_fd(), [&header, fixed, data]) {
+        if let Err(errno) = fusedev::write(self.fd.as_fd(), [&header, fixed, data]) {
             // ENOENT: the request is gone (the connection was aborted). Nobody waits.
             tracing::debug!("reply to request {unique}: {errno}");
+        }
+        if let Some(mirror) = &self.told {
+            mirror.answered(unique);
         }
     }
 
@@ -113,12 +126,12 @@ impl Dev {
         // A header without a request: the errno's place says what it is about.
         let mut header = out_header(OUT_HEADER + body.len(), None, 0);
         header[4..8].copy_from_slice(&code.to_ne_bytes());
-        fusedev::write(self.0.as_fd(), [&header, body, &[]])
+        fusedev::write(self.fd.as_fd(), [&header, body, &[]])
     }
 
     /// Takes the next request. `None`: the connection is over.
     pub(super) fn receive<'a>(&self, buf: &'a mut [u8]) -> Result<Option<Received<'a>>, Errno> {
-        let Some(len) = fusedev::read(self.0.as_fd(), buf)? else {
+        let Some(len) = fusedev::read(self.fd.as_fd(), buf)? else {
             return Ok(None);
         };
         let bytes = &buf[..len];
@@ -147,8 +160,13 @@ pub(super) fn buffer() -> Vec<u8> {
 
 /// Answers requests until the connection is over.
 pub(super) fn serve(dev: Dev, fs: &MirrorFs) -> Result<(), Errno> {
-    let dev = Arc::new(dev);
+    let dev = Arc::new(dev.telling(&fs.shared.mirror));
     let mut buf = buffer();
+    if dev.told.is_some() {
+        // Every page is there: a thread that is killed takes a request whole. The kernel would not give
+        // it a page any more, and end the request with EIO.
+        buf.iter_mut().step_by(512).for_each(|byte| *byte = 1);
+    }
     while let Some(request) = dev.receive(&mut buf)? {
         let channel = Channel::Dev(Arc::clone(&dev));
         fs.dispatch(&request.header, request.fields, request.rest, channel);

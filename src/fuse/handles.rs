@@ -9,10 +9,13 @@ use parking_lot::Mutex;
 
 use super::passthrough::IoMode;
 use crate::mirror::{Node, Stream};
+use crate::sys::board::Record;
 use crate::sys::dir::Entry;
 
 /// A file that a user has open.
 pub(super) struct OpenFile {
+    /// What the next program is told of it; the first field: it goes before the fd.
+    pub(super) _record: Option<Record>,
     pub(super) node: Arc<Node>,
     /// dst's file, as the user opened it.
     pub(super) file: Arc<OwnedFd>,
@@ -24,6 +27,8 @@ pub(super) struct OpenFile {
 
 /// A directory that a user lists.
 pub(super) struct Listing {
+    /// What the next program is told of it; the first field: it goes before the fd.
+    pub(super) record: Mutex<Option<Record>>,
     pub(super) node: Arc<Node>,
     pub(super) dir: OwnedFd,
     /// src's order, while the directory is not populated; it goes with a rewind.
@@ -57,9 +62,10 @@ impl<T> Default for Handles<T> {
 }
 
 impl<T> Handles<T> {
-    pub(super) fn insert(&self, value: T) -> u64 {
+    /// A new one, that is made with its number.
+    pub(super) fn insert(&self, make: impl FnOnce(u64) -> T) -> u64 {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
-        self.table.insert(number, Arc::new(value));
+        self.table.insert(number, Arc::new(make(number)));
         number
     }
 

@@ -37,7 +37,8 @@ impl Shared {
         let node = self.node(ino)?;
         let dir = self.mirror.open_listing(&node)?;
         let complete = stream.is_none() && !node.is_pending_dir() && !self.names_ttl().is_zero();
-        let handle = self.listings.insert(Listing {
+        let handle = self.listings.insert(|handle| Listing {
+            record: Mutex::new(self.write_listing(handle, ino, &dir, stream.as_ref())),
             node,
             dir,
             stream: Mutex::new(stream.map(Arc::new)),
@@ -95,6 +96,7 @@ impl Shared {
             // What was read ahead has the other's offsets.
             if listing.stream.lock().take().is_some() {
                 *listing.ahead.lock() = Ahead::default();
+                listing.write_without_stream();
             }
             return false;
         }

@@ -11,7 +11,7 @@ use super::answer::{Answer, Done, Fixed, Xattr};
 use super::dev::Dev;
 use super::ring::Taken;
 use crate::error::{Error, Result, Side};
-use crate::mirror::{Attr, Node, user_errno};
+use crate::mirror::{Attr, Node, is_again, number_of, user_errno};
 
 /// How long the kernel may keep names and attributes: only we change dst, and we tell it.
 pub(super) const TTL: Duration = Duration::from_secs(24 * 3600);
@@ -49,6 +49,16 @@ impl<T: Answer> Reply<T> {
             channel: Some(channel),
             wants: PhantomData,
         }
+    }
+
+    /// The number of its request, however often the kernel has sent it.
+    pub(super) fn request(&self) -> u64 {
+        number_of(self.unique)
+    }
+
+    /// The kernel has sent it to the program before us too.
+    pub(super) fn is_again(&self) -> bool {
+        is_again(self.unique)
     }
 
     pub(super) fn ok(self, answer: T) {

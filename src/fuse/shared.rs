@@ -1,11 +1,13 @@
 //! What handlers and their continuations share: the mirror, the tables of handles, and how the larger
 //! replies are made.
 
+use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use rustix::io::Errno;
 
 use super::answer::{Attributes, Created, Entry, Found, How, Opened};
@@ -17,6 +19,7 @@ use super::reply::{Reply, TTL, errno, generation, is_volatile};
 use crate::error::Result;
 use crate::mirror::{self, Attr, Ino, Locate, Mirror, Node};
 use crate::sys::caps;
+use crate::sys::fault;
 use crate::sys::fusedev::BackingId;
 
 /// What handlers and their continuations share.
@@ -32,6 +35,8 @@ pub(super) struct Shared {
     pub(super) expired: AtomicBool,
     /// Requests have come through io_uring: all but forgets and interrupts do, from then on.
     ring: AtomicBool,
+    /// The handles that the program before us gave out, by the requests for them.
+    pub(super) opened: Mutex<HashMap<u64, u64>>,
 }
 
 /// As short as a time can be (the kernel counts its ticks): the attributes of a file that was made
@@ -49,6 +54,7 @@ impl Shared {
             own: Own::new(),
             expired: AtomicBool::new(false),
             ring: AtomicBool::new(false),
+            opened: Mutex::default(),
         }
     }
 
@@ -165,8 +171,10 @@ impl Shared {
         file: OwnedFd,
         src: Option<Arc<OwnedFd>>,
         (mode, write): (IoMode, bool),
+        request: u64,
     ) -> u64 {
-        self.files.insert(OpenFile {
+        self.files.insert(|handle| OpenFile {
+            _record: self.write_file((handle, request), &node, &file, (&mode, write)),
             node,
             file: Arc::new(file),
             src,
@@ -214,7 +222,8 @@ impl Shared {
             Locate::Through(src) => Some(src),
             Locate::Here | Locate::Ranged => None,
         };
-        let handle = self.insert_file(node, file, src, (mode.clone(), write));
+        let handle = self.insert_file(node, file, src, (mode.clone(), write), reply.request());
+        fault::point("open-written");
         let how = How::File(mode);
         reply.ok(Opened { handle, how });
     }
@@ -225,7 +234,8 @@ impl Shared {
         let change = (true, false);
         let mode = self.backings.decide(ino, &Locate::Here, change, register);
         let node = Arc::clone(&entry.node);
-        let handle = self.insert_file(node, file, None, (mode.clone(), true));
+        let handle = self.insert_file(node, file, None, (mode.clone(), true), reply.request());
+        fault::point("create-written");
         let mut shown = self.entry(&entry.node, entry.attr);
         if shown.attr_ttl.is_zero() && !is_volatile(&entry.attr) {
             shown.attr_ttl = TICK;

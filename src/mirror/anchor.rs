@@ -22,6 +22,7 @@ use rustix::fs::{AtFlags, OFlags, RenameFlags};
 use rustix::io::Errno;
 
 use super::Mirror;
+use super::kept::Gone;
 use super::node::{Ino, Node};
 use crate::sys::handle::Handle;
 use crate::sys::name::Name;
@@ -313,9 +314,9 @@ impl Mirror {
     /// What has no name any more, and the kernel holds, stays until it is forgotten. Somebody may be
     /// about to open it; and a new inode with its number would make the kernel call the old one bad:
     /// EIO for him.
-    fn keep_while_held(&self, gone: Option<OwnedFd>) {
+    fn keep_while_held(&self, gone: Option<Gone>) {
         let Some(gone) = gone else { return };
-        if let Ok(stat) = stat::stat_fd(gone.as_fd())
+        if let Ok(stat) = stat::stat_fd(gone.inode.as_fd())
             && stat.nlink == 0
             && let Some(node) = self.nodes.find(stat.key.ino)
         {
@@ -328,7 +329,7 @@ impl Mirror {
         let (node, dir, name) = at;
         let unlink = || rustix::fs::unlinkat(dir, name.as_cstr(), flags);
         let Anchor::Named(parent) = &node.anchor else {
-            let gone = leaving(dir, name);
+            let gone = self.gone(leaving(dir, name));
             unlink()?;
             self.keep_while_held(gone);
             return Ok(());
@@ -355,7 +356,7 @@ impl Mirror {
             rustix::fs::renameat_with(from_dir, from, to_dir, to, flags)
         };
         let (Anchor::Named(from_in), Anchor::Named(to_in)) = (&from.0.anchor, &to.0.anchor) else {
-            let gone = leaving(to_dir, to_name);
+            let gone = self.gone(leaving(to_dir, to_name));
             rename()?;
             self.keep_while_held(gone);
             return Ok(());

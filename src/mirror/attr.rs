@@ -529,7 +529,7 @@ impl Mirror {
                 let opened = mirror.nodes.open(&held, OFlags::PATH)?;
                 let flags = XattrFlags::from_bits_truncate(flags.cast_unsigned());
                 held.absent.forget();
-                let set = xattr::set_flags(Target::Fd(opened.as_fd()), &wanted, &value, flags);
+                let set = mirror.set_xattr_once(opened.as_fd(), &wanted, &value, flags);
                 held.absent.forget();
                 set?;
                 match wanted.as_c_str() == ACCESS_ACL {
@@ -555,7 +555,7 @@ impl Mirror {
         let remove = move |mirror: &Arc<Mirror>, ready: Result<()>| {
             then(ready.map_err(|e| e.errno()).and_then(|()| {
                 let opened = mirror.nodes.open(&held, OFlags::PATH)?;
-                xattr::remove(Target::Fd(opened.as_fd()), &wanted)
+                mirror.remove_xattr_once(opened.as_fd(), &wanted)
             }));
         };
         self.when_xattrs(node, Some(name), true, self.acting(remove));

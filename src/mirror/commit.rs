@@ -21,6 +21,7 @@ use super::Mirror;
 use super::anchor::Anchor;
 use super::hydrate::{Hydration, Stage};
 use super::node::{Ino, Origin, Phase};
+use super::partial::Partial;
 use super::populate::{DirRef, Waiter};
 use crate::engine::job::Priority;
 use crate::error::{Context, Error, Result, Side};
@@ -56,6 +57,8 @@ pub(super) struct Publish {
     pub(super) doubtful: bool,
     /// Told when the mark is set.
     pub(super) then: Option<Waiter>,
+    /// What the next program has to know of it until then (kept.rs).
+    pub(super) _partial: Option<Arc<Partial>>,
 }
 
 /// Files that are as durable as their directory's publication.
@@ -496,6 +499,11 @@ impl Mirror {
         }
         for publish in round.publishes {
             let doubtful = publish.carried.files > 0;
+            if let Some(board) = self.board().filter(|_| doubtful)
+                && board.spoil()
+            {
+                tracing::warn!("the mount is not kept any more: {error}");
+            }
             let publish = Publish {
                 doubtful,
                 ..publish

@@ -103,7 +103,7 @@ impl Mirror {
             return then(Err(Errno::PERM).on("create", Side::Dst, CONTROL));
         }
         let make = move |mirror: &Arc<Mirror>, ready: Result<()>| {
-            let made = ready.and_then(|()| mirror.make_now(parent, &name, &what, creator));
+            let made = ready.and_then(|()| mirror.make_once(parent, &name, &what, creator));
             match made {
                 Err(e) => then(Err(e)),
                 Ok((found, opened)) => {
@@ -114,7 +114,7 @@ impl Mirror {
         self.when_populated(parent, Access::Change, self.acting(make));
     }
 
-    fn make_now(
+    pub(super) fn make_now(
         &self,
         parent: Ino,
         name: &Name,
@@ -162,12 +162,12 @@ impl Mirror {
             return then(Err(Errno::NOENT).on("unlink", Side::Dst, CONTROL));
         }
         let unlink = move |mirror: &Arc<Mirror>, ready: Result<()>| {
-            then(ready.and_then(|()| mirror.unlink_now(parent, &name, AtFlags::empty())));
+            then(ready.and_then(|()| mirror.unlink_once(parent, &name, AtFlags::empty())));
         };
         self.when_populated(parent, Access::Change, self.acting(unlink));
     }
 
-    fn unlink_now(&self, parent: Ino, name: &Name, flags: AtFlags) -> Result<()> {
+    pub(super) fn unlink_now(&self, parent: Ino, name: &Name, flags: AtFlags) -> Result<()> {
         let shown = name.as_os_str();
         let dir_node = self.nodes.get(parent).on("unlink", Side::Dst, shown)?;
         let dir = self.nodes.dir(&dir_node).on("open", Side::Dst, shown)?;
@@ -207,7 +207,7 @@ impl Mirror {
         }
         let wanted = name.clone();
         let remove = move |mirror: &Arc<Mirror>, ready: Result<()>| {
-            then(ready.and_then(|()| mirror.unlink_now(parent, &name, AtFlags::REMOVEDIR)));
+            then(ready.and_then(|()| mirror.unlink_once(parent, &name, AtFlags::REMOVEDIR)));
         };
         self.when_target_ready(parent, wanted, self.acting(remove));
     }
@@ -257,7 +257,7 @@ impl Mirror {
         }
         let held = Arc::clone(node);
         let link = move |mirror: &Arc<Mirror>, ready: Result<()>| match ready
-            .and_then(|()| mirror.link_now(&held, parent, &name))
+            .and_then(|()| mirror.link_once(&held, parent, &name))
         {
             Ok(found) => mirror.with_entry(found, then),
             Err(e) => then(Err(e)),
@@ -275,7 +275,7 @@ impl Mirror {
         });
     }
 
-    fn link_now(&self, node: &Arc<Node>, parent: Ino, name: &Name) -> Result<Found> {
+    pub(super) fn link_now(&self, node: &Arc<Node>, parent: Ino, name: &Name) -> Result<Found> {
         let shown = name.as_os_str();
         let dir_node = self.nodes.get(parent).on("link", Side::Dst, shown)?;
         let dir = self.nodes.dir(&dir_node).on("open", Side::Dst, shown)?;
@@ -317,7 +317,7 @@ impl Mirror {
                 if let Err(e) = ready {
                     return then(Err(e));
                 }
-                match mirror.rename_now(&from, &to, flags) {
+                match mirror.rename_once(&from, &to, flags) {
                     Err(Retry::Hydrate(node)) => {
                         mirror.rename_hydrated(node, from, to, flags, then);
                     }
@@ -340,7 +340,7 @@ impl Mirror {
     ) {
         let rename = move |mirror: &Arc<Mirror>, ready: Result<()>| {
             then(
-                ready.and_then(|()| match mirror.rename_now(&from, &to, flags) {
+                ready.and_then(|()| match mirror.rename_once(&from, &to, flags) {
                     Ok(()) => Ok(()),
                     Err(Retry::Failed(e)) => Err(e),
                     Err(Retry::Hydrate(_)) => {
@@ -352,7 +352,7 @@ impl Mirror {
         self.when_hydrated(&node, Need::Write, self.acting(rename));
     }
 
-    fn rename_now(
+    pub(super) fn rename_now(
         &self,
         from: &(Ino, Name),
         to: &(Ino, Name),
@@ -503,7 +503,7 @@ impl Mirror {
 }
 
 /// Why a rename did not happen; `Hydrate`: the origin does not fit into the mark.
-enum Retry {
+pub(super) enum Retry {
     Failed(Error),
     Hydrate(Arc<Node>),
 }

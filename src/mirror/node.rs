@@ -12,8 +12,8 @@
 
 use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use dashmap::DashMap;
 use lru::LruCache;
@@ -24,6 +24,8 @@ use rustix::io::Errno;
 use super::absent::Absent;
 use super::anchor::Anchor;
 use super::ctime::SteadyCtime;
+use super::kept::Gone;
+use crate::sys::board::{Board, Record};
 use crate::sys::fd;
 use crate::sys::name::{Name, RelPath};
 use crate::sys::stat::{self, Stat};
@@ -107,7 +109,9 @@ pub struct Node {
     place: Mutex<Option<Place>>,
     lookups: AtomicU64,
     /// The inode, open, since its last name went.
-    kept: Mutex<Option<OwnedFd>>,
+    kept: Mutex<Option<Gone>>,
+    /// What the next program is told of it (kept.rs).
+    pub(super) record: Mutex<Option<Record>>,
     ctime: SteadyCtime,
     /// Xattrs that it does not have.
     pub(super) absent: Absent,
@@ -134,6 +138,7 @@ impl Node {
             place: Mutex::new(place),
             lookups: AtomicU64::new(0),
             kept: Mutex::new(None),
+            record: Mutex::new(None),
             ctime: SteadyCtime::default(),
             absent: Absent::default(),
             has_old_pages: AtomicBool::new(false),
@@ -156,7 +161,7 @@ impl Node {
     }
 
     /// Its last name has gone. It stays, and its number its own, for as long as the kernel holds it.
-    pub(super) fn keep(&self, inode: OwnedFd) {
+    pub(super) fn keep(&self, inode: Gone) {
         let before = self.kept.lock().replace(inode);
         drop(before); // Closed without the lock.
     }
@@ -207,6 +212,7 @@ impl Node {
             name: name.clone(),
         });
         self.ctime.is_users();
+        self.write_place();
     }
 
     /// For messages: the last name.
@@ -225,6 +231,8 @@ pub struct NodeTable {
     dirs: Mutex<LruCache<Ino, Arc<OwnedFd>>>,
     /// Any fd on dst's file system, for handles.
     root: Arc<OwnedFd>,
+    /// Where nodes are written down, if they are.
+    board: OnceLock<Arc<Board>>,
 }
 
 impl NodeTable {
@@ -237,7 +245,13 @@ impl NodeTable {
             nodes,
             dirs: Mutex::new(LruCache::new(OPEN_DIRS)),
             root: root_fd,
+            board: OnceLock::new(),
         }
+    }
+
+    /// From now on nodes are written down there.
+    pub(super) fn keep_on(&self, board: Arc<Board>) {
+        let _ = self.board.set(board); // Once.
     }
 
     /// The node of a number that the kernel sent. ESTALE for one that it should not know.
@@ -271,9 +285,14 @@ impl NodeTable {
             self.dirs.lock().pop(&found.ino);
             *slot = Arc::new(node);
         }
-        slot.lookups.fetch_add(1, Ordering::Relaxed);
+        let lookups = slot.lookups.fetch_add(1, Ordering::Relaxed) + 1;
+        let mut moved = false;
         if let Some(place) = found.place.into_inner() {
-            *slot.place.lock() = Some(place);
+            let before = slot.place.lock().replace(place.clone());
+            moved = before.is_none_or(|b| (b.parent, &b.name) != (place.parent, &place.name));
+        }
+        if let Some(board) = self.board.get() {
+            slot.write_down(board, lookups, moved);
         }
         Arc::clone(&slot)
     }
@@ -285,8 +304,11 @@ impl NodeTable {
         }
         let gone = self.nodes.remove_if(&ino, |_, node| {
             let before = node.lookups.load(Ordering::Relaxed);
-            node.lookups
-                .store(before.saturating_sub(n), Ordering::Relaxed);
+            let left = before.saturating_sub(n);
+            node.lookups.store(left, Ordering::Relaxed);
+            if let Some(record) = &*node.record.lock() {
+                record.count().store(left, Ordering::Relaxed);
+            }
             before <= n
         });
         if gone.is_some() {
@@ -347,6 +369,13 @@ impl NodeTable {
     pub(super) fn restore(&self, node: Node, lookups: u64) {
         node.lookups.store(lookups, Ordering::Relaxed);
         self.nodes.insert(node.ino, Arc::new(node));
+    }
+
+    /// A node that a program which was killed has written down; of two the later one counts.
+    pub(super) fn restore_left(&self, node: Node, record: Record) {
+        let lookups = record.count().load(Ordering::Relaxed);
+        *node.record.lock() = Some(record);
+        self.restore(node, lookups);
     }
 
     /// How many nodes the kernel holds.

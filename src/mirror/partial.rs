@@ -27,15 +27,17 @@ use super::anchor::Anchor;
 use super::commit::Carried;
 use super::control::CONTROL;
 use super::hydrate::FileRef;
+use super::kept::{here_bytes, kind, write_json};
 use super::node::{Ino, Phase, ROOT};
 use super::populate::{DirRef, no_origin};
 use super::upgrade::{DirState, PartialState, bytes_of, text_of};
 use crate::error::{Context, Error, Result, Side};
 use crate::meta::DEFAULT_ACL;
-use crate::sys::dir;
+use crate::sys::board::{Board, Record};
 use crate::sys::name::{Name, RelPath};
 use crate::sys::stat::Time;
 use crate::sys::xattr::{self, Target};
+use crate::sys::{dir, fault};
 
 /// What became of a name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -63,6 +65,8 @@ pub struct Partial {
     names: Mutex<Names>,
     /// A name is not busy any more.
     free: Condvar,
+    /// What the next program is told of it (kept.rs).
+    record: Mutex<Option<Record>>,
 }
 
 struct Names {
@@ -75,6 +79,9 @@ struct Names {
     default_acl: Option<Vec<u8>>,
     /// Files that came with their data and have no mark of their own.
     carried: Carried,
+    /// Where names that are here are written down, if they are, and that.
+    board: Option<Arc<Board>>,
+    written: Vec<Record>,
 }
 
 /// A name that is ours to place.
@@ -109,6 +116,8 @@ impl Drop for Claimed<'_> {
         names.busy -= 1;
         match self.outcome {
             Outcome::Here => {
+                // Before anybody sees it.
+                names.write_down(self.partial.ino, self.name);
                 names.all.insert(self.name.clone(), Standing::Here);
             }
             Outcome::NotInSrc => {
@@ -122,6 +131,16 @@ impl Drop for Claimed<'_> {
         }
         drop(names);
         self.partial.free.notify_all();
+    }
+}
+
+impl Names {
+    fn write_down(&mut self, dir: Ino, name: &Name) {
+        let Some(board) = self.board.as_ref().filter(|_| !fault::breaks("K4")) else {
+            return;
+        };
+        let record = board.put(kind::HERE, 0, &here_bytes(dir, name.as_bytes()));
+        self.written.extend(record);
     }
 }
 
@@ -150,8 +169,11 @@ impl Partial {
                 times: None,
                 default_acl,
                 carried: Carried::default(),
+                board: None,
+                written: Vec::new(),
             }),
             free: Condvar::new(),
+            record: Mutex::default(),
         }
     }
 
@@ -205,6 +227,7 @@ impl Partial {
 
     pub(super) fn note_large(&self) {
         self.large.store(true, Ordering::Relaxed);
+        self.write_again();
     }
 
     pub(super) fn is_large(&self) -> bool {
@@ -222,6 +245,7 @@ impl Partial {
 
     pub(super) fn set_times(&self, times: (Time, Time)) {
         self.names.lock().times = Some(times);
+        self.write_again();
     }
 
     pub(super) fn add_carried(&self, bytes: u64) {
@@ -308,8 +332,12 @@ impl Partials {
 impl Partial {
     /// For the next program: the names that are here. One in work counts as absent.
     pub(super) fn save(&self) -> Option<PartialState> {
+        self.told(|standing| standing == Standing::Here)
+    }
+
+    fn told(&self, name: impl Fn(Standing) -> bool) -> Option<PartialState> {
         let names = self.names.lock();
-        let here = names.all.iter().filter(|(_, s)| **s == Standing::Here);
+        let here = names.all.iter().filter(|(_, s)| name(**s));
         Some(PartialState {
             dir: DirState::of(self.ino, &self.anchor, &self.origin)?,
             unmarked: self.unmarked.load(Ordering::SeqCst),
@@ -352,9 +380,48 @@ impl Partial {
                 times: saved.times.map(|(a, an, m, mn)| (time(a, an), time(m, mn))),
                 default_acl: saved.default_acl,
                 carried: Carried { files, bytes },
+                board: None,
+                written: Vec::new(),
             }),
             free: Condvar::new(),
+            record: Mutex::default(),
         })
+    }
+
+    /// From now on it is written down there: before anybody sees one of its names.
+    fn keep_on(&self, board: &Arc<Board>) {
+        self.names.lock().board = Some(Arc::clone(board));
+        self.write_on(board);
+    }
+
+    fn write_again(&self) {
+        let board = self.names.lock().board.clone();
+        if let Some(board) = board {
+            self.write_on(&board);
+        }
+    }
+
+    fn write_on(&self, board: &Arc<Board>) {
+        let mut record = self.record.lock();
+        let state = self.told(|_| false);
+        let new = match &state {
+            Some(state) => write_json(board, kind::PARTIAL, 0, state),
+            None => {
+                board.spoil();
+                None
+            }
+        };
+        // The new one is there before the old one goes.
+        *record = new;
+    }
+
+    /// What is written of it already, by a program that was killed.
+    pub(super) fn attach(&self, record: Record, names: Vec<Record>) {
+        let mut mine = self.names.lock();
+        mine.board = Some(Arc::clone(record.board()));
+        mine.written = names;
+        drop(mine);
+        *self.record.lock() = Some(record);
     }
 
     pub(super) fn dir(&self) -> DirRef {
@@ -412,6 +479,9 @@ impl Mirror {
         let clean = is_empty(dir.ino, opened).on("getdents64", Side::Dst, &shown)?;
         let default_acl = take_default_acl(opened).on("removexattr", Side::Dst, &shown)?;
         let partial = Partial::new(dir.ino, dir.anchor.clone(), origin, clean, default_acl);
+        if let Some(board) = self.board() {
+            partial.keep_on(board);
+        }
         let partial = Arc::new(partial);
         self.partials
             .table

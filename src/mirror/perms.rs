@@ -18,11 +18,12 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
+use parking_lot::MutexGuard;
 use rustix::fs::{AtFlags, FileType, Mode, OFlags};
 use rustix::io::Errno;
 
 use super::Mirror;
-use super::node::Node;
+use super::node::{Ino, Node};
 use crate::error::{Context, Result, Side};
 use crate::mark::{Mark, MarkName};
 use crate::meta::{self, Meta};
@@ -170,6 +171,11 @@ fn parse(name: &Name) -> Option<(u32, u64)> {
 }
 
 impl Mirror {
+    /// The mark lock, where an inode's permissions change with its mark.
+    pub(super) fn lock_perms(&self, ino: Ino) -> Option<MutexGuard<'_, ()>> {
+        self.modes_bind.then(|| self.lock_mark(ino))
+    }
+
     pub(super) fn perms(&self) -> Perms<'_> {
         Perms {
             root: self.dst.as_fd(),

@@ -427,6 +427,7 @@ impl Mirror {
                 carried,
                 doubtful: false,
                 then: carrier.map(Carrier::published),
+                _partial: self.partials.find(dir.ino, &dir.anchor),
             });
         } else {
             let shown = || dir.origin.as_deref().cloned().unwrap_or_default();

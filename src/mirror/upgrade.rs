@@ -26,6 +26,7 @@ use super::anchor::Anchor;
 use super::asker;
 use super::control::Control;
 use super::hydrate::Stage;
+use super::kept::Left;
 use super::node::{Ino, Node, Origin, Phase, Place};
 use super::partial::Partial;
 use super::populate::DirRef;
@@ -34,6 +35,7 @@ use crate::config::MountConfig;
 use crate::error::{Context, Error, Result, Side};
 use crate::gate::Gate;
 use crate::progress::Progress;
+use crate::sys::board::Board;
 use crate::sys::handle::Handle;
 use crate::sys::name::{Name, RelPath};
 use crate::sys::view::View;
@@ -62,7 +64,7 @@ pub struct State {
 
 /// An inode that the kernel holds.
 #[derive(Debug, Serialize, Deserialize)]
-struct NodeState {
+pub(super) struct NodeState {
     ino: Ino,
     handle: String,
     kind: u32,
@@ -74,7 +76,7 @@ struct NodeState {
 }
 
 /// A directory.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct DirState {
     ino: Ino,
     handle: String,
@@ -122,6 +124,11 @@ impl DirState {
         })
     }
 
+    /// Its number.
+    pub(super) fn ino(&self) -> Ino {
+        self.ino
+    }
+
     pub(super) fn to_ref(&self) -> Option<DirRef> {
         Some(DirRef {
             ino: self.ino,
@@ -132,7 +139,7 @@ impl DirState {
 }
 
 impl NodeState {
-    fn of(node: &Node, lookups: u64, stage: Option<Stage>) -> Option<NodeState> {
+    pub(super) fn of(node: &Node, lookups: u64, stage: Option<Stage>) -> Option<NodeState> {
         let Anchor::Handle(handle) = &node.anchor else {
             return None;
         };
@@ -154,7 +161,7 @@ impl NodeState {
         })
     }
 
-    fn to_node(&self) -> Option<Node> {
+    pub(super) fn to_node(&self) -> Option<Node> {
         let phase = match self.phase {
             0 => Phase::Unmarked,
             1 => Phase::Pending,
@@ -267,6 +274,21 @@ impl Mirror {
         self.requests.open();
     }
 
+    /// What the next program has to know besides what is written down (kept.rs).
+    pub fn bare_state(&self, background: Background) -> State {
+        let jobs = self.throttle.jobs();
+        State {
+            src: self.control.identity.src.clone(),
+            face: self.source.face(),
+            nodes: Vec::new(),
+            partials: Vec::new(),
+            background: background as u8,
+            bwlimit: self.throttle.limit(),
+            lifted: self.throttle.is_lifted(),
+            jobs: Some(jobs).filter(|n| *n != usize::MAX),
+        }
+    }
+
     /// After `freeze`: what the next program has to know.
     pub fn state(&self, background: Background) -> Result<State> {
         let named = || Error::Unusable(self.cannot_hand_over().unwrap_or_default().into());
@@ -277,20 +299,14 @@ impl Mirror {
             .iter()
             .map(|(node, lookups)| NodeState::of(node, *lookups, stages.get(&node.ino).copied()));
         let partials = self.partials.all();
-        let jobs = self.throttle.jobs();
         Ok(State {
-            src: self.control.identity.src.clone(),
-            face: self.source.face(),
             nodes: nodes.collect::<Option<_>>().ok_or_else(named)?,
             partials: partials
                 .iter()
                 .map(|p| p.save())
                 .collect::<Option<_>>()
                 .ok_or_else(named)?,
-            background: background as u8,
-            bwlimit: self.throttle.limit(),
-            lifted: self.throttle.is_lifted(),
-            jobs: Some(jobs).filter(|n| *n != usize::MAX),
+            ..self.bare_state(background)
         })
     }
 
@@ -307,6 +323,7 @@ impl Mirror {
         (src, dst, lock): (OwnedFd, OwnedFd, OwnedFd),
         state: State,
         progress: Arc<Progress>,
+        left: Option<(Arc<Board>, &mut Left)>,
     ) -> Result<Arc<Mirror>> {
         host::raise_nofile();
         let control = Control::inherited(dst.as_fd(), lock)?;
@@ -321,6 +338,9 @@ impl Mirror {
         }
         let unreadable =
             || Error::Unusable("an inode in what was handed over makes no sense".into());
+        if let Some((board, left)) = left {
+            mirror.restore_left(board, left)?;
+        }
         for saved in &state.nodes {
             let node = saved.to_node().ok_or_else(unreadable)?;
             mirror.nodes.restore(node, saved.lookups);
@@ -344,7 +364,7 @@ impl Mirror {
     }
 
     /// Only where dst says so too: a directory that is populated is the users'.
-    fn restore_partial(&self, partial: Partial) -> Result<()> {
+    pub(super) fn restore_partial(&self, partial: Partial) -> Result<()> {
         let dir = partial.dir();
         let opened = match self.open_dir(&dir) {
             Err(e) if [Errno::STALE, Errno::NOENT].contains(&e.errno()) => return Ok(()),

@@ -16,6 +16,7 @@ use std::time::Duration;
 use rustix::io::Errno;
 use serde_json::Value;
 
+use super::keeper;
 use super::out::quoted;
 use super::varlink::{Asked, Call, Reply, Request, receive, refusal, send};
 use super::{Failure, exit};
@@ -80,7 +81,7 @@ impl Listener {
     /// Binds this process's socket and sweeps away those of daemons that died.
     pub(crate) fn bind() -> Result<Listener, Failure> {
         let dir = make_run_dir()?;
-        Listener::bind_in(&dir, &format!("{}.sock", std::process::id()))
+        Listener::bind_in(&dir, &format!("{}.sock", keeper::lasting_pid()))
     }
 
     fn bind_in(dir: &Path, name: &str) -> Result<Listener, Failure> {
@@ -111,7 +112,7 @@ impl Listener {
     pub(crate) fn inherited(fd: OwnedFd) -> Listener {
         Listener {
             listener: UnixListener::from(fd),
-            path: run_dir().join(format!("{}.sock", std::process::id())),
+            path: run_dir().join(format!("{}.sock", keeper::lasting_pid())),
         }
     }
 

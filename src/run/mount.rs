@@ -21,6 +21,7 @@ use super::background::Background;
 use super::control::{Handler, Listener, Socket};
 use super::daemon::{self, Parent};
 use super::front::Front;
+use super::keeper::Keeper;
 use super::live::{Every, LINE_EVERY};
 use super::log::Log;
 use super::manifest::{self, Unended};
@@ -28,6 +29,7 @@ use super::metrics::Exporter;
 use super::out::quoted;
 use super::preflight::{self, Ground};
 use super::saver::{Saver, WRITE_MAX};
+use super::signals;
 use super::steer::{self, Wheel, absolute};
 use super::trace::Traces;
 use super::upgrade::{self, Predecessor};
@@ -89,13 +91,15 @@ fn start(config: MountConfig, args: cli::Mount) -> Outcome {
     caps::shed(config.helper).on("capset", Side::Host, ".")?;
     let (log, front) = Front::open(config)?;
     if config.foreground {
+        let keeper = Keeper::start(config)?;
         log.install(config.log_level);
-        let with = (args, log, web, traces);
+        let with = (args, log, web, traces, keeper);
         return serve(ground, with, &mut Parent::none(), front, None);
     }
     daemon::start(&log.clone(), |parent| {
+        let keeper = Keeper::start(&ground.config)?;
         log.install(ground.config.log_level);
-        let with = (args, log, web, traces);
+        let with = (args, log, web, traces, keeper);
         let outcome = serve(ground, with, parent, front, None);
         if let Err(failure) = &outcome {
             tracing::error!("{}", failure.line);
@@ -104,8 +108,8 @@ fn start(config: MountConfig, args: cli::Mount) -> Outcome {
     })
 }
 
-/// Goes on with a mount that another program has served in this process.
-pub(super) fn take_over(before: &Predecessor) -> Outcome {
+/// Goes on with a mount that another program has served in this process, or under this keeper.
+pub(super) fn take_over(before: &Predecessor, keeper: Option<Keeper>) -> Outcome {
     let saved = before.saved();
     let (log, front) = Front::open(&saved.config)?;
     log.install(saved.config.log_level);
@@ -119,7 +123,7 @@ pub(super) fn take_over(before: &Predecessor) -> Outcome {
     let (ground, args) = (before.ground()?, saved.args.clone());
     serve(
         ground,
-        (args, log, web, traces),
+        (args, log, web, traces, keeper),
         &mut Parent::none(),
         front,
         Some(before),
@@ -167,9 +171,12 @@ fn warn_of_writers(ground: &Ground) {
     }
 }
 
+/// What a mount is served with.
+type Given = (cli::Mount, Log, Option<web::Server>, Traces, Option<Keeper>);
+
 fn serve(
     ground: Ground,
-    (args, log, web, traces): (cli::Mount, Log, Option<web::Server>, Traces),
+    (args, log, web, traces, keeper): Given,
     parent: &mut Parent,
     mut front: Front,
     before: Option<&Predecessor>,
@@ -194,6 +201,9 @@ fn serve(
         None => (Listener::bind()?, Mirror::open(&config, trees, progress)?),
         Some(before) => (before.listener()?, before.mirror(&config, trees, progress)?),
     };
+    if let (Some(keeper), None) = (&keeper, before) {
+        mirror.keep_on(Arc::clone(keeper.board()));
+    }
     watch.set_mirror(mirror.clone());
     if let Some(file) = traces.record {
         mirror.record_into(file)?;
@@ -201,7 +211,10 @@ fn serve(
     manifest::begin(&mirror, &config, before.is_some())?;
     let wheel = Arc::new(Wheel::new(args.clone(), log, mirror.clone()));
     let (events_in, events) = bounded(64);
-    watch_signals(events_in.clone())?;
+    let told = events_in.clone();
+    // Full: the main loop is busy; a line of progress more or less is nothing, and INT comes again.
+    let tell = move |signal| drop(told.try_send(Event::Signal(signal)));
+    signals::watch(keeper.is_some(), tell)?;
     // Before the mount is seen: who sees it finds its daemon.
     let socket = listener.serve(handler(watch.clone(), wheel.clone(), events_in))?;
     let may_find = config.native && before.is_none();
@@ -256,7 +269,9 @@ fn serve(
         args: &args,
         socket: &socket,
         saver: Saver::start(&mirror)?,
+        keeper: keeper.as_ref(),
     };
+    served.keep(true);
     if let Some(before) = before {
         before.answer();
     }
@@ -315,9 +330,33 @@ struct Served<'a> {
     socket: &'a Socket,
     exporter: Exporter,
     saver: Saver,
+    /// Who keeps the mount when we are killed.
+    keeper: Option<&'a Keeper>,
 }
 
 impl Served<'_> {
+    /// What the next program has to know.
+    fn state(&self) -> Option<upgrade::Served<'_>> {
+        Some(upgrade::Served {
+            config: self.config,
+            args: self.args,
+            watch: self.watch,
+            mirror: self.mirror,
+            session: self.session?,
+            listener: self.socket.listener(),
+        })
+    }
+
+    /// Writes down what may have changed.
+    fn keep(&self, first: bool) {
+        if let (Some(keeper), Some(state)) = (self.keeper, self.state()) {
+            if first {
+                keeper.check(self.mirror, state.session);
+            }
+            keeper.write(&state);
+        }
+    }
+
     /// Handles events until the mount is detached; says how it ended.
     fn until_the_end(&self, events: &Receiver<Event>, front: &mut Front) -> Result<Phase, Failure> {
         let mut second = Every::new(Duration::from_secs(1));
@@ -368,6 +407,7 @@ impl Served<'_> {
             }
             if second.is_due() {
                 self.watch.tick();
+                self.keep(false);
             }
             let line_due = line.is_due();
             if line_due {
@@ -401,18 +441,17 @@ impl Served<'_> {
                 client,
                 reply,
             } => {
-                let (Some(session), None) = (self.session, self.background.native()) else {
-                    let line = "upgrade: not with --experimental-native: stop it and mount again";
+                let refused = match (self.keeper, self.background.native()) {
+                    (Some(_), _) => Some("upgrade: not with --keep-mount: stop it and mount again"),
+                    (_, Some(_)) => {
+                        Some("upgrade: not with --experimental-native: stop it and mount again")
+                    }
+                    _ => None,
+                };
+                let (Some(served), None) = (self.state(), refused) else {
+                    let line = refused.unwrap_or("upgrade: without a mount");
                     answer(&reply, Err(Failure::new(exit::FAILURE, line)));
                     return None;
-                };
-                let served = upgrade::Served {
-                    config: self.config,
-                    args: self.args,
-                    watch: self.watch,
-                    mirror: self.mirror,
-                    session,
-                    listener: self.socket.listener(),
                 };
                 if !self.saver.save_within(WRITE_MAX) {
                     let line = "upgrade: DST takes no writes: it is frozen, or its disk does not answer; try again then";
@@ -542,25 +581,4 @@ fn handler(watch: Arc<Watch>, wheel: Arc<Wheel>, events: Sender<Event>) -> Arc<H
         events.send(event).map_err(|_| stopping())?;
         answer.recv().map_err(|_| stopping())?
     })
-}
-
-/// Signals become events; a second INT or TERM exits at once.
-fn watch_signals(events: Sender<Event>) -> Result<(), Failure> {
-    let fail = |e: std::io::Error| Failure::new(exit::FAILURE, format!("signals: {e}"));
-    let mut signals =
-        signal_hook::iterator::Signals::new([SIGINT, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2])
-            .map_err(fail)?;
-    let watch = move || {
-        let mut stopping = false;
-        for signal in signals.forever() {
-            if matches!(signal, SIGINT | SIGTERM) && std::mem::replace(&mut stopping, true) {
-                signal_hook::low_level::exit(i32::from(exit::INTERRUPTED));
-            }
-            // Full: the main loop is busy; a line of progress more or less is nothing, and INT
-            // comes again.
-            let _ = events.try_send(Event::Signal(signal)); // See above.
-        }
-    };
-    let thread = std::thread::Builder::new().name("signals".into());
-    thread.spawn(watch).map(|_| ()).map_err(fail)
 }

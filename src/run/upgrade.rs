@@ -36,13 +36,14 @@ use crate::config::MountConfig;
 use crate::error::Error;
 use crate::fuse::session::Session;
 use crate::fuse::succession;
-use crate::mirror::{self, Mirror, Trees};
+use crate::mirror::{self, Left, Mirror, Trees};
 use crate::progress::Progress;
-use crate::sys::{caps, fault, local, succeed};
+use crate::sys::board::Board;
+use crate::sys::{caps, fault, keeper, local, succeed};
 use crate::throttle::Background;
 
 /// What `Saved` and everything in it looks like. Any change of it is another number.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 /// First word of a program that is asked whether it could take over; the version follows.
 const CHECK: &str = "--upgrade-check";
 /// First word of a program that takes over. The fds of the state and of the old program follow, why the
@@ -65,6 +66,31 @@ pub(super) struct Saved {
     session: succession::State,
     /// When requests were held, milliseconds of the boot's clock.
     held_ms: u64,
+}
+
+impl Saved {
+    /// The state that a keeper's daemon has left.
+    pub(super) fn parse(bytes: &[u8]) -> Result<Saved, String> {
+        let saved: Saved = serde_json::from_slice(bytes).map_err(|e| format!("state: {e}"))?;
+        match saved.version {
+            VERSION => Ok(saved),
+            other => Err(format!("state {other}, this program knows {VERSION}")),
+        }
+    }
+
+    /// Every fd that is named, without the client's.
+    pub(super) fn fds(&self) -> Vec<RawFd> {
+        let Fds {
+            src,
+            dst,
+            lock,
+            listener,
+            client: _,
+        } = self.fds;
+        let mut all = vec![src, dst, lock, listener];
+        all.extend(self.session.fds());
+        all
+    }
 }
 
 #[derive(Serialize, Deserialize)]
@@ -227,6 +253,30 @@ impl Served<'_> {
         Ok(binary)
     }
 
+    /// What a keeper has to know besides the records of single things; `src`: SRC's root, which stays
+    /// open under this number.
+    pub(super) fn base(&self, src: RawFd) -> Result<Saved, Error> {
+        let (_, lock) = self.mirror.kept();
+        let mut keep = |fd: BorrowedFd<'_>| Ok(fd.as_raw_fd());
+        let background = self.mirror.throttle().background();
+        Ok(Saved {
+            version: VERSION,
+            config: self.config.clone(),
+            args: self.args.clone(),
+            watch: self.watch.before(),
+            fds: Fds {
+                src,
+                dst: self.mirror.dst_root().as_raw_fd(),
+                lock: lock.as_raw_fd(),
+                listener: self.listener.as_raw_fd(),
+                client: -1,
+            },
+            mirror: Some(self.mirror.bare_state(background)),
+            session: self.session.bare_state(&mut keep)?,
+            held_ms: 0,
+        })
+    }
+
     fn replace(&self, binary: &Path, client: BorrowedFd<'_>, was: Background) -> Failure {
         let kept = RefCell::new(Vec::new());
         let keep = |fd: BorrowedFd<'_>| {
@@ -357,6 +407,8 @@ pub(super) struct Predecessor {
     mirror: Cell<Option<mirror::State>>,
     /// Requests are taken: there is no way back.
     serving: Cell<bool>,
+    /// It was killed in another process, and this is what it had written down.
+    killed: Option<(Arc<Board>, RefCell<Left>)>,
 }
 
 /// Goes on with the mount, or has the old program do it.
@@ -388,8 +440,9 @@ fn take_over(state: RawFd, old: RawFd, reason: String) -> u8 {
         numbers: RefCell::new(vec![state, old]),
         mirror: Cell::new(told),
         serving: Cell::new(false),
+        killed: None,
     };
-    match mount::take_over(&before) {
+    match mount::take_over(&before, None) {
         Ok(code) => code,
         Err(failure) if !before.serving.get() => back(&failure.line),
         Err(failure) => {
@@ -419,7 +472,24 @@ impl Predecessor {
         &self.saved
     }
 
+    /// One that was killed.
+    pub(super) fn killed(mut saved: Saved, board: Arc<Board>, left: Left) -> Predecessor {
+        let told = saved.mirror.take();
+        Predecessor {
+            saved,
+            reason: String::new(),
+            numbers: RefCell::default(),
+            mirror: Cell::new(told),
+            serving: Cell::new(false),
+            killed: Some((board, RefCell::new(left))),
+        }
+    }
+
     fn adopt(&self, number: RawFd) -> rustix::io::Result<OwnedFd> {
+        if self.killed.is_some() {
+            // Under its number: that is written down.
+            return keeper::take(number);
+        }
         let fd = succeed::adopt(number)?;
         self.numbers.borrow_mut().push(number);
         Ok(fd)
@@ -462,7 +532,9 @@ impl Predecessor {
         let twice = || Failure::from(Error::Stopped);
         let state = self.mirror.take().ok_or_else(twice)?;
         let fds = (trees.src, trees.dst, lock);
-        let mirror = Mirror::resume(config, fds, state, progress)?;
+        let mut left = self.killed.as_ref().map(|(b, l)| (b, l.borrow_mut()));
+        let left = left.as_mut().map(|(b, l)| (Arc::clone(b), &mut **l));
+        let mirror = Mirror::resume(config, fds, state, progress, left)?;
         match self.reason.is_empty() && fault::refuses("upgrade") {
             true => Err(Failure::new(exit::FAILURE, "refused by a test")),
             false => Ok(mirror),
@@ -472,10 +544,16 @@ impl Predecessor {
     /// The session, at work. Signals come from here on.
     pub(super) fn session(&self, mirror: Arc<Mirror>) -> Result<Session, Failure> {
         let mut adopt = |number| self.adopt(number);
-        let session = Session::resume(mirror, &self.saved.session, &mut adopt)?;
+        let mut left = self.killed.as_ref().map(|(_, left)| left.borrow_mut());
+        let (state, left) = (&self.saved.session, left.as_deref_mut());
+        let session = Session::resume(mirror, state, &mut adopt, left)?;
         session.go_on()?;
         self.serving.set(true);
-        if let Err(e) = succeed::hold_signals(false) {
+        let held = match self.killed {
+            Some(_) => keeper::hold_signals(false),
+            None => succeed::hold_signals(false),
+        };
+        if let Err(e) = held {
             tracing::error!("sigmask: {e}");
         }
         Ok(session)
@@ -483,6 +561,10 @@ impl Predecessor {
 
     /// Everything works: the client hears how it went, and what we have twice is closed.
     pub(super) fn answer(&self) {
+        if self.killed.is_some() {
+            tracing::warn!("the daemon before this one was killed: its mount goes on");
+            return;
+        }
         let stopped_ms = now_ms().saturating_sub(self.saved.held_ms);
         let version = env!("CARGO_PKG_VERSION");
         let reply = match self.reason.as_str() {

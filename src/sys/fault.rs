@@ -50,6 +50,15 @@ pub const POINTS: &[&str] = &[
     "shard-moved",
 ];
 
+/// Points that only a mount that is kept passes (`--keep-mount`).
+pub const KEPT: &[&str] = &[
+    "act-begun",
+    "act-done",
+    "open-written",
+    "create-written",
+    "left-taken",
+];
+
 /// A fault point: exits when the environment says so.
 #[cfg(feature = "fault")]
 pub fn point(name: &str) {
@@ -57,7 +66,8 @@ pub fn point(name: &str) {
     use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
     static WANT: OnceLock<Option<(String, u64)>> = OnceLock::new();
     static SEEN: AtomicU64 = AtomicU64::new(0);
-    debug_assert!(POINTS.contains(&name), "{name} is not in POINTS");
+    let known = POINTS.contains(&name) || KEPT.contains(&name);
+    debug_assert!(known, "{name} is not in POINTS");
     let want = WANT.get_or_init(|| {
         let text = std::env::var("MIRRORFS_FAULT").ok()?;
         let (name, n) = text.rsplit_once(':')?;
@@ -67,9 +77,25 @@ pub fn point(name: &str) {
         && at == name
         && SEEN.fetch_add(1, Relaxed) + 1 == *n
     {
+        if killed_once() {
+            return;
+        }
         // SAFETY: _exit takes an integer and does not return; skipping cleanup is the point.
         unsafe { libc::_exit(99) }
     }
+}
+
+/// `MIRRORFS_FAULT_KILL=FILE`: a SIGKILL instead, once: the file is made then.
+#[cfg(feature = "fault")]
+fn killed_once() -> bool {
+    let Ok(file) = std::env::var("MIRRORFS_FAULT_KILL") else {
+        return false;
+    };
+    if std::fs::File::create_new(&file).is_ok() {
+        // SAFETY: kill takes integers.
+        unsafe { libc::kill(libc::getpid(), libc::SIGKILL) };
+    }
+    true
 }
 
 /// A limit that a test lowers: `MIRRORFS_FAULT_SLOTS=64`. Without the `fault` feature it is as given.

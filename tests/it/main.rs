@@ -22,6 +22,7 @@ mod fixture;
 mod full;
 mod hostile;
 mod huge;
+mod keeper;
 mod messages;
 mod mixed;
 mod mixed_src;

@@ -47,6 +47,22 @@ const NOT_HERE: &[(&str, &str)] = &[
         "the kernel has to refuse what it has just done",
     ),
     ("requests may wait for a slot: ...", "likewise"),
+    ("keeper: wait: ...", "likewise"),
+    ("keeper: fcntl: ...", "likewise"),
+    ("keeper: exec: ...", "likewise"),
+    (
+        "keeper: ...; the mount is dead: the same ...mirrorfs mount... resumes",
+        "not brought about yet: it takes a kill right after a syncfs that failed",
+    ),
+    ("the mount is not kept: ...", "a kernel before 6.9"),
+    (
+        "--keep-mount: ...: ...",
+        "memory or clone3 has to be missing for one call and for nothing else",
+    ),
+    (
+        "--keep-mount: for root only",
+        "not brought about yet: it takes an ordinary user's mount",
+    ),
     (
         "upgrade: through io_uring only once a file was looked at: try again then",
         "the kernel has to forget every file of the mount",

@@ -97,6 +97,10 @@ scenes! {
     scenes::manifests_that_are_not_whole,
     scenes::steering_that_is_refused,
     scenes::upgrades_that_are_refused,
+    keeper::what_a_keeper_cannot_do_is_refused,
+    keeper::an_upgrade_of_a_mount_that_is_kept_is_refused,
+    keeper::a_daemon_serves_on_when_its_keeper_is_killed,
+    keeper::a_daemon_that_is_killed_again_and_again_is_given_up,
 }
 
 #[track_caller]

@@ -39,14 +39,14 @@ pub(crate) fn upgrade(m: &Mounted) -> String {
 }
 
 /// A file of src that no hole and no extent can make cheaper.
-fn file(w: &World, name: &str, len: usize) {
+pub(crate) fn file(w: &World, name: &str, len: usize) {
     let path = w.src.join(name);
     fs::create_dir_all(path.parent().unwrap()).unwrap();
     fs::write(path, bytes(len as u64, len)).unwrap();
 }
 
 /// What users hold while the program changes under them.
-struct Held {
+pub(crate) struct Held {
     /// Read by ranges: the file is larger than what open waits for.
     large: File,
     /// Past the daemon.
@@ -54,20 +54,20 @@ struct Held {
     written: File,
     unlinked: File,
     map: raw::Map,
-    list: fs::ReadDir,
-    listed: usize,
+    pub(crate) list: fs::ReadDir,
+    pub(crate) listed: usize,
 }
 
-const NAMES: usize = 3000;
+pub(crate) const NAMES: usize = 3000;
 
 /// Lists on; how many there were.
-fn list_some(list: &mut fs::ReadDir, max: usize) -> usize {
+pub(crate) fn list_some(list: &mut fs::ReadDir, max: usize) -> usize {
     list.take(max)
         .inspect(|e| assert!(e.is_ok(), "{e:?}"))
         .count()
 }
 
-fn hold(m: &Mounted) -> Held {
+pub(crate) fn hold(m: &Mounted) -> Held {
     let mut rw = OpenOptions::new();
     rw.read(true).write(true);
     let unlinked = rw.open(m.path("held/unlinked")).unwrap();
@@ -92,7 +92,7 @@ fn hold(m: &Mounted) -> Held {
 }
 
 impl Held {
-    fn use_again(&mut self, n: u8) {
+    pub(crate) fn use_again(&mut self, n: u8) {
         let whole = bytes(LARGE as u64 * 2, LARGE * 2);
         let mut part = vec![0; 100_000];
         let at = usize::from(n) * 300_000;
@@ -119,7 +119,7 @@ impl Held {
 
 /// What one of many users does in a directory of his own, the same on the mount and on a plain copy.
 /// Every step must succeed.
-fn work(root: &Path, me: u64, round: u64) -> io::Result<()> {
+pub(crate) fn work(root: &Path, me: u64, round: u64) -> io::Result<()> {
     let mine = root.join(format!("user{me}"));
     let mut random = Random::new(me * 1_000_003 + round);
     let dir = mine.join(format!("r{round}"));
@@ -269,7 +269,7 @@ fn on_many_users(kind: &str) {
 
 /// Equal, but for the times of what was changed just now.
 #[track_caller]
-fn expect_like(want: &Path, dst: &Path) {
+pub(crate) fn expect_like(want: &Path, dst: &Path) {
     let ignore = Ignore {
         recent_mtime: true,
         ..Ignore::default()
@@ -280,7 +280,7 @@ fn expect_like(want: &Path, dst: &Path) {
 }
 
 /// A new directory of src.
-fn at_dir(w: &World, name: &str) -> String {
+pub(crate) fn at_dir(w: &World, name: &str) -> String {
     At::open(&w.src).dir(name);
     name.to_owned()
 }
@@ -301,10 +301,10 @@ fn no_operation_fails_while_the_program_is_replaced_twenty_times_on_btrfs() {
 }
 
 /// A source that misbehaves on command, and its end.
-struct BadSource(Child, PathBuf);
+pub(crate) struct BadSource(Child, PathBuf);
 
 impl BadSource {
-    fn start(w: &World, at: &Path, rules: &[&str]) -> Option<BadSource> {
+    pub(crate) fn start(w: &World, at: &Path, rules: &[&str]) -> Option<BadSource> {
         let tool = kit("badsrc.py");
         if !need(tool.is_some(), "badsrc.py") {
             return None;
