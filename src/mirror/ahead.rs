@@ -265,7 +265,7 @@ impl Mirror {
     /// The entries of a listing from `offset` on, placed: some of them, none at the end. May wait for
     /// src: not for session threads. `dst` is the same directory there.
     pub fn list_ahead(
-        &self,
+        self: &Arc<Self>,
         stream: &Stream,
         dst: BorrowedFd<'_>,
         offset: u64,
@@ -300,7 +300,7 @@ impl Mirror {
     }
 
     fn list_once(
-        &self,
+        self: &Arc<Self>,
         stream: &Stream,
         cursor: &mut Cursor,
         (dst, at_last): (BorrowedFd<'_>, bool),
@@ -316,36 +316,42 @@ impl Mirror {
             cursor.batch = len;
             let want = (offset + 1).saturating_sub(FIRST);
             let listed = cursor.read(want, len);
-            let mut listed = listed.on("getdents64", Side::Src, &shown)?;
+            let listed = listed.on("getdents64", Side::Src, &shown)?;
             let Some(last) = listed.last() else {
                 return Ok(listed);
             };
             offset = last.next;
-            if let Some(partial) = self.partial(&stream.dir, Some(dst))? {
+            let partial = self.partial(&stream.dir, Some(dst))?;
+            if let Some(partial) = &partial {
                 let names: Vec<_> = listed.iter().map(|e| e.name.clone()).collect();
-                self.place_ahead(&stream.dir, &partial, &names, at_last)?;
+                self.place_ahead(&stream.dir, partial, &names, at_last)?;
             }
-            as_in_dst(&mut listed, dst, &shown)?;
-            if !listed.is_empty() {
-                return Ok(listed);
+            let mut here = as_in_dst(&listed, dst, &shown)?;
+            if partial.is_some() && here.len() < listed.len() {
+                // Listed, and src says that it is not there: the populate looks again, and decides.
+                self.populate_names(&stream.dir)?;
+                here = as_in_dst(&listed, dst, &shown)?;
+            }
+            if !here.is_empty() {
+                return Ok(here);
             }
         }
     }
 }
 
-/// Gives src's entries the numbers and types that they have in dst; what is not there is left out.
-fn as_in_dst(listed: &mut Vec<Entry>, dst: BorrowedFd<'_>, shown: &RelPath) -> Result<()> {
-    let mut failed = Ok(());
-    listed.retain_mut(|entry| match stat::stat_at(dst, entry.name.as_cstr()) {
-        Ok(stat) => {
-            (entry.ino, entry.kind) = (stat.key.ino, stat.kind());
-            true
+/// src's entries with the numbers and types that they have in dst; what is not there is left out.
+fn as_in_dst(listed: &[Entry], dst: BorrowedFd<'_>, shown: &RelPath) -> Result<Vec<Entry>> {
+    let mut here = Vec::with_capacity(listed.len());
+    for entry in listed {
+        match stat::stat_at(dst, entry.name.as_cstr()) {
+            Ok(stat) => here.push(Entry {
+                ino: stat.key.ino,
+                kind: stat.kind(),
+                ..entry.clone()
+            }),
+            Err(Errno::NOENT) => {}
+            Err(e) => return Err(e).on("statx", Side::Dst, shown.join(&entry.name)),
         }
-        Err(Errno::NOENT) => false,
-        Err(e) => {
-            failed = Err(e).on("statx", Side::Dst, shown.join(&entry.name));
-            false
-        }
-    });
-    failed
+    }
+    Ok(here)
 }

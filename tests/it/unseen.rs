@@ -302,3 +302,31 @@ fn an_exit_at_each_point_of_a_stand_in_loses_nothing() {
         assert!(met, "{point} was never met");
     }
 }
+
+/// A huge directory is listed before it has all its names.
+#[test]
+fn a_listing_of_a_huge_directory_has_the_names_that_src_does_not_show() {
+    for rule in ["path=big/f0700 hide", "path=big/f0700 op=lookup err=EIO"] {
+        let Some((mut bad, w)) = world("ext4") else {
+            return;
+        };
+        for n in 0..1500_u64 {
+            bad.write(&format!("big/f{n:04}"), b"x");
+        }
+        bad.start(&[rule]);
+        let m = w.mount_lazy();
+        assert_eq!(
+            names(&m.path("big")),
+            names(&bad.real.join("big")),
+            "{rule}"
+        );
+        assert_eq!(errno(fs::read(m.path("big/f0700"))), libc::EIO, "{rule}");
+        assert_eq!(fs::read(m.path("big/f0701")).unwrap(), b"x");
+        bad.tell("off");
+        run(mirrorfs().arg("resume").arg(&m.at)).expect_code(0);
+        run(mirrorfs().args(["errors", "--retry"]).arg(&m.at)).expect_code(0);
+        wait_until("an empty ledger", LIMIT, || entries(&m).is_empty());
+        m.finish();
+        expect_copy(&bad, &w);
+    }
+}
