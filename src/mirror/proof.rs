@@ -35,7 +35,7 @@ const HOLES_HERE: u64 = 1 << 20;
 /// Behind so many the thread gives it up.
 const HOLES_MAX: u64 = 1 << 30;
 /// The thread's share of a CPU that others want.
-const NICE: i32 = 10;
+const NICE: i32 = 19;
 
 /// The manifest of a mount.
 pub struct Proof {
@@ -47,6 +47,8 @@ pub struct Proof {
 /// The thread that hashes what workers hand on.
 struct Away {
     tell: Sender<Task>,
+    /// Memory of pieces that were hashed: new memory costs more than the copy into it.
+    free: Arc<Mutex<Vec<Vec<u8>>>>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -88,13 +90,16 @@ impl Mirror {
         }
         let (tell, told) = bounded(WAITING_MAX);
         let thread = std::thread::Builder::new().name("hash".into());
-        let thread = thread.spawn(move || hash(&told));
+        let free = Arc::default();
+        let freed = Arc::clone(&free);
+        let thread = thread.spawn(move || hash(&told, &freed));
         let thread = thread.map_err(|e| Error::Unusable(format!("thread: {e}")))?;
         let proof = Proof {
             writer,
             scope: Scope::ours(),
             away: Away {
                 tell,
+                free,
                 thread: Mutex::new(Some(thread)),
             },
         };
@@ -163,7 +168,11 @@ impl Hashing {
         match &mut self.stream {
             Place::Here(stream) => stream.bytes(offset, bytes),
             Place::Away(stream) => {
-                let task = || Task::Bytes(Arc::clone(stream), offset, bytes.to_vec());
+                let task = || {
+                    let mut copy = proof.away.free.lock().pop().unwrap_or_default();
+                    copy.extend_from_slice(bytes);
+                    Task::Bytes(Arc::clone(stream), offset, copy)
+                };
                 proof.away.hand_on(stream, task);
             }
         }
@@ -226,12 +235,19 @@ impl Away {
     }
 }
 
-fn hash(told: &Receiver<Task>) {
+fn hash(told: &Receiver<Task>, free: &Mutex<Vec<Vec<u8>>>) {
     host::be_nice(NICE);
     for task in told {
         match task {
             Task::Bytes(handed, ..) | Task::Hole(handed, _) if handed.lost.load(Relaxed) => {}
-            Task::Bytes(handed, offset, bytes) => handed.stream.lock().bytes(offset, &bytes),
+            Task::Bytes(handed, offset, mut bytes) => {
+                handed.stream.lock().bytes(offset, &bytes);
+                bytes.clear();
+                let mut free = free.lock();
+                if free.len() < WAITING_MAX {
+                    free.push(bytes);
+                }
+            }
             Task::Hole(handed, range) => handed.stream.lock().hole(range),
             Task::Done(done) => done(),
             Task::End => return,
