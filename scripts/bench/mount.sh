@@ -4,7 +4,8 @@
 # uring; bindfs, fuse-overlayfs and kernel overlayfs over the native tree, and libfuse's passthrough_hp when
 # PASSTHROUGH_HP=/its/program is given (example/passthrough_hp.cc of libfuse). Prints medians, and in brackets the speed over
 # native's. WORKLOADS="stat tar" and ONLY="native uring" choose; DIR=/somewhere puts the trees elsewhere (a local disk);
-# SECONDS=0.2 is how long each loop runs; OUT=file.json takes all values; MIRRORFS=... is the program.
+# SECONDS=0.2 is how long each loop runs; CPU=0 keeps whoever asks on that processor (a virtual
+# one that is idle takes long to wake); OUT=file.json takes all values; MIRRORFS=... is the program.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 exec python3 - "$here" "${1:-5}" <<'PY'
@@ -26,11 +27,12 @@ COMMANDS = {'tar': ('tar of 20,000 files', 'tar cf - small | cat >/dev/null'), '
             'ls': ('ls -lR, warm', 'ls -lR small >/dev/null'), 'lscold': ('ls -lR, cold', 'ls -lR small >/dev/null'),
             'git': ('git status', 'git -C git -c safe.directory=* status >/dev/null')}
 tree = work + '/native'
+pinned = ['taskset', '-c', os.environ['CPU']] if 'CPU' in os.environ else []
 
 
 def sh(line, cwd=None):
     # pipefail: a tar that reads nothing is no fast one.
-    subprocess.run(['bash', '-o', 'pipefail', '-c', line], check=True, cwd=cwd, timeout=120, stderr=subprocess.PIPE)
+    subprocess.run([*pinned, 'bash', '-o', 'pipefail', '-c', line], check=True, cwd=cwd, timeout=120, stderr=subprocess.PIPE)
 
 
 def make():
@@ -95,10 +97,20 @@ def contestants():
     yield 'overlayfs', lambda: layer('overlayfs', 'mount -t overlay overlay -o ' + over + ' {at}')
 
 
+def cache_alike(ats):
+    """What each has cached of `big` came by the same reads: how it was written decides how large the pieces (folios) are that
+    the kernel has of it, and that the speed of mmap."""
+    os.sync()
+    with open('/proc/sys/vm/drop_caches', 'w') as f:
+        f.write('1')
+    for at in ats:
+        sh('cat big >/dev/null', at)
+
+
 def once(what, at):
     """A speed: more is better."""
     if what in LOOPS:
-        out = subprocess.run([work + '/mount', what, at, seconds], check=True, timeout=60, stdout=subprocess.PIPE).stdout
+        out = subprocess.run([*pinned, work + '/mount', what, at, seconds], check=True, timeout=60, stdout=subprocess.PIPE).stdout
         return float(out)
     if what == 'lscold':
         with open('/proc/sys/vm/drop_caches', 'w') as f:
@@ -117,6 +129,7 @@ for name, start in contestants():
         made = start()
         if made:
             there[name] = made
+cache_alike([at for at, _ in there.values()])
 workloads = os.environ.get('WORKLOADS', '').split() or [*LOOPS, *COMMANDS]
 values = {w: {n: [] for n in there} for w in workloads}
 try:
