@@ -5,7 +5,8 @@
 //!
 //!   high four bits: the version: 1; 2 where two bytes of permission bits follow the first; 3 where 8
 //!          bytes of a mixed file follow; 4 where both do, permissions first; 5, and nothing else: a
-//!          stand-in for a name of which src does not say what it is
+//!          stand-in for a name of which src does not say what it is; 6 and 7 are 3 and 4 of a mixed
+//!          file that is young
 //!   bit 0  the directory is populated (`L`); clear: pending (`P`)
 //!   bit 1  an explicit origin follows, to the end of the value
 //!   bit 2  24 bytes follow: atime and mtime that the user set (D9)
@@ -41,6 +42,8 @@ const VERSION_MIXED: u8 = 3 << 4;
 const VERSION_PERM_MIXED: u8 = 4 << 4;
 /// The whole value.
 const UNSEEN: [u8; 1] = [5 << 4];
+const VERSION_YOUNG: u8 = 6 << 4;
+const VERSION_PERM_YOUNG: u8 = 7 << 4;
 const POPULATED: u8 = 1;
 const ORIGIN: u8 = 1 << 1;
 const TIMES: u8 = 1 << 2;
@@ -109,6 +112,9 @@ pub struct Mark {
     /// The inode is no placeholder: it keeps the place of a name that src has listed (unseen.rs). No
     /// other field says anything then.
     pub unseen: bool,
+    /// Of a mixed file: the map may not be durable yet, nor a size of dst that is less than what
+    /// `mixed` says. Nothing of what users wrote was promised to outlive a power cut.
+    pub young: bool,
 }
 
 impl Mark {
@@ -139,11 +145,13 @@ impl Mark {
             return UNSEEN.to_vec();
         }
         let bit = |on: bool, bit: u8| if on { bit } else { 0 };
-        let version = match (self.perm, self.mixed) {
-            (None, None) => VERSION,
-            (Some(_), None) => VERSION_PERM,
-            (None, Some(_)) => VERSION_MIXED,
-            (Some(_), Some(_)) => VERSION_PERM_MIXED,
+        let version = match (self.perm, self.mixed, self.young) {
+            (None, None, _) => VERSION,
+            (Some(_), None, _) => VERSION_PERM,
+            (None, Some(_), false) => VERSION_MIXED,
+            (Some(_), Some(_), false) => VERSION_PERM_MIXED,
+            (None, Some(_), true) => VERSION_YOUNG,
+            (Some(_), Some(_), true) => VERSION_PERM_YOUNG,
         };
         let mut out = vec![
             version
@@ -176,11 +184,13 @@ impl Mark {
             return Some(Mark::unseen());
         }
         let (&head, mut rest) = value.split_first()?;
-        let (has_perm, is_mixed) = match head & 0xf0 {
-            VERSION => (false, false),
-            VERSION_PERM => (true, false),
-            VERSION_MIXED => (false, true),
-            VERSION_PERM_MIXED => (true, true),
+        let (has_perm, is_mixed, young) = match head & 0xf0 {
+            VERSION => (false, false, false),
+            VERSION_PERM => (true, false, false),
+            VERSION_MIXED => (false, true, false),
+            VERSION_PERM_MIXED => (true, true, false),
+            VERSION_YOUNG => (false, true, true),
+            VERSION_PERM_YOUNG => (true, true, true),
             _ => return None,
         };
         let mut perm = None;
@@ -215,6 +225,7 @@ impl Mark {
             perm,
             mixed,
             unseen: false,
+            young,
         })
     }
 }
@@ -243,7 +254,7 @@ mod tests {
         #[test]
         fn a_mark_survives_its_encoding(
             populated: bool, capability: bool, perm in prop::option::of(0u32..0o10000),
-            mixed: Option<u64>,
+            mixed: Option<u64>, young: bool,
             times in prop::option::of((any::<i64>(), 0u32..1_000_000_000, any::<i64>(), 0u32..1_000_000_000)),
             origin in prop::option::of("[a-z]{1,9}(/[a-z]{1,9}){0,3}"),
         ) {
@@ -252,6 +263,7 @@ mod tests {
                 capability,
                 perm,
                 mixed,
+                young: young && mixed.is_some(),
                 times: times.map(|(a, b, c, d)| (Time { sec: a, nsec: b }, Time { sec: c, nsec: d })),
                 origin: origin.and_then(|o| RelPath::from_bytes(o.as_bytes())),
                 unseen: false,

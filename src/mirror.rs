@@ -29,6 +29,7 @@ mod hydrate;
 mod kept;
 mod ledger;
 mod links;
+mod mix;
 mod mixed;
 mod namespace;
 mod native;

@@ -3,7 +3,8 @@
 # As root. Prints the median and all values of RUNS (default 7) runs, each on a fresh dst with cold caches of
 # dst and warm ones of src:
 #   the first `ls -l` of the root, the first `cat` of a small file, the first 4 KiB of a file of 10 GiB, and of a sparse file
-#   of 100 GiB (`image`): open and the first 4 KiB, the first write (4 KiB) into it, an fsync of that.
+#   of 100 GiB (`image`): open and the first 4 KiB, the first write (4 KiB) into it, an fsync of that. Before that write a file is
+#   made beside it: the first change in a directory, whatever it is, waits until the directory is durable in dst.
 # FILES=200000 and BIG=10737418240 (bytes) make the tree smaller, DIR=/somewhere puts it elsewhere (a local disk),
 # EXTRA="--no-background" adds arguments of mount, MIRRORFS=... is the program (a release build is found by itself).
 set -eu
@@ -23,7 +24,7 @@ lab.own_namespace()
 work = lab.scratch('mirrorfs-bench.')
 src, at = (work + '/' + x for x in ('src', 'mnt'))
 LIMITS = {'mount returned': None, 'ls -l of the root': 0.100, 'cat of a small file': 0.005, '4 KiB of the big file': 0.020,
-          'open + 4 KiB of the image': 0.002, 'open + write into the image': 0.005, 'fsync of that': None}
+          'open + 4 KiB of the image': 0.002, 'a new file in the root': None, 'open + write into the image': 0.005, 'fsync of that': None}
 
 
 def make():
@@ -87,6 +88,9 @@ def one(round):
         os.pread(fd, 4096, 0)
         out['open + 4 KiB of the image'] = time.perf_counter() - t
         os.close(fd)
+        t = time.perf_counter()
+        open(at + '/new', 'x').close()
+        out['a new file in the root'] = time.perf_counter() - t
         t = time.perf_counter()
         fd = os.open(at + '/image', os.O_RDWR)
         os.pwrite(fd, bytes(4096), 30 << 30)

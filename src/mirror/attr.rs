@@ -128,7 +128,11 @@ impl Mirror {
             return Ok(PendingAttr::Unmarked);
         };
         show(&mark, &mut stat);
-        if mark.mixed.is_some() {
+        let lost = mark.young && !self.has_map(node)?;
+        if let Some(src_end) = mark.mixed.filter(|_| !lost) {
+            if mark.young {
+                stat.size = stat.size.max(src_end);
+            }
             let times = self.mixed_times(node).or(mark.times);
             (stat.atime, stat.mtime) = times.unwrap_or((stat.atime, stat.mtime));
             let most = stat.size.div_ceil(512);

@@ -59,18 +59,27 @@ pub(super) fn blocks(range: &Range<u64>) -> Range<u64> {
 }
 
 impl ByteMap {
-    /// A new, empty one, durable. What an earlier inode with this number has left goes.
+    /// A new, empty one; it is durable after `sync_in`. What an earlier inode with this number has left
+    /// goes, and then the new one is durable at once: they must not be mistaken for each other.
     pub(super) fn create(dir: BorrowedFd<'_>, ino: Ino) -> Result<ByteMap, Errno> {
-        remove(dir, ino)?;
+        let is_other = remove(dir, ino)?;
         let flags = OFlags::CREATE | OFlags::EXCL | OFlags::RDWR | OFlags::CLOEXEC;
         let name = name_of(ino)?;
         let file = rustix::fs::openat(dir, name.as_cstr(), flags, Mode::from_raw_mode(0o600))?;
-        fd::fsync(file.as_fd())?;
-        fd::fsync(dir)?;
-        Ok(ByteMap {
+        let map = ByteMap {
             file,
             inner: Mutex::default(),
-        })
+        };
+        if is_other {
+            map.sync_in(dir)?;
+        }
+        Ok(map)
+    }
+
+    /// Makes the map and its name durable.
+    pub(super) fn sync_in(&self, dir: BorrowedFd<'_>) -> Result<(), Errno> {
+        fd::fsync(self.file.as_fd())?;
+        fd::fsync(dir)
     }
 
     /// The one of a file that a map belongs to. ENOENT: it is lost.
@@ -247,11 +256,21 @@ impl ByteMap {
     }
 }
 
-/// The map is of no use any more.
-pub(super) fn remove(dir: BorrowedFd<'_>, ino: Ino) -> Result<(), Errno> {
+/// True when there is one.
+pub(super) fn is_there(dir: BorrowedFd<'_>, ino: Ino) -> Result<bool, Errno> {
+    match stat::stat_at(dir, name_of(ino)?.as_cstr()) {
+        Ok(_) => Ok(true),
+        Err(Errno::NOENT) => Ok(false),
+        Err(e) => Err(e),
+    }
+}
+
+/// The map is of no use any more. True when there was one.
+pub(super) fn remove(dir: BorrowedFd<'_>, ino: Ino) -> Result<bool, Errno> {
     match rustix::fs::unlinkat(dir, name_of(ino)?.as_cstr(), AtFlags::empty()) {
-        Err(Errno::NOENT) => Ok(()),
-        other => other,
+        Ok(()) => Ok(true),
+        Err(Errno::NOENT) => Ok(false),
+        Err(e) => Err(e),
     }
 }
 

@@ -1,7 +1,6 @@
 //! Mixed files: large pending files that users write into before all of src's bytes are here.
 //!
-//!   Queued  -> Mixing  change()    the first change: a map is made, dst's size is durable, then the mark
-//!                                  says so (DURABILITY.md, M1)
+//!   Queued  -> Mixing  change()    the first change: a map is made, then the mark says so (mix.rs)
 //!   Copying -> Queued  leave       the whole-file job ends where it is; then as above
 //!   Mixing  -> Mixed   install()   from now on only range jobs pull it, around what is the users'
 //!   Mixed   -> Settling -> (gone)  complete(): see fill.rs
@@ -32,7 +31,7 @@ use crate::error::{Context, Result, Side};
 use crate::mark::Mark;
 use crate::sys::stat::{self, Time};
 use crate::sys::xattr::Target;
-use crate::sys::{copy, fault, fd, host};
+use crate::sys::{fault, fd, host};
 
 /// A mark is not written more often for a new time than this.
 const STAMP: Duration = Duration::from_secs(1);
@@ -45,6 +44,8 @@ pub(super) struct Ground {
     pub(super) src_end: AtomicU64,
     /// The mark that says so is durable.
     mark_is_durable: AtomicBool,
+    /// So is its mark (mix.rs). Locked before the mark is.
+    pub(super) young: Mutex<bool>,
     /// Syncs that have failed.
     pub(super) losses: AtomicU64,
     times: Mutex<Times>,
@@ -262,96 +263,9 @@ impl Mirror {
         }
     }
 
-    /// M1: the map and dst's size are durable before the mark says that the file is mixed. `None`: it
-    /// carries no mark any more.
-    fn mix(&self, hydration: &Hydration, info: SrcInfo) -> Result<Option<Ground>> {
-        let (path, ino) = (&hydration.path, hydration.file.ino);
-        let file = match hydration.file.anchor.open(self.dst.as_fd(), OFlags::RDWR) {
-            Err(Errno::STALE | Errno::NOENT) => return Ok(None),
-            other => other.on("open", Side::Dst, path)?,
-        };
-        let there = stat::stat_fd(file.as_fd()).on("statx", Side::Dst, path)?;
-        if there.size != info.size {
-            copy::truncate(file.as_fd(), info.size).on("ftruncate", Side::Dst, path)?;
-        }
-        let maps = self.control.maps.as_fd();
-        let map = ByteMap::create(maps, ino).on("create", Side::Dst, ".mirrorfs/maps")?;
-        fault::point("mixed-map");
-        let sync = || fd::fsync(file.as_fd());
-        fault::unless_broken("M1", sync).on("fsync", Side::Dst, path)?;
-        let _guard = self.lock_mark(ino);
-        let target = Target::Open(file.as_fd());
-        let Some(mark) = self.mark.get(target).on("getxattr", Side::Dst, path)? else {
-            return Ok(None);
-        };
-        let atime = mark.times.map_or(info.atime, |t| t.0);
-        let mtime = super::attr::now();
-        let mark = Mark {
-            mixed: Some(info.size),
-            times: Some((atime, mtime)),
-            // As a chown: what is changed loses its privileges.
-            capability: false,
-            perm: mark.perm.map(|p| p & 0o1777),
-            ..mark
-        };
-        self.replace_mark(file.as_fd(), &mark)
-            .on("setxattr", Side::Dst, path)?;
-        fault::point("mixed-marked");
-        Ok(Some(Ground::new(file, map, info.size, (atime, mtime))))
-    }
-
-    /// Looks whether an earlier daemon has left the file mixed; then it is that again.
-    pub(super) fn look(self: &Arc<Self>, hydration: &Arc<Hydration>) -> Result<()> {
-        let path = &hydration.path;
-        let dst = self.dst.as_fd();
-        // Not for writing: a dst that is read-only is read on.
-        let mark = match hydration.file.anchor.open(dst, OFlags::PATH) {
-            // Deleted meanwhile: whoever comes next is told.
-            Err(Errno::STALE | Errno::NOENT) => Ok(None),
-            other => self
-                .mark
-                .get(Target::Fd(other.on("open", Side::Dst, path)?.as_fd())),
-        };
-        let mark = mark.on("getxattr", Side::Dst, path)?;
-        let Some(mark) = mark.filter(|m| m.mixed.is_some()) else {
-            hydration.state.lock().looked = true;
-            return Ok(());
-        };
-        let file = hydration.file.anchor.open(dst, OFlags::RDWR);
-        let file = file.on("open", Side::Dst, path)?;
-        let ground = self.load(hydration, file, &mark)?;
-        self.install(hydration, ground, None);
-        Ok(())
-    }
-
-    /// M4: what an earlier daemon has left of a mixed file.
-    fn load(&self, hydration: &Hydration, file: OwnedFd, mark: &Mark) -> Result<Ground> {
-        let (path, ino) = (&hydration.path, hydration.file.ino);
-        let maps = self.control.maps.as_fd();
-        let map = ByteMap::open(maps, ino).map_err(|e| match e {
-            // For whoever reads it the file is there.
-            Errno::NOENT => Errno::IO,
-            e => e,
-        });
-        let map = map.on("open", Side::Dst, ".mirrorfs/maps")?;
-        let there = stat::stat_fd(file.as_fd()).on("statx", Side::Dst, path)?;
-        let marked = mark.mixed.unwrap_or(0);
-        let src_end = marked.min(there.size);
-        map.believe(file.as_fd(), src_end)
-            .on("lseek", Side::Dst, path)?;
-        let times = mark.times.unwrap_or((there.atime, there.mtime));
-        let ground = Ground::new(file, map, src_end, times);
-        if src_end < marked {
-            // A cut whose mark was not written any more: before the file can grow again.
-            self.store_mark(&ground, ino)
-                .on("setxattr", Side::Dst, path)?;
-        }
-        Ok(ground)
-    }
-
     /// The file is mixed from now on; the rest follows. `info`: what src's file was when the bytes
     /// that are here were pulled.
-    fn install(
+    pub(super) fn install(
         self: &Arc<Self>,
         hydration: &Arc<Hydration>,
         ground: Ground,
@@ -372,6 +286,7 @@ impl Mirror {
         };
         changers.into_iter().for_each(|w| w(Ok(())));
         self.fill(hydration);
+        self.mature_soon(hydration);
     }
 
     /// A mixed file, and what it is mixed on; an earlier daemon's is loaded.
@@ -479,6 +394,7 @@ impl Mirror {
         file: BorrowedFd<'_>,
         data_only: bool,
     ) -> Result<(), Errno> {
+        self.mature(ground, ino)?;
         if ground.times.lock().stale {
             self.store_mark(ground, ino)?;
         }
@@ -556,11 +472,14 @@ impl Mirror {
 }
 
 impl Ground {
-    fn new(file: OwnedFd, map: ByteMap, src_end: u64, (atime, mtime): (Time, Time)) -> Ground {
+    /// As the mark says it; a mixed one.
+    pub(super) fn new(file: OwnedFd, map: ByteMap, mark: &Mark) -> Ground {
+        let (atime, mtime) = mark.times.unwrap_or_default();
         Ground {
             file: Arc::new(file),
             map,
-            src_end: AtomicU64::new(src_end),
+            src_end: AtomicU64::new(mark.mixed.unwrap_or(0)),
+            young: Mutex::new(mark.young),
             mark_is_durable: AtomicBool::new(false),
             losses: AtomicU64::new(0),
             times: Mutex::new(Times {

@@ -166,8 +166,13 @@ impl Mirror {
 
     fn cut(&self, node: &Node, ground: &Ground, size: u64) -> Result<(), Errno> {
         let file = ground.file.as_fd();
+        let is_shorter = size < ground.src_end();
+        if is_shorter {
+            // A young file's size is made good from its mark.
+            self.mature(ground, node.ino)?;
+        }
         copy::truncate(file, size)?;
-        if size < ground.src_end() {
+        if is_shorter {
             // The mark must not say it before: what is behind it would be zeros.
             let sync = || self.sync_bytes(ground, node.ino, file, false);
             fault::unless_broken("M4", sync)?;

@@ -27,6 +27,7 @@ pub const POINTS: &[&str] = &[
     "hydrate-unmarked",
     "mixed-map",
     "mixed-marked",
+    "mixed-mature",
     "mixed-claimed",
     "mixed-written",
     "mixed-synced",

@@ -400,6 +400,77 @@ fn an_exit_at_each_point_of_a_mixed_file_loses_nothing() {
     }
 }
 
+/// What a power cut may leave of a file whose first change nobody has synced: its map, its size, both or
+/// neither.
+#[test]
+fn what_a_power_cut_takes_of_a_young_mixed_file_is_srcs_again() {
+    for kind in ["ext4", "xfs", "btrfs"] {
+        if !can_mount_on(kind) {
+            return;
+        }
+        for (map_is_lost, size_is_lost) in [(true, true), (true, false), (false, true)] {
+            let what = format!("{kind}, map {map_is_lost}, size {size_is_lost}");
+            let (w, all) = world(kind);
+            let mut m = lazy(&w, &[("MIRRORFS_FAULT", "mixed-mature:1")]);
+            let f = rw().open(m.path("f")).unwrap();
+            // In data of src, in a hole, and behind its end.
+            for offset in [8192, 704_512, SIZE as u64 + 10_000] {
+                let written = f.write_all_at(&bytes(offset, 5000), offset);
+                assert!(
+                    written.as_ref().err().is_none_or(is_dead),
+                    "{what}: {written:?}"
+                );
+            }
+            drop(f);
+            assert_eq!(m.wait_exit(LIMIT), Some(FAULT_EXIT), "{what}: {}", m.log());
+            drop(m);
+            let maps = w.dst.join(".mirrorfs/maps");
+            let maps: Vec<_> = fs::read_dir(maps)
+                .unwrap()
+                .map(|e| e.unwrap().path())
+                .collect();
+            assert_eq!(maps.len(), 1, "{what}");
+            if map_is_lost {
+                fs::remove_file(&maps[0]).unwrap();
+            }
+            if size_is_lost {
+                rw().open(w.dst.join("f")).unwrap().set_len(0).unwrap();
+            }
+            let m = lazy(&w, &[]);
+            if size_is_lost {
+                let size = m.path("f").metadata().unwrap().len();
+                assert_eq!(size, SIZE as u64, "{what}: before it is opened");
+            }
+            expect_bytes(&m.path("f"), &all, &what);
+            m.unmount();
+            finish(&w, w.mount_with(LARGE, &[]), &all, &what);
+        }
+    }
+}
+
+#[test]
+fn a_mixed_file_that_was_synced_and_has_lost_its_map_is_an_error() {
+    if !can_mount_on("ext4") {
+        return;
+    }
+    let (w, _) = world("ext4");
+    let m = lazy(&w, &[]);
+    let f = rw().open(m.path("f")).unwrap();
+    f.write_all_at(&bytes(1, 5000), 8192).unwrap();
+    f.sync_all().unwrap();
+    drop(f);
+    m.kill();
+    for map in fs::read_dir(w.dst.join(".mirrorfs/maps")).unwrap() {
+        fs::remove_file(map.unwrap().path()).unwrap();
+    }
+    let m = lazy(&w, &[]);
+    let read = fs::read(m.path("f"));
+    let errno = read
+        .expect_err("nobody knows whose bytes they are")
+        .raw_os_error();
+    assert_eq!(errno, Some(libc::EIO));
+}
+
 #[test]
 pub(crate) fn writers_and_readers_at_once_see_whole_blocks() {
     if !can_mount_on("ext4") {
