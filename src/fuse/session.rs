@@ -191,8 +191,8 @@ impl Session {
     }
 
     /// Puts the mount on the mount point: visible from now on. Dead mounts there hide what is below
-    /// until the new one does.
-    pub fn attach(&self) -> Result<()> {
+    /// until the new one does. `known`: called right before, when what `bare_state` tells is true.
+    pub fn attach(&self, known: impl FnOnce()) -> Result<()> {
         let Some(mount) = self.mount.lock().take() else {
             if self.helper.is_some()
                 && let Ok(root) = local::open_dir_path(&self.mountpoint)
@@ -204,6 +204,7 @@ impl Session {
         show_root(&self.shared, self.relay.has_queues(), mount.as_fd());
         let id = stat::mount_id(mount.as_fd()).on("statx", Side::Host, &self.mountpoint)?;
         self.mount_id.store(id, Ordering::Relaxed);
+        known();
         let attached = match self.dead {
             0 => host::attach(mount.as_fd(), self.on.as_fd()),
             dead => self.replace(mount.as_fd(), dead),

@@ -23,9 +23,8 @@ use super::out;
 use super::upgrade::{Predecessor, Saved, Served};
 use super::{Failure, exit, mount};
 use crate::config::{MountConfig, Transport};
-use crate::fuse::session::Session;
 use crate::fuse::succession;
-use crate::mirror::{Left, Mirror, gone_fd, kind};
+use crate::mirror::{Left, gone_fd, kind};
 use crate::sys::board::{Board, Record};
 use crate::sys::keeper::{self, Ended, Split};
 use crate::sys::view::View;
@@ -111,18 +110,19 @@ impl Keeper {
         &self.board
     }
 
-    /// Whether the kernel and dst are good for it, once both are known.
-    pub(super) fn check(&self, mirror: &Mirror, session: &Session) {
-        let cannot = session.cannot_hand_over();
-        if let Some(line) = cannot.or_else(|| mirror.cannot_hand_over())
+    /// Right before anybody can see the mount: from here on it is kept, if the kernel and dst are good
+    /// for it.
+    pub(super) fn begin(&self, served: &Served<'_>) {
+        let cannot = served.session.cannot_hand_over();
+        if let Some(line) = cannot.or_else(|| served.mirror.cannot_hand_over())
             && self.board.spoil()
         {
             tracing::warn!("the mount is not kept: {line}");
         }
+        self.write(served);
     }
 
-    /// Writes down what is not a record of its own; from the first time on the mount is kept. Called every
-    /// second, and after what changes it.
+    /// Writes down what is not a record of its own. Called every second.
     pub(super) fn write(&self, served: &Served<'_>) {
         let mut written = self.written.borrow_mut();
         if keeper::parent() != lasting_pid() && !std::mem::replace(&mut written.told_alone, true) {

@@ -236,7 +236,17 @@ fn serve(
             return Err(failure);
         }
     };
-    session.as_ref().map_or(Ok(()), Session::attach)?;
+    if let Some(session) = &session {
+        let state = upgrade::Served {
+            config: &config,
+            args: &args,
+            watch: &watch,
+            mirror: &mirror,
+            session,
+            listener: socket.listener(),
+        };
+        session.attach(|| keeper.iter().for_each(|k| k.begin(&state)))?;
+    }
     dead.detach_elsewhere();
     watch.set_phase(Phase::Serving);
     let background = match Background::start(&config, &mirror, guard) {
@@ -271,7 +281,7 @@ fn serve(
         saver: Saver::start(&mirror)?,
         keeper: keeper.as_ref(),
     };
-    served.keep(true);
+    served.keep();
     if let Some(before) = before {
         before.answer();
     }
@@ -348,11 +358,8 @@ impl Served<'_> {
     }
 
     /// Writes down what may have changed.
-    fn keep(&self, first: bool) {
+    fn keep(&self) {
         if let (Some(keeper), Some(state)) = (self.keeper, self.state()) {
-            if first {
-                keeper.check(self.mirror, state.session);
-            }
             keeper.write(&state);
         }
     }
@@ -407,7 +414,7 @@ impl Served<'_> {
             }
             if second.is_due() {
                 self.watch.tick();
-                self.keep(false);
+                self.keep();
             }
             let line_due = line.is_due();
             if line_due {
