@@ -589,8 +589,12 @@ fn a_shard_that_begins_as_the_same_one_ends_leaves_no_difference_and_no_traces()
             let said = wait(child, "a shard");
             assert!([0, 3].contains(&said.code()), "{}{}", said.out, said.err);
         }
-        for shard in ["1/2", "2/2"] {
+        // One of them may have ended a round that the other had begun anew: the next shard ends that.
+        for shard in ["1/2", "2/2", "1/2"] {
             run(&mut trees.shard(shard)).expect_code(0);
+            if !trees.dst.join(".mirrorfs").exists() {
+                break;
+            }
         }
         trees.expect_copy();
     }
