@@ -146,7 +146,19 @@ fn a_file_that_changes_while_a_range_of_it_is_read_shows_no_zeros() {
         match read.recv_timeout(LIMIT).unwrap() {
             Ok(page) => {
                 let is = |all: &[u8]| all.get(at..at + 4096) == Some(&page[..]);
-                assert!(is(&old) || is(&new), "neither the old nor the new bytes");
+                let same = |all: &[u8]| {
+                    (0..4096)
+                        .filter(|i| all.get(at + i) == Some(&page[*i]))
+                        .count()
+                };
+                assert!(
+                    is(&old) || is(&new),
+                    "neither the old nor the new bytes: {} of 4096 old, {} new, {} zeros; at {at}, new {}",
+                    same(&old),
+                    same(&new),
+                    page.iter().filter(|b| **b == 0).count(),
+                    new.len()
+                );
             }
             // The end, where the file has become so short.
             Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => assert!(new.len() <= at),
