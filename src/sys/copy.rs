@@ -98,14 +98,22 @@ fn retry<T>(mut call: impl FnMut() -> Result<T>) -> Result<T> {
 }
 
 /// The first data extent at or after `from`, clipped to `size`; `None` when only hole is left.
-/// A file system without SEEK_DATA reports everything as data.
+/// A file system without SEEK_DATA reports everything as data. So is what is behind the end of a file that
+/// has become shorter than `size`: whoever reads it meets the end, where zeros would be taken for bytes.
 pub fn next_data(fd: BorrowedFd<'_>, from: u64, size: u64) -> Result<Option<Range<u64>>> {
     if from >= size {
         return Ok(None);
     }
     let start = match rustix::fs::seek(fd, SeekFrom::Data(from)) {
         Ok(start) => start,
-        Err(Errno::NXIO) => return Ok(None),
+        // Only hole is left, or nothing is.
+        Err(Errno::NXIO) => {
+            return match rustix::fs::seek(fd, SeekFrom::Hole(from)) {
+                Ok(_) => Ok(None),
+                Err(Errno::NXIO) => Ok(Some(from..size)),
+                Err(e) => Err(e),
+            };
+        }
         Err(Errno::INVAL | Errno::OPNOTSUPP | Errno::NOSYS) => return Ok(Some(from..size)),
         Err(e) => return Err(e),
     };
@@ -114,7 +122,7 @@ pub fn next_data(fd: BorrowedFd<'_>, from: u64, size: u64) -> Result<Option<Rang
     }
     let end = match rustix::fs::seek(fd, SeekFrom::Hole(start)) {
         Ok(end) => end.min(size),
-        // src shrank between the two calls: whoever reads will meet the end.
+        // It shrank between the two calls.
         Err(Errno::NXIO) => size,
         Err(e) => return Err(e),
     };
@@ -239,4 +247,22 @@ pub fn set_inode_flags(fd: BorrowedFd<'_>, flags: u32) -> Result<()> {
 pub fn advise_sequential(fd: BorrowedFd<'_>) {
     // SAFETY: integers only; the fd is open for the whole call (borrowed).
     let _ = unsafe { libc::posix_fadvise(fd.as_raw_fd(), 0, 0, libc::POSIX_FADV_SEQUENTIAL) }; // A hint.
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd;
+
+    use super::*;
+
+    #[test]
+    fn what_is_behind_the_end_is_no_hole() {
+        let file = tempfile::tempfile().expect("a file");
+        file.set_len(100_000).expect("a hole");
+        let next = |from| next_data(file.as_fd(), from, 200_000).expect("lseek");
+        // tmpfs and others know of holes; one that does not says that all is data.
+        assert!([None, Some(0..100_000), Some(0..200_000)].contains(&next(0)));
+        assert_eq!(next(150_000), Some(150_000..200_000), "it was cut");
+        assert_eq!(next(200_000), None);
+    }
 }
