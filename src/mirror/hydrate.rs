@@ -33,6 +33,7 @@ use crate::error::{Error, Result};
 use crate::ranges::RangeSet;
 use crate::sys::fault;
 use crate::sys::name::{Name, RelPath};
+use crate::sys::stat::Stat;
 
 /// A pending file, as the walker and the table know it.
 #[derive(Debug, Clone)]
@@ -90,6 +91,8 @@ pub(super) struct State {
     /// Range jobs under way: the file cannot land before they end (I6).
     pub(super) ranges: Vec<RangeJob>,
     pub(super) whole: Option<Copied>,
+    /// src of each range job that ended while the whole-file job ran; `None`: it failed.
+    pub(super) beside: Vec<Option<Stat>>,
     pub(super) present: RangeSet,
     pub(super) dst: Option<Arc<OwnedFd>>,
     pub(super) src: Option<(Arc<SrcDir>, Name)>,
@@ -226,6 +229,7 @@ impl Hydrations {
             demanded: false,
             ranges: Vec::new(),
             whole: None,
+            beside: Vec::new(),
             present: RangeSet::new(),
             dst: None,
             src: None,
@@ -423,7 +427,8 @@ impl Mirror {
 
     /// The last job has ended: restore what writing disturbed, then wake the readers.
     pub(super) fn land(self: &Arc<Self>, hydration: &Arc<Hydration>, copied: Copied) {
-        if let Err(e) = self.restore(hydration, &copied) {
+        let one = self.is_of_one_src(hydration, &copied.src);
+        if let Err(e) = one.and_then(|()| self.restore(hydration, &copied)) {
             return self.whole_failed(hydration, e);
         }
         fault::point("hydrate-landed");

@@ -1,7 +1,8 @@
 //! Ranged reads: a pending file's bytes for whoever cannot wait for the whole of it.
 //!
 //! A range job pulls the unit around what was asked for, in the demand lane, and answers from the
-//! bytes as they come from src, before they are stored. Its file cannot land while it runs (I6).
+//! bytes as they come from src, before they are stored. Its file cannot land while it runs, nor with what it
+//! wrote over the whole-file job's bytes if that was of another src (I6).
 
 use std::ops::Range;
 use std::os::fd::AsFd;
@@ -9,6 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use rustix::fs::OFlags;
+use rustix::io::Errno;
 
 use super::Mirror;
 use super::hydrate::{FileRef, Hydration, Stage, State};
@@ -19,8 +21,9 @@ use crate::engine::job::{Completion, Copied, CopyJob, Durability, Priority, Span
 use crate::error::{Context, Error, Result, Side};
 use crate::progress::waits::Wait;
 use crate::ranges::RangeSet;
-use crate::sys::fd;
 use crate::sys::name::RelPath;
+use crate::sys::stat::Stat;
+use crate::sys::{fault, fd};
 
 /// Range pulls are widened to this unit, bytes: the kernel's largest readahead on FUSE is near it.
 pub(super) const RANGE_UNIT: u64 = 256 * 1024;
@@ -281,6 +284,28 @@ impl Mirror {
 }
 
 impl Mirror {
+    /// I6: all that was written while a whole file was copied is of the file that is there. ESTALE: it may not
+    /// be, and what is here counts for nothing. A file that was replaced stays as it was for whoever has it
+    /// open, and a server that goes by paths tells of it what the new one is: it has said something else before.
+    pub(super) fn is_of_one_src(&self, hydration: &Hydration, whole: &Stat) -> Result<()> {
+        let ino = hydration.file.ino;
+        let known = self.source.recall(ino);
+        let changed = known.is_some_and(|k| (k.size, k.mtime) != (whole.size, whole.mtime));
+        let mut state = hydration.state.lock();
+        let served = state.src.as_ref().is_some_and(|(dir, _)| dir.may_hang);
+        let doubtful = served && changed && state.attempts == 0;
+        if state.is_of_one_src(whole) && !doubtful || fault::breaks("I6") {
+            return Ok(());
+        }
+        state.forget_pulled();
+        drop(state);
+        self.source.learn(ino, SrcInfo::from(whole));
+        if changed {
+            self.src_was_changed(ino);
+        }
+        Err(Errno::STALE).on("read", Side::Src, &hydration.path)
+    }
+
     fn salvage_later(self: &Arc<Self>, hydration: &Arc<Hydration>, reader: RangeReader) {
         let (mirror, hydration) = (Arc::clone(self), Arc::clone(hydration));
         let task = move || {
@@ -345,6 +370,21 @@ impl State {
             void: false,
         });
         id
+    }
+
+    /// A range job has ended. Beside the whole-file job it may have written over its bytes.
+    fn ended_beside(&mut self, id: u64, src: Option<Stat>) {
+        let begun = self.ranges.iter().any(|r| r.id == id && r.begun);
+        if begun && self.stage == Stage::Copying && !self.beside.contains(&src) {
+            self.beside.push(src);
+        }
+    }
+
+    /// False where something that was written while the whole file was copied is of another src.
+    fn is_of_one_src(&mut self, whole: &Stat) -> bool {
+        let same = |src: &Stat| src.key == whole.key && !whole.changed_since(src);
+        let beside = std::mem::take(&mut self.beside);
+        beside.iter().all(|src| src.as_ref().is_some_and(same))
     }
 
     /// Tells `then` when a job has ended.
@@ -435,6 +475,8 @@ impl Completion for Part {
 
     fn done(mut self: Box<Self>, outcome: Result<Copied>) {
         self.taken();
+        let src = outcome.as_ref().ok().map(|copied| copied.src);
+        self.hydration.state.lock().ended_beside(self.id, src);
         let outcome =
             outcome.and_then(|copied| self.mirror.count_range(&self.hydration, self.id, &copied));
         self.mirror.range_done(&self.hydration, self.id, outcome);

@@ -44,6 +44,7 @@ impl Completion for Whole {
         let won = state.stage == Stage::Queued;
         if won {
             state.stage = Stage::Copying;
+            state.beside.clear();
             state.moved = Instant::now();
             drop(state);
             self.mirror.keep_times(&self.hydration);
