@@ -164,15 +164,9 @@ impl Session {
                 })
             });
         let listings = listings.collect::<Result<_>>()?;
-        let lanes = self.lanes.lock();
-        let lanes = lanes.iter().map(|d| kept(d.as_fd()));
-        let lanes = lanes.collect::<Result<_>>()?;
+        let bare = self.bare_state(keep)?;
+        let mut kept = |fd: BorrowedFd<'_>| keep(fd).on("fcntl", Side::Host, &self.mountpoint);
         Ok(State {
-            mountpoint: self.mountpoint.clone(),
-            mount_id: self.mount_id.load(Ordering::Relaxed),
-            passthrough: self.shared.backings.are_enabled(),
-            dev: kept(self.dev.fd().as_fd())?,
-            lanes,
             files,
             listings,
             next: (
@@ -181,6 +175,7 @@ impl Session {
             ),
             // The last: who waits to answer may hold any lock.
             ring: self.relay.state(hold, &mut kept)?,
+            ..bare
         })
     }
 

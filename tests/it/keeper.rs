@@ -2,19 +2,18 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::{DirEntryExt, FileExt, MetadataExt, PermissionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::fixture::{
     LARGE, LIMIT, Mounted, World, bytes, can_mount_on, mirrorfs, run, wait_until,
 };
-use crate::nasty;
 use crate::raw;
 use crate::upgrade::{
-    BadSource, Held, NAMES, at_dir, expect_like, file, hold, list_some, program, try_upgrade, work,
+    BadSource, NAMES, expect_like, file, program, try_upgrade, while_users_work, work,
 };
 
 pub(crate) const KEEP: &[&str] = &["--keep-mount", "--transport", "dev"];
@@ -47,96 +46,11 @@ fn next(m: &Mounted, old: u32) {
     }
 }
 
-/// Nobody but whoever holds something open uses the mount now: who does is told of each kill.
 fn on_many_users(kind: &str) {
-    const USERS: u64 = 4;
     const KILLS: u8 = 10;
-    if !can_mount_on(kind) {
-        return;
-    }
-    let w = World::on(kind).over();
-    for me in 0..USERS {
-        nasty::ordinary(&w.src.join(at_dir(&w, &format!("tree{me}"))), 8, 8);
-        fs::create_dir(w.src.join(format!("user{me}"))).unwrap();
-    }
-    nasty::ordinary(&w.src.join(at_dir(&w, "rest")), 60, 40);
-    for (name, len) in [("small", 5000), ("written", 200_000), ("unlinked", 9000)] {
-        file(&w, &format!("held/{name}"), len);
-    }
-    file(&w, "held/mapped", 8192);
-    file(&w, "large", LARGE * 2);
-    for n in 0..NAMES {
-        file(&w, &format!("many/{n:05}"), 0);
-    }
-    let plain = w.scratch_path("plain");
-    run(Command::new("cp").arg("-a").arg(&w.src).arg(&plain)).expect_code(0);
-    // Slow enough that there is something to pull until the last of them.
-    let m = w.mount_with(&[KEEP, &["--bwlimit", "600K"]].concat(), &[]);
-    let mut held: Held = hold(&m);
-    fs::remove_file(plain.join("held/unlinked")).unwrap();
-    let (stop, rounds) = (AtomicBool::new(false), AtomicU64::new(0));
-    let (mut longest, mut done) = (Duration::ZERO, Vec::new());
-    thread::scope(|scope| {
-        let users: Vec<_> = (0..USERS)
-            .map(|me| {
-                let (at, stop, rounds) = (m.at.clone(), &stop, &rounds);
-                scope.spawn(move || {
-                    let mut round = 0;
-                    while !stop.load(Ordering::Relaxed) {
-                        work(&at, me, round)
-                            .unwrap_or_else(|e| panic!("user {me}, round {round}: {e}"));
-                        round += 1;
-                        rounds.fetch_add(1, Ordering::Relaxed);
-                    }
-                    round
-                })
-            })
-            .collect();
-        for n in 0..KILLS {
-            let before = rounds.load(Ordering::Relaxed);
-            longest = longest.max(kill(&m));
-            held.use_again(n);
-            let end = Instant::now() + LIMIT;
-            while rounds.load(Ordering::Relaxed) < before + USERS
-                && Instant::now() < end
-                && users.iter().all(|u| !u.is_finished())
-            {
-                thread::sleep(Duration::from_millis(5));
-            }
-            if users.iter().any(|u| u.is_finished()) {
-                break;
-            }
-        }
-        stop.store(true, Ordering::Relaxed);
-        done.extend(users.into_iter().map(|u| u.join()));
-    });
-    let done: Vec<u64> = done.into_iter().map(|d| d.unwrap()).collect();
-    eprintln!("{KILLS} kills, {longest:?} at the most, rounds {done:?}");
-    let open = |name: &str| {
-        OpenOptions::new()
-            .write(true)
-            .open(plain.join(name))
-            .unwrap()
-    };
-    let (written, mapped) = (open("held/written"), open("held/mapped"));
-    mapped.write_all_at(b"before", 0).unwrap();
-    for n in 0..KILLS {
-        written
-            .write_all_at(&[n; 4096], u64::from(n) * 4096)
-            .unwrap();
-        mapped.write_all_at(&[n], u64::from(n)).unwrap();
-    }
-    held.listed += list_some(&mut held.list, usize::MAX);
-    assert_eq!(held.listed, NAMES);
-    for (me, rounds) in (0..).zip(done) {
-        (0..rounds).for_each(|round| work(&plain, me, round).unwrap());
-    }
-    run(mirrorfs().args(["set", "--bwlimit", "0"]).arg(&m.at)).expect_code(0);
-    m.wait_complete();
-    drop(held);
-    m.finish();
-    w.expect_no_trace();
-    expect_like(&plain, &w.dst);
+    let mut longest = Duration::ZERO;
+    while_users_work(kind, 4, KILLS, KEEP, |m| longest = longest.max(kill(m)));
+    eprintln!("{KILLS} kills, {longest:?} at the most");
 }
 
 #[test]
@@ -410,22 +324,26 @@ fn a_file_is_made_once_when_the_daemon_dies_before_its_answer() {
     steps_killed_at("create-written", true);
 }
 
+/// A mount whose daemon is killed at a point, and a file that is opened there; what is there once it was.
+#[track_caller]
+fn opened_and_killed_at(w: &World, fault: &str, args: &[&str]) -> (Mounted, File, PathBuf) {
+    file(w, "a/f", 100_000);
+    let marker = w.scratch_path("killed");
+    let text = marker.display().to_string();
+    let env = [("MIRRORFS_FAULT", fault), ("MIRRORFS_FAULT_KILL", &text)];
+    let m = w.mount_with(args, &env);
+    let mut rw = OpenOptions::new();
+    let open = rw.read(true).write(true).open(m.path("a/f")).unwrap();
+    (m, open, marker)
+}
+
 #[test]
 fn a_file_that_is_being_opened_opens_when_the_daemon_dies() {
     if !can_mount_on("ext4") {
         return;
     }
     let w = World::on("ext4").over();
-    file(&w, "a/f", 100_000);
-    let marker = w.scratch_path("killed");
-    let marker_text = marker.display().to_string();
-    let env = [
-        ("MIRRORFS_FAULT", "open-written:1"),
-        ("MIRRORFS_FAULT_KILL", &marker_text),
-    ];
-    let m = w.mount_with(LAZY, &env);
-    let mut rw = OpenOptions::new();
-    let open = rw.read(true).write(true).open(m.path("a/f")).unwrap();
+    let (m, open, marker) = opened_and_killed_at(&w, "open-written:1", LAZY);
     assert!(marker.exists());
     open.write_all_at(b"mine", 10).unwrap();
     open.sync_all().unwrap();
@@ -590,16 +508,7 @@ fn a_daemon_that_dies_while_it_takes_over_is_followed_by_another() {
         return;
     }
     let w = World::on("ext4").over();
-    file(&w, "a/f", 100_000);
-    let marker = w.scratch_path("killed");
-    let marker_text = marker.display().to_string();
-    let env = [
-        ("MIRRORFS_FAULT", "left-taken:1"),
-        ("MIRRORFS_FAULT_KILL", &marker_text),
-    ];
-    let m = w.mount_with(KEEP, &env);
-    let mut rw = OpenOptions::new();
-    let open = rw.read(true).write(true).open(m.path("a/f")).unwrap();
+    let (m, open, marker) = opened_and_killed_at(&w, "left-taken:1", KEEP);
     kill(&m);
     assert!(marker.exists());
     open.write_all_at(b"mine", 10).unwrap();

@@ -14,6 +14,13 @@ use crate::fixture::{
 };
 use crate::nasty;
 
+/// `verify --manifest`, of a tree without SRC.
+pub(crate) fn verify(manifest: &Path, dst: &Path, args: &[&str]) -> Output {
+    let mut command = mirrorfs();
+    command.arg("verify").arg("--manifest").arg(manifest);
+    run(command.arg(dst).args(args))
+}
+
 struct Trees {
     scratch: Scratch,
     src: PathBuf,
@@ -66,9 +73,7 @@ impl Trees {
     }
 
     fn verify(&self, args: &[&str]) -> Output {
-        let mut command = mirrorfs();
-        command.arg("verify").arg("--manifest").arg(&self.manifest);
-        run(command.arg(&self.dst).args(args))
+        verify(&self.manifest, &self.dst, args)
     }
 
     fn text(&self) -> String {

@@ -9,6 +9,7 @@ use std::time::Duration;
 use crate::fixture::{
     LIMIT, Mounted, Output, World, bytes, can_mount_on, mirrorfs, run, wait_until,
 };
+use crate::proof;
 use crate::upgrade::upgrade;
 
 const LARGE: usize = (20 << 20) + 12_345;
@@ -81,9 +82,7 @@ fn finish(m: &mut Mounted) -> Output {
 }
 
 fn verify(w: &World, args: &[&str]) -> Output {
-    let mut command = mirrorfs();
-    command.args(["verify", "--manifest"]).arg(manifest_of(w));
-    run(command.arg(&w.dst).args(args))
+    proof::verify(&manifest_of(w), &w.dst, args)
 }
 
 /// The files, bytes and the rest of the line about the manifest that `finish` has printed.

@@ -12,6 +12,7 @@ use crate::fixture::{
     LoopFs, Output, Scratch, World, bytes, can_mount_on, mirrorfs, run, shell_as,
 };
 use crate::nasty::{self, At};
+use crate::proof;
 
 /// A tree on a file system of its own, with an entry of each kind that has xattrs.
 struct Trees {
@@ -45,9 +46,7 @@ impl Trees {
     }
 
     fn verify(&self, args: &[&str]) -> Output {
-        let mut command = mirrorfs();
-        command.arg("verify").arg("--manifest").arg(&self.manifest);
-        run(command.arg(&self.dst).args(args))
+        proof::verify(&self.manifest, &self.dst, args)
     }
 
     fn text(&self) -> String {

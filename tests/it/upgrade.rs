@@ -46,7 +46,7 @@ pub(crate) fn file(w: &World, name: &str, len: usize) {
 }
 
 /// What users hold while the program changes under them.
-pub(crate) struct Held {
+struct Held {
     /// Read by ranges: the file is larger than what open waits for.
     large: File,
     /// Past the daemon.
@@ -61,13 +61,13 @@ pub(crate) struct Held {
 pub(crate) const NAMES: usize = 3000;
 
 /// Lists on; how many there were.
-pub(crate) fn list_some(list: &mut fs::ReadDir, max: usize) -> usize {
+fn list_some(list: &mut fs::ReadDir, max: usize) -> usize {
     list.take(max)
         .inspect(|e| assert!(e.is_ok(), "{e:?}"))
         .count()
 }
 
-pub(crate) fn hold(m: &Mounted) -> Held {
+fn hold(m: &Mounted) -> Held {
     let mut rw = OpenOptions::new();
     rw.read(true).write(true);
     let unlinked = rw.open(m.path("held/unlinked")).unwrap();
@@ -173,13 +173,32 @@ pub(crate) fn work(root: &Path, me: u64, round: u64) -> io::Result<()> {
 }
 
 fn on_many_users(kind: &str) {
-    const USERS: u64 = 8;
     const UPGRADES: u8 = 20;
+    let (mut longest, mut pid) = (0, None);
+    while_users_work(kind, 8, UPGRADES, &[], |m| {
+        let pid = pid.get_or_insert_with(|| m.status()["pid"].clone());
+        let said = upgrade(m);
+        let ms = said.split(' ').rev().nth(1).and_then(|ms| ms.parse().ok());
+        longest = longest.max(ms.unwrap_or_else(|| panic!("{said}")));
+        assert_eq!(m.status()["pid"], *pid, "the process stays");
+    });
+    eprintln!("{UPGRADES} upgrades, requests waited {longest} ms at the most");
+}
+
+/// Does something to a mount again and again, while so many users work in it and somebody holds all kinds of
+/// things open. No operation fails, and the result is that of the same work in a plain directory.
+pub(crate) fn while_users_work(
+    kind: &str,
+    users: u64,
+    times: u8,
+    args: &[&str],
+    mut what: impl FnMut(&Mounted),
+) {
     if !can_mount_on(kind) {
         return;
     }
     let w = World::on(kind).over();
-    for me in 0..USERS {
+    for me in 0..users {
         nasty::ordinary(&w.src.join(at_dir(&w, &format!("tree{me}"))), 8, 8);
         fs::create_dir(w.src.join(format!("user{me}"))).unwrap();
     }
@@ -195,13 +214,13 @@ fn on_many_users(kind: &str) {
     let plain = w.scratch_path("plain");
     run(Command::new("cp").arg("-a").arg(&w.src).arg(&plain)).expect_code(0);
     // Slow enough that there is something to pull until the last of them.
-    let m = w.mount_with(&["--bwlimit", "600K"], &[]);
+    let m = w.mount_with(&[args, &["--bwlimit", "600K"]].concat(), &[]);
     let mut held = hold(&m);
     fs::remove_file(plain.join("held/unlinked")).unwrap();
     let (stop, rounds) = (AtomicBool::new(false), AtomicU64::new(0));
-    let (mut longest, mut done) = (0, Vec::new());
+    let mut done = Vec::new();
     thread::scope(|scope| {
-        let users: Vec<_> = (0..USERS)
+        let working: Vec<_> = (0..users)
             .map(|me| {
                 let (at, stop, rounds) = (m.at.clone(), &stop, &rounds);
                 scope.spawn(move || {
@@ -216,39 +235,35 @@ fn on_many_users(kind: &str) {
                 })
             })
             .collect();
-        let pid = m.status()["pid"].clone();
-        for n in 0..UPGRADES {
+        for n in 0..times {
             let before = rounds.load(Ordering::Relaxed);
-            let said = upgrade(&m);
-            let ms = said.split(' ').rev().nth(1).and_then(|ms| ms.parse().ok());
-            longest = longest.max(ms.unwrap_or_else(|| panic!("{said}")));
+            what(&m);
             held.use_again(n);
             let end = Instant::now() + LIMIT;
-            while rounds.load(Ordering::Relaxed) < before + USERS
+            while rounds.load(Ordering::Relaxed) < before + users
                 && Instant::now() < end
-                && users.iter().all(|u| !u.is_finished())
+                && working.iter().all(|u| !u.is_finished())
             {
                 thread::sleep(Duration::from_millis(5));
             }
-            if users.iter().any(|u| u.is_finished()) {
+            if working.iter().any(|u| u.is_finished()) {
                 break;
             }
-            assert_eq!(m.status()["pid"], pid, "the process stays");
         }
         stop.store(true, Ordering::Relaxed);
-        done.extend(users.into_iter().map(|u| u.join()));
+        done.extend(working.into_iter().map(|u| u.join()));
     });
     let done: Vec<u64> = done.into_iter().map(|d| d.unwrap()).collect();
-    eprintln!("{UPGRADES} upgrades, requests waited {longest} ms at the most, rounds {done:?}");
-    let written = OpenOptions::new()
-        .write(true)
-        .open(plain.join("held/written"));
-    let mapped = OpenOptions::new()
-        .write(true)
-        .open(plain.join("held/mapped"));
-    let (written, mapped) = (written.unwrap(), mapped.unwrap());
+    eprintln!("rounds {done:?}");
+    let open = |name: &str| {
+        OpenOptions::new()
+            .write(true)
+            .open(plain.join(name))
+            .unwrap()
+    };
+    let (written, mapped) = (open("held/written"), open("held/mapped"));
     mapped.write_all_at(b"before", 0).unwrap();
-    for n in 0..UPGRADES {
+    for n in 0..times {
         written
             .write_all_at(&[n; 4096], u64::from(n) * 4096)
             .unwrap();
@@ -280,7 +295,7 @@ pub(crate) fn expect_like(want: &Path, dst: &Path) {
 }
 
 /// A new directory of src.
-pub(crate) fn at_dir(w: &World, name: &str) -> String {
+fn at_dir(w: &World, name: &str) -> String {
     At::open(&w.src).dir(name);
     name.to_owned()
 }
