@@ -56,8 +56,11 @@ impl BadSrc {
         command.stdin(Stdio::null());
         self.child = Some(raw::die_with_parent(&mut command).spawn().unwrap());
         let probe = self.at.clone();
+        // The socket of a view before this one may still have its name: nobody listens there.
         wait_until("the bad source", LIMIT, || {
-            crate::fixture::fuse_mount_at(&probe).is_some() && rustix::fs::statvfs(&probe).is_ok()
+            crate::fixture::fuse_mount_at(&probe).is_some()
+                && rustix::fs::statvfs(&probe).is_ok()
+                && UnixStream::connect(&self.ctl).is_ok()
         });
     }
 
