@@ -61,7 +61,7 @@ for fs in ${FS:-ext4 ext4-writeback xfs btrfs}; do
     mkdir -p "$work/lab"
     python3 "$script" prepare "$work/lab"
     start=$(date +%s)
-    SEED=$seed MIRRORFS_KIT=$kit python3 "$here/cut.py" run --work "$work/w" --fs "${fs%%-*}" $(options "$fs") --disk wlog --states "$n" --seed "$seed" \
+    SEED=$seed MIRRORFS_KIT=$kit python3 "$here/cut.py" run --work "$work/w" --fs "${fs%%-*}" $(options "$fs") --disk wlog --size 4e9 --states "$n" --seed "$seed" \
       --seconds "${SECONDS_EACH:-15}" --policy "${POLICY:-none,all,prefix,random,torn,but-one,one}" --writer "python3 '$script' write '$work/lab' || touch '$work/failed'" \
       --checker "exec python3 '$script' check '$work/lab'" | tee "$work/out" | grep -v '^[0-9]* states' || true
     [ ! -e "$work/failed" ] || { echo "$fs: the writer failed" >&2; exit 2; }
