@@ -32,6 +32,7 @@ mod record;
 mod report;
 mod round;
 mod select;
+mod served;
 mod shard;
 mod special;
 mod stamp;
@@ -244,6 +245,7 @@ struct Job<'a> {
     clone: AtomicU8,
     /// src tells what of a file is in memory (RWF_NOWAIT).
     peeks: AtomicBool,
+    served: served::Served,
     /// What large files may leave in the page cache.
     allowance: Allowance,
     /// Room is reserved in dst for large files.
@@ -326,6 +328,7 @@ impl<'a> Job<'a> {
             dst_queues: [host::XFS_MAGIC, host::BTRFS_MAGIC].contains(&dst_fs.magic),
             clone: AtomicU8::new(0),
             peeks: AtomicBool::new(!host::asks_others(&fs)),
+            served: served::Served::default(),
             allowance: Allowance::new(config.cache),
             reserves,
             deletes_left: AtomicU64::new(config.max_delete.unwrap_or(u64::MAX)),

@@ -25,6 +25,7 @@ use super::anchor::Anchor;
 use super::mixed::Mixed;
 use super::node::{Ino, Node, Origin, Phase};
 use super::populate::Waiter;
+use super::proof::Hashed;
 use super::ranged::RangeJob;
 use super::source::SrcDir;
 use super::whole::Whole;
@@ -93,6 +94,8 @@ pub(super) struct State {
     pub(super) whole: Option<Copied>,
     /// src of each range job that ended while the whole-file job ran; `None`: it failed.
     pub(super) beside: Vec<Option<Stat>>,
+    /// For the manifest: what `whole` has read. It counts when that has landed.
+    pub(super) hashed: Option<Hashed>,
     pub(super) present: RangeSet,
     pub(super) dst: Option<Arc<OwnedFd>>,
     pub(super) src: Option<(Arc<SrcDir>, Name)>,
@@ -230,6 +233,7 @@ impl Hydrations {
             ranges: Vec::new(),
             whole: None,
             beside: Vec::new(),
+            hashed: None,
             present: RangeSet::new(),
             dst: None,
             src: None,
@@ -427,6 +431,7 @@ impl Mirror {
 
     /// The last job has ended: restore what writing disturbed, then wake the readers.
     pub(super) fn land(self: &Arc<Self>, hydration: &Arc<Hydration>, copied: Copied) {
+        let hashed = hydration.state.lock().hashed.take();
         let one = self.is_of_one_src(hydration, &copied.src);
         if let Err(e) = one.and_then(|()| self.restore(hydration, &copied)) {
             return self.whole_failed(hydration, e);
@@ -456,6 +461,7 @@ impl Mirror {
         drop(state);
         readers.into_iter().for_each(|r| r(Ok(())));
         changers.into_iter().for_each(|w| w(Ok(())));
+        hashed.into_iter().for_each(|h| h.landed(copied.src));
         match writers_wait {
             true => self.settle_soon(hydration),
             false => self.commit.file_landed(Arc::clone(hydration)),

@@ -9,9 +9,10 @@ use rustix::io::Errno;
 use super::Mirror;
 use super::hydrate::Hydration;
 use super::populate::no_origin;
-use super::source::SrcDir;
+use super::source::{SrcDir, SrcInfo};
 use crate::error::{Context, Error, Result, Side};
 use crate::sys::name::Name;
+use crate::sys::stat;
 use crate::sys::xattr::Target;
 
 /// dst's file, src's directory and the name in it.
@@ -76,6 +77,12 @@ impl Mirror {
             return Err(Error::SrcPending {
                 path: path.to_path(),
             });
+        }
+        // Before it is opened, as when it was placed (`is_of_one_src`): an earlier daemon has placed it.
+        if src.may_hang && self.source.recall(hydration.file.ino).is_none() {
+            let stat = stat::stat_at(src.fd.as_fd(), name.as_cstr());
+            let stat = stat.on("statx", Side::Src, path)?;
+            self.source.learn(hydration.file.ino, SrcInfo::from(&stat));
         }
         Ok((src, name))
     }

@@ -2,7 +2,8 @@
 //!
 //!   begin   nobody waits for the file: its worker hashes each piece; else, and behind large holes, a thread
 //!           of its own does: a worker copies the piece for it, or, where it cannot keep up, gives the digest up
-//!   done    src was looked at again and has not changed: a line
+//!   done    all of it was read, and src was looked at again and has not changed
+//!   landed  these bytes are what dst has, of one src (I6): a line
 //!
 //! A line says what src's file was, by its path there, when it was read. Nothing that users do in dst makes it wrong,
 //! so it needs no order with marks, and a crash may lose it: whoever ends the manifest (run/manifest.rs) goes
@@ -70,9 +71,16 @@ enum Task {
 
 /// One file on its way.
 pub(super) struct Hashing {
+    proof: Arc<Proof>,
     stream: Place,
     holes: u64,
     begun: SystemTime,
+}
+
+/// A file of which all was read. Dropped, nothing is said of it.
+pub(super) struct Hashed {
+    hashing: Hashing,
+    path: RelPath,
 }
 
 enum Place {
@@ -153,8 +161,9 @@ impl Proof {
 }
 
 impl Hashing {
-    pub(super) fn begin(priority: Priority) -> Hashing {
+    pub(super) fn begin(proof: Arc<Proof>, priority: Priority) -> Hashing {
         Hashing {
+            proof,
             stream: match priority {
                 Priority::Demand => Place::Away(Arc::default()),
                 Priority::Background => Place::Here(Box::default()),
@@ -164,7 +173,8 @@ impl Hashing {
         }
     }
 
-    pub(super) fn bytes(&mut self, proof: &Proof, offset: u64, bytes: &[u8]) {
+    pub(super) fn bytes(&mut self, offset: u64, bytes: &[u8]) {
+        let proof = &self.proof;
         match &mut self.stream {
             Place::Here(stream) => stream.bytes(offset, bytes),
             Place::Away(stream) => {
@@ -178,7 +188,8 @@ impl Hashing {
         }
     }
 
-    pub(super) fn hole(&mut self, proof: &Proof, range: Range<u64>) {
+    pub(super) fn hole(&mut self, range: Range<u64>) {
+        let proof = &self.proof;
         self.holes += range.end - range.start;
         if self.holes > HOLES_HERE
             && let Place::Here(stream) = &mut self.stream
@@ -199,17 +210,33 @@ impl Hashing {
         }
     }
 
-    /// All of the file was read; it was looked at afterwards, and is `src`.
-    pub(super) fn done(self, proof: &Arc<Proof>, path: &RelPath, src: Stat) {
-        let begun = self.begun;
-        match self.stream {
+    /// All of the file was read, and nothing more comes.
+    pub(super) fn done(self, path: &RelPath) -> Hashed {
+        Hashed {
+            hashing: self,
+            path: path.clone(),
+        }
+    }
+}
+
+impl Hashed {
+    /// The file was looked at afterwards, and is `src`; dst has landed with what was read.
+    pub(super) fn landed(self, src: Stat) {
+        let Hashing {
+            proof,
+            stream,
+            begun,
+            ..
+        } = self.hashing;
+        let path = self.path;
+        match stream {
             Place::Here(stream) => {
                 if let Some(digest) = stream.digest(src.size) {
-                    proof.add(path, &src, begun, digest);
+                    proof.add(&path, &src, begun, digest);
                 }
             }
             Place::Away(stream) => {
-                let (proof_, path) = (Arc::downgrade(proof), path.clone());
+                let proof_ = Arc::downgrade(&proof);
                 let of = Arc::clone(&stream);
                 let done = move || {
                     if let Some(proof) = proof_.upgrade()

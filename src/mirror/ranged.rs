@@ -293,7 +293,7 @@ impl Mirror {
         let changed = known.is_some_and(|k| (k.size, k.mtime) != (whole.size, whole.mtime));
         let mut state = hydration.state.lock();
         let served = state.src.as_ref().is_some_and(|(dir, _)| dir.may_hang);
-        let doubtful = served && changed && state.attempts == 0;
+        let doubtful = served && changed;
         if state.is_of_one_src(whole) && !doubtful || fault::breaks("I6") {
             return Ok(());
         }

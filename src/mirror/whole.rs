@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use super::Mirror;
 use super::hydrate::{Hydration, Stage};
-use super::proof::{Hashing, Proof};
+use super::proof::Hashing;
 use crate::engine::job::{Completion, Copied, Priority};
 use crate::error::{Error, Result};
 
@@ -19,7 +19,7 @@ pub(super) struct Whole {
     /// This job, and no other, copies the file.
     begun: bool,
     /// For the manifest, if there is one.
-    hashing: Option<(Arc<Proof>, Hashing)>,
+    hashing: Option<Hashing>,
 }
 
 impl Whole {
@@ -45,11 +45,12 @@ impl Completion for Whole {
         if won {
             state.stage = Stage::Copying;
             state.beside.clear();
+            state.hashed = None;
             state.moved = Instant::now();
             drop(state);
             self.mirror.keep_times(&self.hydration);
             let proof = self.mirror.proof();
-            self.hashing = proof.map(|proof| (proof, Hashing::begin(self.priority)));
+            self.hashing = proof.map(|proof| Hashing::begin(proof, self.priority));
         }
         self.begun = won;
         won
@@ -76,8 +77,8 @@ impl Completion for Whole {
     }
 
     fn data(&mut self, offset: u64, bytes: &[u8]) {
-        if let Some((proof, hashing)) = &mut self.hashing {
-            hashing.bytes(proof, offset, bytes);
+        if let Some(hashing) = &mut self.hashing {
+            hashing.bytes(offset, bytes);
         }
     }
 
@@ -87,8 +88,8 @@ impl Completion for Whole {
     }
 
     fn hole(&mut self, range: Range<u64>) {
-        if let Some((proof, hashing)) = &mut self.hashing {
-            hashing.hole(proof, range);
+        if let Some(hashing) = &mut self.hashing {
+            hashing.hole(range);
         }
     }
 
@@ -99,9 +100,6 @@ impl Completion for Whole {
     }
 
     fn done(mut self: Box<Self>, outcome: Result<Copied>) {
-        if let (Ok(copied), Some((proof, hashing))) = (&outcome, self.hashing.take()) {
-            hashing.done(&proof, &self.hydration.path, copied.src);
-        }
         let leaves = self.begun && outcome.is_err() && self.leaves();
         match outcome {
             _ if leaves => self.mirror.whole_left(&self.hydration),
@@ -109,9 +107,12 @@ impl Completion for Whole {
                 self.mirror.background_stopped(&self.hydration, self.begun);
             }
             Ok(copied) => {
+                let path = &self.hydration.path;
+                let hashed = self.hashing.take().map(|hashing| hashing.done(path));
                 let ready = {
                     let mut state = self.hydration.state.lock();
                     state.whole = Some(copied);
+                    state.hashed = hashed;
                     state.present.insert(0..u64::MAX);
                     state.whole_if_last()
                 };

@@ -211,9 +211,9 @@ impl Work<'_, '_> {
             }
             // By name again: it may have been replaced; and where a server goes by names (sshfs) the
             // attributes of an open file may be another's.
-            let src = fd::open_src(t.dir.pair.src.as_fd(), &t.name);
-            let src = src.on("openat", Side::Src, t.at())?;
-            let after = stat_fd(src.as_fd()).on("statx", Side::Src, t.at())?;
+            let opened = t.dir.open_file(&t.name);
+            let opened = opened.or_else(|(call, e)| Err(e).on(call, Side::Src, t.at()));
+            let (src, after) = opened?;
             // Its other names are not this file's.
             let other = t.group.is_some() && after.key != t.meta.stat.key;
             if attempt > 0 || other || !after.is_file() || after.size > SMALL as u64 {

@@ -46,6 +46,8 @@ pub(super) struct Dir {
     pub(super) born: Born,
     /// It has a default ACL that new inodes inherit.
     pub(super) inherits: bool,
+    /// src is a server that may go by paths.
+    pub(super) served: bool,
     /// All of dst's names when it was opened; `None`: too many, or fresh.
     listed: Option<HashSet<Name>>,
     /// dst's names that src does not have, where both were listed whole.
@@ -199,6 +201,7 @@ impl Work<'_, '_> {
         };
         Ok(Dir {
             pair: roots.pair(path.clone(), src, dst),
+            served: self.job.served.is(meta.stat.key.dev),
             fresh,
             meta,
             before: now,

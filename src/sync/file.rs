@@ -29,12 +29,8 @@ impl Work<'_, '_> {
     /// Copies one file, or sees that nothing is to be done.
     pub(super) fn file(&self, buffers: &mut Buffers, dir: &Arc<Dir>, name: Name) {
         let begin = Instant::now();
-        let opened = fd::open_src(dir.pair.src.as_fd(), &name)
-            .on("openat", Side::Src, dir.at(&name))
-            .and_then(|src| {
-                let stat = stat_fd(src.as_fd()).on("statx", Side::Src, dir.at(&name))?;
-                Ok((src, stat))
-            });
+        let opened = dir.open_file(&name);
+        let opened = opened.or_else(|(call, e)| Err(e).on(call, Side::Src, dir.at(&name)));
         buffers.waited = begin.elapsed();
         let step = match opened {
             // It was a file when its directory was listed.

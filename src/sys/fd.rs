@@ -8,6 +8,7 @@ use rustix::io::Errno;
 
 use super::Result;
 use super::name::{Name, RelPath};
+use super::stat::{self, Stat};
 
 /// One openat2 call resolves at most this much: PATH_MAX is 4096 with the NUL.
 const STEP_MAX: usize = 4000;
@@ -98,6 +99,23 @@ pub fn open_src(dir: BorrowedFd<'_>, name: &Name) -> Result<OwnedFd> {
         Err(Errno::PERM) => open_at(dir, name, flags),
         other => other,
     }
+}
+
+/// As [`open_src`], and what the inode was before that. A server that goes by paths says of an open file
+/// what is under its name by then: that it was replaced shows only in what was said before. What is no file
+/// is not opened for reading.
+pub fn open_src_seen(dir: BorrowedFd<'_>, name: &Name) -> Result<(OwnedFd, Stat)> {
+    let seen = open_at(dir, name, OFlags::PATH)?;
+    let stat = stat::stat_fd(seen.as_fd())?;
+    if !stat.is_file() {
+        return Ok((seen, stat));
+    }
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY;
+    let opened = match reopen(seen.as_fd(), flags | OFlags::NOATIME) {
+        Err(Errno::PERM) => reopen(seen.as_fd(), flags),
+        other => other,
+    };
+    Ok((opened?, stat))
 }
 
 /// Opens a directory of src for reading its names.

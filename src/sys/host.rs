@@ -322,6 +322,12 @@ pub fn may_hang(dev: (u32, u32)) -> bool {
     type_of(dev).is_some_and(|kind| is_fuse_type(&kind) || SERVED.contains(&kind.as_str()))
 }
 
+/// True for the device of a file system whose server may look under a path for what is asked of an open file.
+/// NFS, SMB and the like ask for the file that was opened. Asks nobody.
+pub fn goes_by_paths(dev: (u32, u32)) -> bool {
+    type_of(dev).is_some_and(|kind| is_fuse_type(&kind) || kind == "9p")
+}
+
 /// True for the device of a FUSE file system. Asks nobody.
 pub fn is_fuse(dev: (u32, u32)) -> bool {
     type_of(dev).is_some_and(|kind| is_fuse_type(&kind))

@@ -1,10 +1,12 @@
 //! A source that changes while it is copied, or answers a little at a time (docs/FAULTS.md): what was
 //! copied meanwhile is copied again, and no reader meets zeros or an early end.
 
+use std::cell::{Cell, RefCell};
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
 use crate::badsource::{BadSrc, apart, entries, errno, expect_copy, world};
 use crate::fixture::{LIMIT, World, bytes, mirrorfs, run, wait_until};
@@ -275,4 +277,110 @@ fn sync_takes_no_early_end_for_the_file() {
         expect_copy(&bad, &w);
         bad.end(&w);
     }
+}
+
+/// A tree `d` with one file, and another one beside the source, which takes its place: a link to a release or
+/// a snapshot that is switched. The size is the same, and no ctime tells.
+fn two_times(bad: &BadSrc, len: usize) -> PathBuf {
+    let (here, aside) = (bad.real.join("d"), bad.real.with_file_name("aside"));
+    let time = SystemTime::now();
+    for (n, dir) in [&here, &aside].into_iter().enumerate() {
+        fs::create_dir(dir).unwrap();
+        let file = File::create(dir.join("f")).unwrap();
+        file.write_all_at(&bytes(n as u64, len), 0).unwrap();
+        let later = time + Duration::from_secs(100 * n as u64);
+        file.set_modified(later).unwrap();
+        File::open(dir).unwrap().set_modified(time).unwrap();
+    }
+    // Ctimes count from then on.
+    std::thread::sleep(Duration::from_millis(3100));
+    aside
+}
+
+fn exchange(bad: &BadSrc, aside: &Path) {
+    let flags = rustix::fs::RenameFlags::EXCHANGE;
+    let (cwd, dir) = (rustix::fs::CWD, bad.real.join("d"));
+    // The root's own time is not what is looked at here.
+    let root = File::open(&bad.real).unwrap();
+    let was = root.metadata().unwrap().modified().unwrap();
+    rustix::fs::renameat_with(cwd, &dir, cwd, aside, flags).unwrap();
+    root.set_modified(was).unwrap();
+}
+
+#[derive(PartialEq, Eq)]
+pub(crate) enum Look {
+    First,
+    /// All names are in dst already.
+    Resumed,
+}
+
+/// At each look at a file, the one after the other, it becomes another file under the server's hands. What
+/// `copy` is given waits for that, and is told when there was none.
+#[track_caller]
+pub(crate) fn at_each_look(when: Look, mut copy: impl FnMut(&World, &dyn Fn(&dyn Fn() -> bool))) {
+    for len in [LARGE, SMALL] {
+        let Some((mut bad, w)) = world(|bad| bad.write("other", b"other")) else {
+            return;
+        };
+        let aside = two_times(&bad, len);
+        let mut looks = 0;
+        let hung = Cell::new(true);
+        while hung.replace(false) {
+            eprintln!("{len} bytes, behind {looks} looks");
+            bad.start(&[]);
+            if when == Look::Resumed {
+                // What the first daemon knew is gone with it.
+                let m = w.mount_lazy();
+                fs::metadata(m.path("d/f")).unwrap();
+                m.unmount();
+            }
+            bad.tell(&format!("add path=d/f op=getattr hang after={looks}"));
+            copy(&w, &|is_over| {
+                let acted = || !bad.tell("list").contains("acted 0");
+                wait_until("a look", LIMIT, || acted() || is_over());
+                hung.set(acted());
+                if hung.get() {
+                    exchange(&bad, &aside);
+                }
+                let_go(&bad);
+            });
+            expect_copy(&bad, &w);
+            bad.end(&w);
+            looks += 1;
+        }
+        assert!(looks > 2, "{len}: {looks}");
+    }
+}
+
+/// The bytes would be those of the one, size and time the other's, and no later run would see it.
+#[test]
+fn sync_takes_no_file_for_the_one_that_has_taken_its_place() {
+    at_each_look(Look::First, |w, change| {
+        let sync = || {
+            let mut command = mirrorfs();
+            command.arg("sync").arg(&w.src).arg(&w.dst);
+            command
+        };
+        let first = RefCell::new(raw::die_with_parent(&mut sync()).spawn().unwrap());
+        change(&|| first.borrow_mut().try_wait().unwrap().is_some());
+        let first = first.into_inner().wait().unwrap().code();
+        assert!([Some(0), Some(24)].contains(&first), "{first:?}");
+        run(&mut sync()).expect_code(0);
+    });
+}
+
+fn pull(w: &World, change: &dyn Fn(&dyn Fn() -> bool)) {
+    let m = w.mount();
+    change(&|| m.status()["state"] == "COMPLETE");
+    m.finish();
+}
+
+#[test]
+fn a_mount_takes_no_file_for_the_one_that_has_taken_its_place() {
+    at_each_look(Look::First, |w, change| pull(w, change));
+}
+
+#[test]
+fn a_mount_that_is_resumed_takes_no_file_for_the_one_that_has_taken_its_place() {
+    at_each_look(Look::Resumed, |w, change| pull(w, change));
 }

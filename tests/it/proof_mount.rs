@@ -6,6 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use crate::changing::{Look, at_each_look};
 use crate::fixture::{
     LIMIT, Mounted, Output, World, bytes, can_mount_on, mirrorfs, run, wait_until,
 };
@@ -349,4 +350,27 @@ pub(crate) fn a_manifest_that_is_gone_at_an_upgrade_is_told_and_the_mount_goes_o
     assert!(!read_again(&said).starts_with("0 B"), "{}", said.out);
     assert_eq!(expect_digests_of_src(&w), 18);
     verify(&w, &[]).expect_code(0);
+}
+
+/// A copy that was refused when it was to land was read and hashed all the same. Its line would have src's
+/// size and times, and the bytes of the file that was there before.
+#[test]
+fn a_line_speaks_of_no_bytes_that_were_refused() {
+    at_each_look(Look::First, |w, change| {
+        let m = mount(w, &[]);
+        change(&|| m.status()["state"] == "COMPLETE");
+        m.wait_complete();
+        assert_eq!(m.unmount(), 0);
+        let text = fs::read_to_string(manifest_of(w)).unwrap();
+        for line in text.lines().filter(|l| l.contains("blake3digest=")) {
+            let bytes = fs::read(w.src.join(line.split(' ').next().unwrap())).unwrap();
+            assert!(
+                line.contains(blake3::hash(&bytes).to_hex().as_str()),
+                "{text}"
+            );
+        }
+        finish(&mut mount(w, &[])).expect_code(0);
+        verify(w, &[]).expect_code(0);
+        fs::remove_file(manifest_of(w)).unwrap();
+    });
 }
