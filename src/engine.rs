@@ -17,6 +17,7 @@ mod bell;
 pub mod buffers;
 mod copy;
 pub mod job;
+mod keep;
 mod latency;
 mod pace;
 pub mod passing;
@@ -62,6 +63,8 @@ pub struct EngineConfig {
     pub buffers_per_worker: usize,
     /// Size of such a buffer: the most that is read at once.
     pub buffer_bytes: usize,
+    /// Such buffers more per worker, for `Completion::kept`.
+    pub spare_buffers: usize,
     /// Files that one worker works on at the same time; a quarter is left to demand.
     pub files_in_flight_max: usize,
     /// Threads of the [`Pool`].
@@ -80,6 +83,7 @@ impl Default for EngineConfig {
             queue_len_max: 1024,
             buffers_per_worker: 8,
             buffer_bytes: 512 * 1024,
+            spare_buffers: 0,
             files_in_flight_max: 64,
             pool_threads: 32,
             io_uring: true,

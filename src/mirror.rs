@@ -92,8 +92,8 @@ pub use trace::{Traced, parse_trace};
 pub use upgrade::{DirState, State};
 
 use crate::config::{MountConfig, NoStore};
+use crate::engine::Engine;
 use crate::engine::passing::Allowance;
-use crate::engine::{Engine, EngineConfig};
 use crate::error::{Context, Error, Result, Side};
 use crate::gate::{Gate, Place};
 use crate::mark::{Mark, MarkName};
@@ -280,11 +280,7 @@ impl Mirror {
         if !config.background {
             throttle.set_background(Background::Off);
         }
-        let engine_config = EngineConfig {
-            workers: config.workers,
-            io_uring: config.io_uring,
-            ..Default::default()
-        };
+        let engine_config = proof::engine_config(config);
         let engine = Engine::start_throttled(&engine_config, Arc::clone(&throttle))?;
         Ok(Arc::new(Mirror {
             source,

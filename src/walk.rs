@@ -475,6 +475,7 @@ impl Shared {
             task.clean.store(false, Ordering::Relaxed);
             return;
         }
+        self.mirror.wait_for_hashes(|| self.stopping());
         let then = self.child_of(task);
         self.mirror
             .hydrate(file, Need::Unmarked, Priority::Background, then);

@@ -5,7 +5,10 @@
 //! ([`Ring::register`](super::ring::Ring::register)); by pool and index the ring knows them again.
 
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+use parking_lot::Mutex;
 
 use super::job::Priority;
 
@@ -72,11 +75,37 @@ pub struct BufferPool {
     id: u64,
     small: Vec<Buffer>,
     large: Vec<Buffer>,
+    /// Large ones that take the place of those that are lent, and those that have come back.
+    spare: Vec<Buffer>,
+    home: Arc<Mutex<Vec<Buffer>>>,
     small_count: usize,
     large_count: usize,
     /// The last ones, that background work leaves to demand.
     small_reserve: usize,
     large_reserve: usize,
+}
+
+/// A buffer whose bytes somebody else still needs. It goes home when this is dropped, on whatever thread.
+#[derive(Debug)]
+pub struct Lent {
+    buffer: Option<Buffer>,
+    len: usize,
+    home: Arc<Mutex<Vec<Buffer>>>,
+}
+
+impl Lent {
+    /// What is in it.
+    pub fn bytes(&self) -> &[u8] {
+        self.buffer
+            .as_ref()
+            .map_or(&[], |buffer| buffer.bytes(0..self.len))
+    }
+}
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        self.home.lock().extend(self.buffer.take());
+    }
 }
 
 impl BufferPool {
@@ -97,11 +126,42 @@ impl BufferPool {
             id,
             small,
             large,
+            spare: Vec::new(),
+            home: Arc::default(),
             small_count,
             large_count,
             small_reserve: (small_count / 4).max(1),
             large_reserve: (large_count / 4).max(1),
         }
+    }
+
+    /// As many more large ones, for `lend`. To be asked before anything else.
+    pub fn with_spares(mut self, count: usize, large_bytes: usize) -> BufferPool {
+        let large_bytes = large_bytes.max(1).next_multiple_of(ALIGN);
+        let from = self.small_count + self.large_count;
+        let index = |i: usize| u16::try_from(from + i).unwrap_or(u16::MAX);
+        self.spare = (0..count)
+            .map(|i| Buffer::new(large_bytes, index(i), self.id))
+            .collect();
+        self
+    }
+
+    /// Takes back a large buffer and lends its first `len` bytes to somebody else; a spare one takes its
+    /// place, so that nobody finds fewer. `Err`: there is none, and nothing has happened.
+    pub fn lend(&mut self, buffer: Buffer, len: usize) -> Result<Lent, Buffer> {
+        if self.spare.is_empty() {
+            self.spare.append(&mut self.home.lock());
+        }
+        let large = buffer.pool == self.id && usize::from(buffer.index) >= self.small_count;
+        let Some(spare) = self.spare.pop_if(|_| large) else {
+            return Err(buffer);
+        };
+        self.large.push(spare);
+        Ok(Lent {
+            buffer: Some(buffer),
+            len,
+            home: Arc::clone(&self.home),
+        })
     }
 
     /// A buffer for `len` bytes, if there is one for somebody of this priority: a quarter of each size
@@ -143,14 +203,15 @@ impl BufferPool {
 
     /// True while every buffer is in its place, as at the start.
     pub(super) fn is_untouched(&self) -> bool {
-        let free = self.small.iter().chain(&self.large);
+        let free = self.small.iter().chain(&self.large).chain(&self.spare);
         let indices = free.map(|b| usize::from(b.index));
-        indices.eq(0..self.small_count + self.large_count)
+        indices.eq(0..self.small_count + self.large_count + self.spare.len())
     }
 
     /// Every buffer that is free now, by index as long as the pool is untouched.
     pub(super) fn all_mut(&mut self) -> impl Iterator<Item = &mut Buffer> {
-        self.small.iter_mut().chain(self.large.iter_mut())
+        let large = self.large.iter_mut().chain(self.spare.iter_mut());
+        self.small.iter_mut().chain(large)
     }
 }
 
@@ -173,6 +234,28 @@ mod tests {
             held.into_iter().for_each(|b| pool.give(b));
         }
         assert_eq!((pool.small.len(), pool.large.len()), (4, 4));
+    }
+
+    #[test]
+    fn what_is_lent_is_missed_by_nobody_and_comes_home() {
+        let mut pool = BufferPool::new(2, 2, 1 << 18).with_spares(2, 1 << 18);
+        assert!(pool.is_untouched());
+        let demand = |pool: &mut BufferPool, len| pool.take(len, Priority::Demand);
+        let small = demand(&mut pool, 1).expect("small");
+        pool.lend(small, 1)
+            .expect_err("of the small ones none is lent");
+        let mut lent = Vec::new();
+        for byte in 0..2 {
+            let mut buffer = demand(&mut pool, 1 << 18).expect("all of them, still");
+            buffer.bytes_mut(0..1).fill(byte);
+            lent.push(pool.lend(buffer, 1).expect("a spare one"));
+            assert_eq!(pool.large.len(), 2);
+        }
+        let buffer = demand(&mut pool, 1 << 18).expect("large");
+        let buffer = pool.lend(buffer, 1).expect_err("no more spare ones");
+        assert_eq!((lent[0].bytes(), lent[1].bytes()), (&[0][..], &[1][..]));
+        lent.pop();
+        pool.lend(buffer, 1).expect("the one that came home");
     }
 
     #[test]

@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+pub use super::buffers::Lent;
 use crate::error::Result;
 use crate::sys::name::{Name, RelPath};
 use crate::sys::stat::Stat;
@@ -110,6 +111,17 @@ pub trait Completion: Send {
     /// pieces, any order, that together cover the clipped range; and where `wants_data`.
     fn data(&mut self, offset: u64, bytes: &[u8]) {
         let _ = (offset, bytes); // Most jobs have no reader to answer early.
+    }
+
+    /// Asked for a piece of so many bytes before it goes to `data`: true when it is to come by `kept` instead.
+    fn keeps(&self, len: usize) -> bool {
+        let _ = len; // As above.
+        false
+    }
+
+    /// A piece that `keeps` has asked for, after it was written, uncopied. `None`: too many are out, or it is small.
+    fn kept(&mut self, offset: u64, piece: Option<Lent>) {
+        let _ = (offset, piece); // Never asked for.
     }
 
     /// These bytes are in dst's page cache (data written, or hole left alone). Any order.

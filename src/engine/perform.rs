@@ -401,11 +401,7 @@ impl Worker {
     fn announce(&mut self, slot: usize, action: Action) -> Option<Event> {
         let file = self.files[slot].as_mut()?;
         match action {
-            Action::Data { chunk, offset, len } => {
-                if let Some(buffer) = &file.buffers[chunk] {
-                    call(&file.path, || file.done.data(offset, buffer.bytes(0..len)));
-                }
-            }
+            Action::Data { chunk, offset, len } => self.tell_data(slot, chunk, offset, len),
             Action::Zeros(range) => {
                 for at in range.clone().step_by(SMALL_BYTES) {
                     let len = (range.end - at).min(SMALL_BYTES as u64) as usize; // By the min.
@@ -425,11 +421,7 @@ impl Worker {
                     return Some(Event::Cancel);
                 }
             }
-            Action::Free { chunk } => {
-                if let Some(buffer) = file.buffers[chunk].take() {
-                    self.buffers.give(buffer);
-                }
-            }
+            Action::Free { chunk } => self.free_chunk(slot, chunk),
             Action::Finish(outcome) => {
                 let outcome = match outcome {
                     Ok(done) => Ok(Copied {

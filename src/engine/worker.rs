@@ -63,6 +63,8 @@ pub(super) struct File {
     pub(super) passing: Option<Passing>,
     /// The chunks' buffers that are not with the kernel.
     pub(super) buffers: Vec<Option<Buffer>>,
+    /// Where the bytes of a chunk begin that are to be kept, and how many they are.
+    pub(super) keeps: Vec<Option<(u64, usize)>>,
     /// What is under way on the ring, per chunk; and the one action that is about no chunk.
     pub(super) pieces: Vec<Option<Action>>,
     pub(super) control: Option<Action>,
@@ -144,7 +146,8 @@ impl Worker {
             .buffer_bytes
             .clamp(2 * SMALL_BYTES, 1 << 30)
             .next_multiple_of(4096);
-        let mut buffers = BufferPool::new(slots, large, chunk);
+        let mut buffers =
+            BufferPool::new(slots, large, chunk).with_spares(config.spare_buffers.min(4096), chunk);
         // Per file one operation about no chunk and one close; per buffer one; the wake.
         let ops_max = slots * 3 + large + 1;
         let ring = config.io_uring.then(|| {
@@ -335,6 +338,7 @@ impl Worker {
             size: 0,
             passing: None,
             buffers: (0..chunks).map(|_| None).collect(),
+            keeps: vec![None; chunks],
             pieces: (0..chunks).map(|_| None).collect(),
             control: None,
         });

@@ -7,7 +7,7 @@ use std::time::Instant;
 use super::Mirror;
 use super::hydrate::{Hydration, Stage};
 use super::proof::Hashing;
-use crate::engine::job::{Completion, Copied, Priority};
+use crate::engine::job::{Completion, Copied, Lent, Priority};
 use crate::error::{Error, Result};
 
 /// The whole-file job's report.
@@ -77,8 +77,22 @@ impl Completion for Whole {
     }
 
     fn data(&mut self, offset: u64, bytes: &[u8]) {
+        let wanted = self.priority == Priority::Background && self.wanted();
         if let Some(hashing) = &mut self.hashing {
+            if wanted {
+                hashing.put_off();
+            }
             hashing.bytes(offset, bytes);
+        }
+    }
+
+    fn keeps(&self, len: usize) -> bool {
+        self.hashing.as_ref().is_some_and(|h| h.keeps(len))
+    }
+
+    fn kept(&mut self, offset: u64, piece: Option<Lent>) {
+        if let Some(hashing) = &mut self.hashing {
+            hashing.kept(offset, piece);
         }
     }
 

@@ -374,3 +374,27 @@ fn a_line_speaks_of_no_bytes_that_were_refused() {
         fs::remove_file(manifest_of(w)).unwrap();
     });
 }
+
+/// A file that somebody waits for, and that has more pieces than are kept for who hashes.
+#[test]
+fn what_does_not_fit_into_what_is_kept_has_the_right_digest_or_none() {
+    if !can_mount_on("ext4") {
+        return;
+    }
+    let w = filled();
+    let mut m = mount(&w, &["--no-background", "-o", "large=64M"]);
+    let readers: Vec<_> = ["large", "hole", "d/f6", "d/e/g6", "d/f5", "d/e/g5"]
+        .into_iter()
+        .map(|name| {
+            let (here, there) = (m.path(name), w.src.join(name));
+            std::thread::spawn(move || fs::read(here).unwrap() == fs::read(there).unwrap())
+        })
+        .collect();
+    for reader in readers {
+        assert!(reader.join().unwrap());
+    }
+    run(mirrorfs().arg("resume").arg(&m.at)).expect_code(0);
+    finish(&mut m).expect_code(0);
+    assert_eq!(expect_digests_of_src(&w), 18);
+    verify(&w, &[]).expect_code(0);
+}
