@@ -22,6 +22,7 @@ mod out;
 mod preflight;
 mod pull;
 mod rate;
+mod reading;
 mod records;
 mod report;
 mod saver;

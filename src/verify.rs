@@ -59,6 +59,17 @@ pub struct VerifyOptions {
     pub one_file_system: bool,
     /// Set from outside to end the comparison early.
     pub stop: Arc<AtomicBool>,
+    /// Counts, for who looks on from outside, what a single tree's files have been read for.
+    pub reading: Arc<Reading>,
+}
+
+/// How far the reading of a single tree is.
+#[derive(Debug, Default)]
+pub struct Reading {
+    /// Bytes of the files that were met so far and are to be read; holes do not count.
+    pub found: Counter,
+    /// Bytes that were read.
+    pub read: Counter,
 }
 
 impl Default for VerifyOptions {
@@ -70,6 +81,7 @@ impl Default for VerifyOptions {
             sample: None,
             one_file_system: false,
             stop: Arc::default(),
+            reading: Arc::default(),
         }
     }
 }

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::out::{self, bytes, count, duration, quoted};
-use super::{Failure, Outcome, exit, preflight, verify};
+use super::{Failure, Outcome, exit, preflight, reading, verify};
 use crate::cli::Manifest;
 use crate::config::MountConfig;
 use crate::manifest::{Trouble, Writer};
@@ -25,6 +25,7 @@ pub(super) fn take(args: &Manifest) -> Outcome {
     let to = To {
         say: out::say,
         complain: out::complain,
+        lines: None,
     };
     write(&args.src, &args.file, &options, &to)
 }
@@ -33,6 +34,8 @@ pub(super) fn take(args: &Manifest) -> Outcome {
 struct To {
     say: fn(&str),
     complain: fn(&str),
+    /// Where progress goes, line by line; `None`: to standard error, bars where they can be drawn.
+    lines: Option<fn(&str)>,
 }
 
 /// Writes the manifest of a tree, with the digests that are in it already.
@@ -42,10 +45,12 @@ fn write(src: &Path, file: &Path, options: &VerifyOptions, to: &To) -> Outcome {
     if let Some(bad) = bad.filter(|bad| bad.line > 0) {
         (to.complain)(&format!("{bad}; what is behind it is read again"));
     }
-    let report = take_manifest(src, (&writer, &before), options, &mut |told| {
-        if let Told::Difference(difference) = told {
-            (to.complain)(&difference.to_string());
-        }
+    let report = reading::shown(&options.reading, to.lines, || {
+        take_manifest(src, (&writer, &before), options, &mut |told| {
+            if let Told::Difference(difference) = told {
+                (to.complain)(&difference.to_string());
+            }
+        })
     })?;
     let whole = report.unreadable == 0 && !report.stopped;
     let ended = writer.end(whole);
@@ -120,6 +125,7 @@ impl Unended {
         let to = To {
             say: |line| out::say(&format!("manifest: {line}")),
             complain: out::complain,
+            lines: None,
         };
         self.end_with(&verify::options()?, &to)
     }
@@ -133,6 +139,7 @@ impl Unended {
         let to = To {
             say: |line| tracing::info!("manifest: {line}"),
             complain: |line| tracing::warn!("{line}"),
+            lines: Some(|line| tracing::info!("{line}")),
         };
         if let Err(failure) = self.end_with(&options, &to) {
             tracing::error!("{}", failure.line);

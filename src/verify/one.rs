@@ -17,7 +17,7 @@ use rustix::fs::{FileType, OFlags};
 use rustix::io::Errno;
 
 use super::content::{CHUNK, SHARE};
-use super::{BATCH, Difference, Kind, Told, VerifyOptions, VerifyReport};
+use super::{BATCH, Difference, Kind, Reading, Told, VerifyOptions, VerifyReport};
 use crate::crew::Crew;
 use crate::error::Side;
 use crate::manifest::{BLOCK, Digest, Feed, Part, Tree};
@@ -78,6 +78,7 @@ pub(super) struct One {
     entries: Counter,
     files: Counter,
     bytes: Counter,
+    reading: Arc<Reading>,
 }
 
 impl One {
@@ -88,7 +89,14 @@ impl One {
             entries: Counter::default(),
             files: Counter::default(),
             bytes: Counter::default(),
+            reading: Arc::default(),
         }
+    }
+
+    /// Somebody looks on.
+    pub(super) fn watched(mut self, options: &VerifyOptions) -> One {
+        self.reading = Arc::clone(&options.reading);
+        self
     }
 
     /// What came of it.
@@ -320,6 +328,8 @@ impl<T: Send + Sync, V: Visit<T>> Work<'_, '_, T, V> {
             Err(e) => return self.to.unreadable(&path, "openat2", e),
         };
         self.one.files.add(1);
+        let data = stat.size.min(stat.blocks.saturating_mul(512));
+        self.one.reading.found.add(data);
         let tree = Tree::new(stat.size);
         let feed = tree.feed(0);
         let file = File {
@@ -382,6 +392,7 @@ impl<T: Send + Sync, V: Visit<T>> Work<'_, '_, T, V> {
         };
         let (next, read) = part.step(range, &mut buffers.data)?;
         self.one.bytes.add(read as u64);
+        self.one.reading.read.add(read as u64);
         Ok(next)
     }
 }

@@ -42,7 +42,7 @@ pub fn take_manifest(
         return Err(Error::SrcPending { path });
     }
     let stat = stat_fd(root.as_fd()).on("statx", Side::Src, tree)?;
-    let one = One::new(root, Side::Src);
+    let one = One::new(root, Side::Src).watched(options);
     let take = Take {
         writer,
         before,

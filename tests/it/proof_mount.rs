@@ -2,15 +2,19 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
+use std::io::{BufRead, BufReader};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
 use std::time::Duration;
 
+use crate::badsource::world;
 use crate::changing::{Look, at_each_look};
 use crate::fixture::{
     LIMIT, Mounted, Output, World, bytes, can_mount_on, mirrorfs, run, wait_until,
 };
 use crate::proof;
+use crate::raw;
 use crate::upgrade::upgrade;
 
 const LARGE: usize = (20 << 20) + 12_345;
@@ -396,5 +400,44 @@ fn what_does_not_fit_into_what_is_kept_has_the_right_digest_or_none() {
     run(mirrorfs().arg("resume").arg(&m.at)).expect_code(0);
     finish(&mut m).expect_code(0);
     assert_eq!(expect_digests_of_src(&w), 18);
+    verify(&w, &[]).expect_code(0);
+}
+
+/// Reads are slow, and all of SRC has to be read: the tree was in DST already.
+#[test]
+fn what_is_read_in_the_end_is_shown_and_can_be_interrupted() {
+    let Some((mut bad, w)) = world(|bad| bad.write("large", &bytes(1, 3 << 20))) else {
+        return;
+    };
+    bad.start(&[]);
+    run(mirrorfs().arg("sync").arg(&w.src).arg(&w.dst)).expect_code(0);
+    let m = mount(&w, &["--adopt"]);
+    m.wait_complete();
+    bad.tell("add path=large op=read delay=3");
+    let mut command = mirrorfs();
+    command.arg("finish").arg(&m.at);
+    command.stdout(Stdio::null()).stderr(Stdio::piped());
+    let mut finish = raw::die_with_parent(&mut command).spawn().unwrap();
+    let mut lines = BufReader::new(finish.stderr.take().unwrap()).lines();
+    let line = lines.next().unwrap().unwrap();
+    assert!(
+        line.starts_with("manifest: ") && line.ends_with(" of ~3.0 MiB read"),
+        "{line}"
+    );
+    let pid = rustix::process::Pid::from_child(&finish);
+    rustix::process::kill_process(pid, rustix::process::Signal::INT).unwrap();
+    bad.tell("off");
+    let code = finish.wait().unwrap().code();
+    let said: Vec<_> = lines.map(Result::unwrap).collect();
+    assert_eq!(code, Some(20), "{said:?}");
+    let said = said.join("\n");
+    assert!(
+        said.contains("the manifest has no end: interrupted"),
+        "{said}"
+    );
+    assert_eq!(fs::read(w.dst.join("large")).unwrap(), bytes(1, 3 << 20));
+    let mut take = mirrorfs();
+    take.arg("manifest").arg(&w.src).arg(manifest_of(&w));
+    run(&mut take).expect_code(0);
     verify(&w, &[]).expect_code(0);
 }
