@@ -6,7 +6,8 @@
 //!   high four bits: the version: 1; 2 where two bytes of permission bits follow the first; 3 where 8
 //!          bytes of a mixed file follow; 4 where both do, permissions first; 5, and nothing else: a
 //!          stand-in for a name of which src does not say what it is; 6 and 7 are 3 and 4 of a mixed
-//!          file that is young
+//!          file that is young; 8 and 9 are 3 and 4 of one that no user has changed: 24 bytes with atime
+//!          and mtime of src's file follow the 8
 //!   bit 0  the directory is populated (`L`); clear: pending (`P`)
 //!   bit 1  an explicit origin follows, to the end of the value
 //!   bit 2  24 bytes follow: atime and mtime that the user set (D9)
@@ -44,6 +45,8 @@ const VERSION_PERM_MIXED: u8 = 4 << 4;
 const UNSEEN: [u8; 1] = [5 << 4];
 const VERSION_YOUNG: u8 = 6 << 4;
 const VERSION_PERM_YOUNG: u8 = 7 << 4;
+const VERSION_SALVAGED: u8 = 8 << 4;
+const VERSION_PERM_SALVAGED: u8 = 9 << 4;
 const POPULATED: u8 = 1;
 const ORIGIN: u8 = 1 << 1;
 const TIMES: u8 = 1 << 2;
@@ -106,8 +109,9 @@ pub struct Mark {
     /// The permissions that users see and that the inode gets when the mark goes: its own let us
     /// work on it meanwhile.
     pub perm: Option<u32>,
-    /// Users have written into the file: `.mirrorfs/maps` says where, its size and times in dst are
-    /// the truth, and of src's bytes only those before this offset count.
+    /// Users have written into the file, or src cannot give all of it (`salvage`): `.mirrorfs/maps` says
+    /// what is whose, its size and times in dst are the truth, and of src's bytes only those before this
+    /// offset count.
     pub mixed: Option<u64>,
     /// The inode is no placeholder: it keeps the place of a name that src has listed (unseen.rs). No
     /// other field says anything then.
@@ -115,6 +119,9 @@ pub struct Mark {
     /// Of a mixed file: the map may not be durable yet, nor a size of dst that is less than what
     /// `mixed` says. Nothing of what users wrote was promised to outlive a power cut.
     pub young: bool,
+    /// Of a mixed file that no user has changed (salvage.rs): access and modification time of the file
+    /// in src that its bytes are of; `mixed` is that file's size. It is never young.
+    pub salvage: Option<(Time, Time)>,
 }
 
 impl Mark {
@@ -139,13 +146,23 @@ impl Mark {
         }
     }
 
+    /// Times of a file that no user has changed though it is mixed: what he set, or src's.
+    pub fn salvage_times(&self) -> Option<(Time, Time)> {
+        self.times
+            .filter(|_| self.salvage.is_some())
+            .or(self.salvage)
+    }
+
     /// The xattr's value.
     pub fn encode(&self) -> Vec<u8> {
         if self.unseen {
             return UNSEEN.to_vec();
         }
         let bit = |on: bool, bit: u8| if on { bit } else { 0 };
+        let salvage = self.salvage.filter(|_| self.mixed.is_some());
         let version = match (self.perm, self.mixed, self.young) {
+            (None, Some(_), _) if salvage.is_some() => VERSION_SALVAGED,
+            (Some(_), Some(_), _) if salvage.is_some() => VERSION_PERM_SALVAGED,
             (None, None, _) => VERSION,
             (Some(_), None, _) => VERSION_PERM,
             (None, Some(_), false) => VERSION_MIXED,
@@ -166,7 +183,7 @@ impl Mark {
         if let Some(src_end) = self.mixed {
             out.extend_from_slice(&src_end.to_le_bytes());
         }
-        if let Some((atime, mtime)) = self.times {
+        for (atime, mtime) in [salvage, self.times].into_iter().flatten() {
             for t in [atime, mtime] {
                 out.extend_from_slice(&t.sec.to_le_bytes());
                 out.extend_from_slice(&t.nsec.to_le_bytes());
@@ -184,15 +201,17 @@ impl Mark {
             return Some(Mark::unseen());
         }
         let (&head, mut rest) = value.split_first()?;
-        let (has_perm, is_mixed, young) = match head & 0xf0 {
+        let version = head & 0xf0;
+        let (has_perm, is_mixed, young) = match version {
             VERSION => (false, false, false),
             VERSION_PERM => (true, false, false),
-            VERSION_MIXED => (false, true, false),
-            VERSION_PERM_MIXED => (true, true, false),
+            VERSION_MIXED | VERSION_SALVAGED => (false, true, false),
+            VERSION_PERM_MIXED | VERSION_PERM_SALVAGED => (true, true, false),
             VERSION_YOUNG => (false, true, true),
             VERSION_PERM_YOUNG => (true, true, true),
             _ => return None,
         };
+        let is_salvaged = matches!(version, VERSION_SALVAGED | VERSION_PERM_SALVAGED);
         let mut perm = None;
         if has_perm {
             let (bytes, after) = rest.split_at_checked(2)?;
@@ -205,12 +224,14 @@ impl Mark {
             rest = after;
             mixed = Some(u64::from_le_bytes(bytes.try_into().ok()?));
         }
-        let mut times = None;
-        if head & TIMES != 0 {
-            let (stamp, after) = rest.split_at_checked(24)?;
-            rest = after;
-            let (a, m) = stamp.split_at(12);
-            times = Some((decode_time(a)?, decode_time(m)?));
+        let (mut salvage, mut times) = (None, None);
+        for (has, to) in [(is_salvaged, &mut salvage), (head & TIMES != 0, &mut times)] {
+            if has {
+                let (stamp, after) = rest.split_at_checked(24)?;
+                rest = after;
+                let (a, m) = stamp.split_at(12);
+                *to = Some((decode_time(a)?, decode_time(m)?));
+            }
         }
         let origin = match head & ORIGIN != 0 {
             true => Some(RelPath::from_bytes(rest)?),
@@ -226,6 +247,7 @@ impl Mark {
             mixed,
             unseen: false,
             young,
+            salvage,
         })
     }
 }
@@ -255,6 +277,7 @@ mod tests {
         fn a_mark_survives_its_encoding(
             populated: bool, capability: bool, perm in prop::option::of(0u32..0o10000),
             mixed: Option<u64>, young: bool,
+            salvage in prop::option::of((any::<i64>(), 0u32..1_000_000_000)),
             times in prop::option::of((any::<i64>(), 0u32..1_000_000_000, any::<i64>(), 0u32..1_000_000_000)),
             origin in prop::option::of("[a-z]{1,9}(/[a-z]{1,9}){0,3}"),
         ) {
@@ -263,7 +286,10 @@ mod tests {
                 capability,
                 perm,
                 mixed,
-                young: young && mixed.is_some(),
+                young: young && mixed.is_some() && salvage.is_none(),
+                salvage: salvage.filter(|_| mixed.is_some()).map(|(sec, nsec)| {
+                    (Time { sec, nsec }, Time { sec: 1, nsec: 2 })
+                }),
                 times: times.map(|(a, b, c, d)| (Time { sec: a, nsec: b }, Time { sec: c, nsec: d })),
                 origin: origin.and_then(|o| RelPath::from_bytes(o.as_bytes())),
                 unseen: false,

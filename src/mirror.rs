@@ -77,7 +77,7 @@ pub use carry::{Carrier, Placed};
 pub use commit::DoneDir;
 pub use control::CONTROL;
 pub use file::{Locate, user_errno};
-pub use finish::{Survey, accept_offline, finish_offline, read_ledger, survey};
+pub use finish::{Rest, Survey, accept_offline, finish_offline, read_ledger, survey};
 pub use found::Found;
 pub use hydrate::{FileRef, Need};
 pub use kept::{Left, gone_fd, kind, write_json};
@@ -503,8 +503,8 @@ impl Mirror {
     }
 
     /// As `fail`, for the bytes of a file that src cannot read.
-    fn fail_ranges(&self, path: &RelPath, error: &Error, bad: &[std::ops::Range<u64>]) {
-        self.ledger.record_ranges(path, error, bad);
+    fn fail_ranges(&self, path: &RelPath, error: &Error, bad: &[std::ops::Range<u64>], all: bool) {
+        self.ledger.record_ranges(path, error, bad, all);
         self.progress.errors.set(self.ledger.len() as u64);
     }
 

@@ -64,6 +64,40 @@ impl RangeSet {
         Some(at..end)
     }
 
+    /// Takes every byte of `range` out.
+    pub fn remove(&mut self, range: &Range<u64>) {
+        if range.start >= range.end {
+            return;
+        }
+        while let Some(part) = self.next(range.start).filter(|p| p.start < range.end) {
+            let (&start, &end) = match self.ranges.range(..=part.start).next_back() {
+                Some(whole) => whole,
+                None => return,
+            };
+            self.ranges.remove(&start);
+            if start < range.start {
+                self.ranges.insert(start, range.start);
+            }
+            if range.end < end {
+                self.ranges.insert(range.end, end);
+            }
+        }
+    }
+
+    /// The first range that ends after `from`, without what is before it.
+    pub fn next(&self, from: u64) -> Option<Range<u64>> {
+        let around = self.ranges.range(..=from).next_back();
+        match around.filter(|(_, e)| **e > from) {
+            Some((_, &end)) => Some(from..end),
+            None => self.ranges.range(from..).next().map(|(&s, &e)| s..e),
+        }
+    }
+
+    /// All ranges, in order.
+    pub fn iter(&self) -> impl Iterator<Item = Range<u64>> + '_ {
+        self.ranges.iter().map(|(&start, &end)| start..end)
+    }
+
     /// How many bytes are present.
     pub fn len(&self) -> u64 {
         self.ranges.iter().map(|(s, e)| e - s).sum()
@@ -83,14 +117,25 @@ mod tests {
     proptest! {
         #[test]
         fn it_agrees_with_a_bitmap(
-            inserts in prop::collection::vec((0u64..64, 0u64..64), 0..20),
+            inserts in prop::collection::vec((0u64..64, 0u64..64, prop::bool::weighted(0.2)), 0..20),
             (a, b) in (0u64..64, 0u64..64),
         ) {
             let mut set = RangeSet::new();
             let mut bits = [false; 64];
-            for (x, y) in inserts {
-                set.insert(x..y);
-                (x..y).for_each(|i| bits[i as usize] = true);
+            for (x, y, out) in inserts {
+                match out {
+                    true => set.remove(&(x..y)),
+                    false => set.insert(x..y),
+                }
+                (x..y).for_each(|i| bits[i as usize] = !out);
+            }
+            let all: Vec<u64> = set.iter().flatten().collect();
+            prop_assert_eq!(all, (0..64).filter(|i| bits[*i as usize]).collect::<Vec<u64>>());
+            let next = (a..64).find(|i| bits[*i as usize]);
+            prop_assert_eq!(set.next(a).map(|r| r.start), next);
+            if let Some(next) = set.next(a) {
+                prop_assert!(next.clone().all(|i| bits[i as usize]));
+                prop_assert!(next.end == 64 || !bits[next.end as usize]);
             }
             prop_assert_eq!(set.len(), bits.iter().filter(|b| **b).count() as u64);
             prop_assert_eq!(set.contains(&(a..b)), (a..b).all(|i| bits[i as usize]));

@@ -10,6 +10,7 @@
 #   WHAT=carried (carried-power.py): small files that the background brings.
 #   WHAT=mixed (mixed-power.py): large files that are changed while most of them is pending. KIND=beside, whole, cut or grow: what breaks a
 #       rule of theirs.
+#   WHAT=salvage (salvage-power.py): files that src cannot give whole.
 #   WHAT=mix (mix-power.py): mail, SQLite, git and logs, all at once, while a migration runs. MIX="mail sql wal git log postgres"
 #       chooses; PLAIN=1 does it without mirrorfs.
 #   WHAT=sync (sync-power.py): `mirrorfs sync`. The same command once more makes dst equal to src, whatever was left.
@@ -30,9 +31,10 @@ case ${WHAT:-mount} in
   adopt | pending) script=$here/huge-power.py; export KIND=$WHAT ;;
   carried) script=$here/carried-power.py ;;
   mixed) script=$here/mixed-power.py ;;
+  salvage) script=$here/salvage-power.py ;;
   mix) script=$here/mix-power.py ;;
   sync) script=$here/sync-power.py ;;
-  *) echo "WHAT is mount, huge, carried, pending, adopt, mixed, mix or sync" >&2; exit 2 ;;
+  *) echo "WHAT is mount, huge, carried, pending, adopt, mixed, salvage, mix or sync" >&2; exit 2 ;;
 esac
 [ -f "$kit/powercut.py" ] || { echo "no powercut.py: set MIRRORFS_KIT" >&2; exit 2; }
 # Every state is synced to a disk again and again: in memory that is several times as fast.

@@ -133,7 +133,8 @@ impl Mirror {
             if mark.young {
                 stat.size = stat.size.max(src_end);
             }
-            let times = self.mixed_times(node).or(mark.times);
+            let times = mark.salvage_times().or_else(|| self.mixed_times(node));
+            let times = times.or(mark.times);
             (stat.atime, stat.mtime) = times.unwrap_or((stat.atime, stat.mtime));
             let most = stat.size.div_ceil(512);
             stat.blocks = stat.blocks.max(info.map_or(most, |i| i.blocks).min(most));
@@ -311,7 +312,7 @@ impl Mirror {
             && !fault::breaks("D9")
             && let Some(mark) = self.mark.get(Target::Fd(fd))?
         {
-            let mixed = self.mixed_times(node);
+            let mixed = mark.salvage_times().or_else(|| self.mixed_times(node));
             let was = match (mixed.or(mark.times), self.source.recall(node.ino)) {
                 (Some(times), _) => times,
                 (None, Some(info)) => (info.atime, info.mtime),

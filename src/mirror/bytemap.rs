@@ -19,6 +19,7 @@ use rustix::fs::{AtFlags, Mode, OFlags};
 use rustix::io::Errno;
 
 use super::node::Ino;
+use super::salvage::pulled;
 use crate::sys::name::Name;
 use crate::sys::{copy, fd, stat};
 
@@ -231,6 +232,13 @@ impl ByteMap {
         weak
     }
 
+    /// No block is a user's.
+    pub(super) fn is_empty(&self) -> bool {
+        let inner = self.inner.lock();
+        let mut bytes = inner.pieces.values().flat_map(|piece| piece.iter());
+        bytes.all(|byte| *byte == 0)
+    }
+
     /// The first run of blocks in `range` (clipped to it) that are not the users'.
     pub(super) fn first_free(&self, range: &Range<u64>) -> Option<Range<u64>> {
         let inner = self.inner.lock();
@@ -265,8 +273,14 @@ pub(super) fn is_there(dir: BorrowedFd<'_>, ino: Ino) -> Result<bool, Errno> {
     }
 }
 
-/// The map is of no use any more. True when there was one.
+/// The map is of no use any more, nor is what was recorded beside it. True when there was one of them.
 pub(super) fn remove(dir: BorrowedFd<'_>, ino: Ino) -> Result<bool, Errno> {
+    // In this order: a record without a map is nobody's.
+    let map = remove_map(dir, ino)?;
+    Ok(pulled::remove(dir, ino)? || map)
+}
+
+fn remove_map(dir: BorrowedFd<'_>, ino: Ino) -> Result<bool, Errno> {
     match rustix::fs::unlinkat(dir, name_of(ino)?.as_cstr(), AtFlags::empty()) {
         Ok(()) => Ok(true),
         Err(Errno::NOENT) => Ok(false),

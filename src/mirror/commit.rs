@@ -398,7 +398,7 @@ impl Mirror {
 
     /// The removal of the mark is durable. A writer that has joined settles it by itself.
     fn finish_unmarked(&self, hydration: &Arc<Hydration>) {
-        self.hydrations.remove(hydration);
+        self.hydrations.remove_if(hydration, |_| true);
         let mut state = hydration.state.lock();
         if matches!(state.stage, Stage::Unmarked(_)) && state.writers.is_empty() {
             state.stage = Stage::Over;

@@ -121,9 +121,18 @@ impl Mirror {
                 &held,
                 Box::new(|ready| open(ready.map(|()| Locate::Ranged))),
             ),
-            Ok(false) => mirror.when_hydrated(&held, Need::Write, |done| {
-                open(done.map(|()| Locate::Here));
-            }),
+            Ok(false) => {
+                let (again, node) = (Arc::clone(&mirror), Arc::clone(&held));
+                mirror.when_hydrated(&held, Need::Write, move |done| {
+                    open(match done {
+                        // src has not all bytes: others can be written.
+                        Err(e) if e.is_bad_read() && matches!(again.mixed(&node), Ok(Some(_))) => {
+                            Ok(Locate::Ranged)
+                        }
+                        done => done.map(|()| Locate::Here),
+                    });
+                });
+            }
         };
         match self.known_mixed(node) {
             Ok(false) => {}
@@ -134,8 +143,11 @@ impl Mirror {
         self.with_info(node, move |info| large(info.map(|i| i.size > limit)));
     }
 
-    /// Src has not been asked about it, and need not be: an earlier daemon has left it mixed.
+    /// It is mixed. Src has not been asked about it, and need not be, where an earlier daemon has left it so.
     fn known_mixed(self: &Arc<Self>, node: &Node) -> Result<bool> {
+        if self.is_mixed(node) {
+            return Ok(true);
+        }
         Ok(self.source.recall(node.ino).is_none() && self.mixed(node)?.is_some())
     }
 

@@ -5,10 +5,14 @@
 //!   complete  Mixed -> Settling: everything is durable, changes wait, the mark goes, durably; then the
 //!             map (M5)
 //!
-//! What src cannot give is left out and told at the end: users may still write over it.
+//! What src cannot read in one piece is asked for in smaller ones when all else is here; what it cannot give
+//! is left out and told at the end: users may still write over it, and it is tried again with the file.
+
+mod steps;
 
 use std::ops::Range;
 use std::os::fd::AsFd;
+use std::slice;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -16,10 +20,10 @@ use std::time::Duration;
 use rustix::io::Errno;
 
 use super::Mirror;
+use super::bytemap::BLOCK;
 use super::hydrate::{Hydration, Stage, State};
-use super::mixed::{Ground, Mixed};
+use super::mixed::Ground;
 use super::node::{Node, Phase};
-use super::populate::Waiter;
 use super::ranged::{RangeJob, ReadDone};
 use super::turn::overlap;
 use crate::engine::job::{Copied, Priority};
@@ -28,48 +32,41 @@ use crate::meta;
 use crate::ranges::RangeSet;
 use crate::sys::stat::{self, Stat};
 use crate::sys::{copy, fault, fd};
+use crate::throttle::Background;
+pub(super) use steps::Fill;
+use steps::{Failed, Step};
 
-/// Bytes of one job: a change of some of them waits for it.
-const JOB: u64 = 1 << 20;
-/// Jobs of one file at a time.
-const JOBS: usize = 4;
 /// Between two looks whether the last change has ended.
 const LOOK: Duration = Duration::from_micros(100);
 
-/// How far the background is with one mixed file.
-#[derive(Default)]
-pub(super) struct Fill {
-    on: bool,
-    /// Everything before is here.
-    to: u64,
-    /// src has data up to here, as far as was looked.
-    looked: u64,
-    /// What could not be pulled, and why.
-    bad: RangeSet,
-    error: Option<Error>,
-    completing: bool,
-    /// Jobs in the engine's queue, also those that gave way meanwhile.
-    queued: usize,
-}
-
-enum Step {
-    Nothing,
-    Complete,
-    Failed(Error, Vec<Waiter>),
-    Look(Range<u64>),
-    Job(u64, Range<u64>, Priority),
+fn bad_block(hydration: &Hydration) -> Error {
+    Error::Call {
+        call: "read",
+        side: Side::Src,
+        path: hydration.path.to_path(),
+        errno: Errno::IO,
+    }
 }
 
 impl Mirror {
-    /// The rest of the file is to come, also what failed before.
+    /// The rest of the file is to come, also what failed before, unless that was a moment ago.
     pub(super) fn fill(self: &Arc<Self>, hydration: &Arc<Hydration>) {
+        let again = !self.spoiled.is_fresh(hydration.file.ino);
+        self.fill_rest(hydration, again);
+    }
+
+    /// The rest of the file is to come; `again`: also what could not be read before.
+    pub(super) fn fill_rest(self: &Arc<Self>, hydration: &Arc<Hydration>, again: bool) {
         {
             let mut state = hydration.state.lock();
             let Some(mixed) = &mut state.mixed else {
                 return;
             };
-            (mixed.fill.on, mixed.fill.error) = (true, None);
-            mixed.fill.bad = RangeSet::new();
+            mixed.fill.begin(again);
+            if !mixed.fill.bad.is_empty() {
+                let error = || bad_block(hydration);
+                mixed.fill.error.get_or_insert_with(error);
+            }
         }
         self.fill_on(hydration);
     }
@@ -84,42 +81,93 @@ impl Mirror {
             };
             let idle = state.ranges.is_empty() && mixed.busy.is_empty();
             // Without the background only the end is to be found.
-            if state.stage != Stage::Mixed || !(mixed.fill.on || idle) {
+            if state.stage != Stage::Mixed || !(mixed.fill.on || idle) || self.spoiled.is_shut() {
                 return;
             }
         }
-        let task = move || mirror.fill_steps(&held);
+        let task = move || {
+            mirror.fill_steps(&held);
+            mirror.keep_pulled_if_due(&held);
+            mirror.let_go(&held);
+        };
         self.engine.pool().run(Priority::Demand, Box::new(task));
     }
 
     fn fill_steps(self: &Arc<Self>, hydration: &Arc<Hydration>) {
+        self.look_at_src(hydration);
         loop {
             let step = hydration.state.lock().fill_step();
             match step {
                 Step::Nothing => return,
                 Step::Complete => return self.complete(hydration),
-                Step::Failed(error, waiters) => {
-                    return waiters.into_iter().for_each(|w| w(Err(error.clone())));
-                }
+                Step::Failed(failed) => return self.fill_ended(hydration, failed),
                 Step::Look(gap) => self.look_for_data(hydration, &gap),
                 Step::Job(id, range, priority) => self.submit_range(hydration, id, range, priority),
             }
         }
     }
 
+    /// Nothing more can be had of src for now: what is here is kept, and the rest told.
+    fn fill_ended(&self, hydration: &Hydration, failed: Failed) {
+        let Failed {
+            error,
+            waiters,
+            news,
+        } = failed;
+        if let Some(bad) = news {
+            // In this order: what is told to be all that is missing is all that is missing after a crash.
+            self.keep_pulled_and_place(hydration);
+            self.fail_ranges(&hydration.path, &error, &bad, true);
+        }
+        waiters.into_iter().for_each(|w| w(Err(error.clone())));
+    }
+
+    /// M6: a job that fails does not say of which file. So src is looked at before what failed is tried again.
+    fn look_at_src(self: &Arc<Self>, hydration: &Arc<Hydration>) {
+        {
+            let mut state = hydration.state.lock();
+            let mixed = state.mixed.as_deref_mut();
+            if !mixed.is_some_and(|m| std::mem::take(&mut m.fill.unsure)) {
+                return;
+            }
+        }
+        let path = &hydration.path;
+        let found = self.open_origin(hydration).and_then(|(dir, name)| {
+            let file = fd::open_src(dir.fd.as_fd(), &name).on("open", Side::Src, path)?;
+            stat::stat_fd(file.as_fd()).on("statx", Side::Src, path)
+        });
+        // The jobs will say what is wrong.
+        let Ok(src) = found else { return };
+        let same = hydration.state.lock().is_of_same_src(&src);
+        if !same {
+            let path = path.to_path();
+            self.fail(&hydration.path, &Error::SrcChanged { path });
+            self.src_was_changed(hydration.file.ino);
+            self.leave(hydration, &src);
+        }
+    }
+
     /// Where src has a hole dst's is as good.
-    fn look_for_data(&self, hydration: &Hydration, gap: &Range<u64>) {
+    fn look_for_data(self: &Arc<Self>, hydration: &Arc<Hydration>, gap: &Range<u64>) {
         let found = self.first_data(hydration, gap);
-        let mut state = hydration.state.lock();
-        let data = match found {
-            // M6, as for what is pulled.
-            Ok((data, src)) if state.is_of_same_src(&src) => data,
-            // The job will say what is wrong.
-            _ => gap.start..u64::MAX,
+        let other = {
+            let mut state = hydration.state.lock();
+            let (data, other) = match found {
+                // M6, as for what is pulled.
+                Ok((data, src)) if state.is_of_same_src(&src) => (data, None),
+                Ok((_, src)) => (gap.start..u64::MAX, Some(src)),
+                // The job will say what is wrong.
+                Err(_) => (gap.start..u64::MAX, None),
+            };
+            state.present.insert(gap.start..data.start);
+            if let Some(mixed) = &mut state.mixed {
+                mixed.fill.looked = data.end;
+                mixed.unsaved = true;
+            }
+            other
         };
-        state.present.insert(gap.start..data.start);
-        if let Some(mixed) = &mut state.mixed {
-            mixed.fill.looked = data.end;
+        if let Some(src) = other {
+            self.leave(hydration, &src);
         }
     }
 
@@ -202,9 +250,14 @@ impl Mirror {
             synced = Err(Errno::IO); // A user has heard of it; what was pulled is lost too.
         }
         synced.on("fdatasync", Side::Dst, path)?;
-        self.store_mark(ground, ino)
-            .on("setxattr", Side::Dst, path)?;
-        let (atime, mtime) = ground.times();
+        let mut times = None;
+        if ground.salvage_of().is_some() {
+            times = self.restore_salvaged(hydration, file)?;
+        } else {
+            self.store_mark(ground, ino)
+                .on("setxattr", Side::Dst, path)?;
+        }
+        let (atime, mtime) = times.unwrap_or_else(|| ground.times());
         meta::set_times_fd(file, atime, mtime).on("utimensat", Side::Dst, path)?;
         self.partials.note_unmark(&hydration.file);
         let _guard = self.lock_perms(ino);
@@ -220,6 +273,13 @@ impl Mirror {
         then: ReadDone,
     ) {
         let mut state = hydration.state.lock();
+        if state.stage == Stage::Leaving {
+            let (mirror, node) = (Arc::clone(self), Arc::clone(node));
+            return state.changers.push(Box::new(move |left| match left {
+                Ok(()) => mirror.read_pending(&node, range, then),
+                Err(e) => then(Err(e)),
+            }));
+        }
         let gap = match state.stage {
             Stage::Mixed => state.first_missing(&range),
             // All here; or it failed, and the read will say so.
@@ -233,17 +293,24 @@ impl Mirror {
             }
             return then(self.read_here(&hydration.file, &hydration.path, range));
         };
+        if let Some(error) = self.known_bad(hydration, &state, &gap) {
+            drop(state);
+            return then(Err(error));
+        }
         state.drop_idle_jobs(&gap);
         let busy = state.mixed.as_ref().is_some_and(|m| m.busy_at(&gap));
         let job = state.ranges.iter().find(|job| overlap(&job.range, &gap));
-        let job = job.map(|job| job.id);
+        let job = job.map(|job| (job.id, job.range != gap));
         let (mirror, node, held) = (Arc::clone(self), Arc::clone(node), Arc::clone(hydration));
+        let is_wider = job.is_some_and(|(_, wider)| wider);
         let again = move |ready: Result<()>| match ready {
+            // Others of its bytes may be the bad ones.
+            Err(e) if is_wider && e.is_bad_read() => mirror.read_mixed(&node, &held, range, then),
             Ok(()) => mirror.read_mixed(&node, &held, range, then),
             Err(e) => then(Err(e)),
         };
         let waits = self.waiting(hydration.path.to_path(), again);
-        if let Some(id) = job {
+        if let Some((id, _)) = job {
             state.after(id, waits);
             drop(state);
             return self.engine.hurry();
@@ -265,10 +332,22 @@ impl Mirror {
         self.demand_range(hydration, id, piece);
     }
 
+    /// Bytes that src could not read are left to the background's next try; where there is none, only for a
+    /// moment, or while src is away. After `finish` has begun none are asked for.
+    fn known_bad(&self, hydration: &Hydration, state: &State, gap: &Range<u64>) -> Option<Error> {
+        let fill = &state.mixed.as_ref()?.fill;
+        let known = fill.known_bad.next(gap.start);
+        let left = self.throttle.background() != Background::Off
+            || self.spoiled.is_fresh(hydration.file.ino)
+            || self.src_is_away();
+        let known = left && known.is_some_and(|bad| bad.start <= gap.start);
+        (known || self.spoiled.is_shut()).then(|| bad_block(hydration))
+    }
+
     /// M6: what a range job has brought counts when it is of the same src as all the rest.
     pub(super) fn count_range(
-        &self,
-        hydration: &Hydration,
+        self: &Arc<Self>,
+        hydration: &Arc<Hydration>,
         id: u64,
         copied: &Copied,
     ) -> Result<()> {
@@ -279,6 +358,7 @@ impl Mirror {
         if !state.is_of_same_src(&copied.src) {
             drop(state);
             self.src_was_changed(hydration.file.ino);
+            self.leave(hydration, &copied.src);
             return Err(Error::SrcChanged {
                 path: hydration.path.to_path(),
             });
@@ -286,6 +366,9 @@ impl Mirror {
         let job = state.ranges.iter().find(|job| job.id == id);
         if let Some(range) = job.filter(|job| !job.void).map(|job| job.range.clone()) {
             state.present.insert(range);
+            if let Some(mixed) = &mut state.mixed {
+                mixed.unsaved = true;
+            }
         }
         Ok(())
     }
@@ -296,18 +379,35 @@ impl Mirror {
         let told = {
             let mut state = hydration.state.lock();
             let waited_for = state.is_waited_for();
-            let Some(mixed) = state.mixed.as_deref_mut().filter(|_| job.fill.is_some()) else {
+            if error.is_bad_read() {
+                state.is_worth_a_record();
+            }
+            let is_mixed = state.stage == Stage::Mixed;
+            let Some(mixed) = state.mixed.as_deref_mut().filter(|_| is_mixed) else {
                 return;
             };
+            if error.is_bad_read() {
+                mixed.fill.failed(&job.range, error);
+                let len = job.range.end - job.range.start;
+                let is_asked = job.fill.is_none();
+                drop(state);
+                match is_asked && len <= BLOCK {
+                    true => {
+                        self.fail_ranges(&hydration.path, error, slice::from_ref(&job.range), false)
+                    }
+                    false if is_asked => self.fail(&hydration.path, error),
+                    false => {}
+                }
+                return;
+            }
+            if job.fill.is_none() {
+                return;
+            }
             if matches!(error, Error::Stopped) && waited_for {
                 Vec::new() // The background was cancelled: it comes as demand.
             } else if matches!(error, Error::Stopped) {
                 mixed.fill.on = false;
                 state.take_settled()
-            } else if error.is_bad_read() {
-                mixed.fill.bad.insert(job.range.clone());
-                mixed.fill.error = Some(error.clone());
-                Vec::new()
             } else {
                 mixed.fill.on = false;
                 state.take_waiters()
@@ -332,18 +432,38 @@ impl State {
     }
 
     /// M6: src is the file that all which is here was pulled from, and reaches as far as it is
-    /// needed. Else all of it counts for nothing, and the next try takes src as it is by then.
+    /// needed. Else all of it counts for nothing, and the next try takes src as it is by then: a file that no
+    /// user has changed is to be pending again for that.
     fn is_of_same_src(&mut self, now: &Stat) -> bool {
+        let leaves = self.is_quiet() && self.stage == Stage::Mixed;
         let Some(mixed) = &mut self.mixed else {
             return true;
         };
         let seen = (now.size, now.mtime);
-        let reaches = now.size >= mixed.ground.src_end();
-        if reaches && *mixed.src.get_or_insert(seen) == seen || fault::breaks("M6") {
+        let of = mixed.ground.salvage_of();
+        let same = match of {
+            Some(of) => seen == of,
+            None => {
+                let reaches = now.size >= mixed.ground.src_end();
+                reaches && *mixed.src.get_or_insert(seen) == seen
+            }
+        };
+        if same || fault::breaks("M6") {
             return true;
         }
-        mixed.src = None;
+        mixed.src = of;
+        // Its bad blocks are others.
+        let on = mixed.fill.on;
+        let queued = mixed.fill.queued;
+        mixed.fill = Fill {
+            on,
+            queued,
+            ..Fill::default()
+        };
         self.forget_pulled();
+        if of.is_some() && leaves {
+            self.stage = Stage::Leaving;
+        }
         false
     }
 
@@ -353,124 +473,29 @@ impl State {
         self.ranges.iter_mut().for_each(|job| job.void = true);
         if let Some(mixed) = &mut self.mixed {
             (mixed.fill.to, mixed.fill.looked) = (0, 0);
+            // From now on no job runs over the bytes of another.
+            (mixed.apart, mixed.stale, mixed.unsaved) = (true, true, false);
+            mixed.epoch += 1;
         }
     }
 
-    /// A job goes into the engine's queue; whether that counts.
-    pub(super) fn job_queued(&mut self, id: u64) -> bool {
-        let fills = self.ranges.iter().any(|r| r.id == id && r.fill.is_some());
-        match self.mixed.as_mut().filter(|_| fills) {
-            Some(mixed) => mixed.fill.queued += 1,
-            None => return false,
+    /// src cannot read some of it: what is here should stay.
+    fn is_worth_a_record(&mut self) {
+        if self.mixed.as_ref().is_some_and(|m| !m.apart) {
+            self.forget_pulled();
         }
-        true
     }
 
-    /// Such a job has left the engine's queue.
-    pub(super) fn job_taken(&mut self) {
-        if let Some(mixed) = &mut self.mixed {
-            mixed.fill.queued = mixed.fill.queued.saturating_sub(1);
-        }
+    /// Nobody waits for it or works on it, and nothing more is to come by itself.
+    pub(super) fn is_idle(&self) -> bool {
+        let waits = [&self.readers, &self.writers, &self.settled, &self.changers];
+        let filled = self.mixed.as_ref().is_none_or(|m| !m.fill.on);
+        let quiet = self.ranges.is_empty() && self.is_quiet();
+        filled && quiet && waits.iter().all(|w| w.is_empty())
     }
 
     /// No change is under way.
-    fn is_quiet(&self) -> bool {
+    pub(super) fn is_quiet(&self) -> bool {
         self.mixed.as_ref().is_none_or(|m| m.busy.is_empty())
     }
-
-    fn obstacles(&self) -> impl Iterator<Item = &Range<u64>> {
-        let busy = self.mixed.iter().flat_map(|m| m.busy.iter().map(|b| &b.1));
-        busy.chain(self.ranges.iter().map(|job| &job.range))
-    }
-
-    /// The missing bytes from `start` on, up to `end`, the next job or the next change. `start` is
-    /// missing, and nobody is there.
-    pub(super) fn piece(&self, start: u64, end: u64) -> Range<u64> {
-        let gap = self.first_missing(&(start..end)).unwrap_or(start..start);
-        let next = self.obstacles().map(|o| o.start).filter(|s| *s > start);
-        gap.start..next.fold(gap.end, u64::min)
-    }
-
-    fn fill_step(&mut self) -> Step {
-        if self.stage != Stage::Mixed {
-            return Step::Nothing;
-        }
-        let priority = self.lane();
-        if priority == Priority::Demand {
-            // What is held in the background's lane comes now.
-            self.drop_idle_jobs(&(0..u64::MAX));
-        }
-        let from = self.mixed.as_ref().map_or(0, |m| m.fill.to);
-        let Some(first) = self.first_missing(&(from..u64::MAX)) else {
-            return match self.ranges.is_empty() {
-                true => Step::Complete,
-                false => Step::Nothing,
-            };
-        };
-        let fills = self.ranges.iter().filter(|job| job.fill.is_some());
-        let (live, begun) = fills.fold((0, 0), |(all, begun), job| {
-            (all + 1, begun + usize::from(job.begun))
-        });
-        let Some(mixed) = &mut self.mixed else {
-            return Step::Nothing;
-        };
-        mixed.fill.to = first.start;
-        let under_way = match priority {
-            Priority::Demand => live,
-            // What gave way is still in the queue: it must not grow without end.
-            Priority::Background => begun + mixed.fill.queued,
-        };
-        if !mixed.fill.on || under_way >= JOBS {
-            return Step::Nothing;
-        }
-        let looked = mixed.fill.looked;
-        let Some(gap) = self.next_gap(first.start) else {
-            return self.fill_stuck();
-        };
-        if gap.start >= looked && gap.end - gap.start > JOB {
-            return Step::Look(gap);
-        }
-        let range = gap.start..gap.end.min(gap.start + JOB);
-        let id = self.new_job(range.clone(), Some(priority));
-        Step::Job(id, range, priority)
-    }
-
-    /// The next missing bytes that nobody pulls or changes and that src can give, as far as is known.
-    fn next_gap(&self, from: u64) -> Option<Range<u64>> {
-        let mut at = from;
-        loop {
-            let missing = self.first_missing(&(at..u64::MAX))?;
-            let bad = self.mixed.as_deref().map(bad_of)?;
-            let Some(good) = bad.first_gap(&missing) else {
-                at = missing.end;
-                continue;
-            };
-            let inside = self.obstacles().find(|o| o.contains(&good.start));
-            match inside {
-                Some(obstacle) => at = obstacle.end,
-                None => {
-                    let next = self.obstacles().map(|o| o.start);
-                    let next = next.filter(|s| *s > good.start);
-                    return Some(good.start..next.fold(good.end, u64::min));
-                }
-            }
-        }
-    }
-
-    /// Nothing more can be asked for. With nothing under way that is the end of the try.
-    fn fill_stuck(&mut self) -> Step {
-        let idle = self.ranges.is_empty() && self.is_quiet();
-        let Some(mixed) = self.mixed.as_mut().filter(|_| idle) else {
-            return Step::Nothing;
-        };
-        mixed.fill.on = false;
-        match mixed.fill.error.take() {
-            Some(error) => Step::Failed(error, self.take_waiters()),
-            None => Step::Nothing,
-        }
-    }
-}
-
-fn bad_of(mixed: &Mixed) -> &RangeSet {
-    &mixed.fill.bad
 }

@@ -22,6 +22,8 @@ use super::control::{self, CONTROL, Control, Identity};
 use super::ledger::{self, Ledger, LedgerEntry};
 use super::native;
 use super::perms::Perms;
+use super::salvage::rest;
+pub use super::salvage::rest::Rest;
 use crate::crew::Crew;
 use crate::error::{Context, Error, Result, Side};
 use crate::mark::{Mark, MarkName};
@@ -106,8 +108,9 @@ pub fn accept_offline(dst: &Path, paths: &[RelPath]) -> Result<usize> {
     Ok(accepted)
 }
 
-/// Finishes a migration that has no daemon. DST without one is refused.
-pub fn finish_offline(dst: &Path, accept_loss: bool) -> Result<()> {
+/// Finishes a migration that has no daemon; the files that are in DST without some bytes, as accepted. DST
+/// without a migration is refused.
+pub fn finish_offline(dst: &Path, accept_loss: bool) -> Result<Vec<Rest>> {
     let root = open_root(dst)?;
     let control = control_of(dst, root.as_fd())?;
     let mark = mark_of(&control.identity);
@@ -123,8 +126,9 @@ pub fn finish_offline(dst: &Path, accept_loss: bool) -> Result<()> {
 
 impl Mirror {
     /// Ends the migration: see the module. Refuses (`Error::Unusable`, one line) while something is
-    /// pending, or in the ledger and not accepted as lost. The mount can go on afterwards.
-    pub fn finish(&self, accept_loss: bool) -> Result<()> {
+    /// pending, or in the ledger and not accepted as lost. The mount can go on afterwards. The files that
+    /// are in dst without some bytes, as accepted, come back.
+    pub fn finish(&self, accept_loss: bool) -> Result<Vec<Rest>> {
         for _ in 0..600 {
             if self.commit.is_idle() {
                 break;
@@ -134,16 +138,20 @@ impl Mirror {
         }
         let _guard = self.moves.lock();
         let (root, mark) = (self.dst.as_fd(), self.mark);
-        Finisher {
+        let finisher = Finisher {
             root,
             control: &self.control,
             ledger: &self.ledger,
             mark,
-        }
-        .run(accept_loss)?;
+        };
+        finisher.check_accepted(accept_loss)?;
+        let rescues = self.shut_rescues()?;
+        let finished = finisher.run(accept_loss);
+        self.end_rescues(&rescues, finished.as_deref().ok());
+        let rests = finished?;
         self.finished.store(true, Ordering::Relaxed);
         self.progress.complete.store(true, Ordering::Relaxed);
-        Ok(())
+        Ok(rests)
     }
 }
 
@@ -155,7 +163,7 @@ struct Finisher<'a> {
 }
 
 impl Finisher<'_> {
-    fn run(&self, accept_loss: bool) -> Result<()> {
+    fn check_accepted(&self, accept_loss: bool) -> Result<Vec<LedgerEntry>> {
         let entries = self.ledger.entries();
         let open = entries.iter().filter(|e| !e.accepted).count();
         if open > 0 && !accept_loss {
@@ -164,12 +172,28 @@ impl Finisher<'_> {
                  up one path, finish --accept-loss gives up all",
             )));
         }
+        Ok(entries)
+    }
+
+    fn run(&self, accept_loss: bool) -> Result<Vec<Rest>> {
+        let entries = self.check_accepted(accept_loss)?;
         let mut pending = Vec::new();
         let mut populated = Vec::new();
-        let mut mixed = Vec::new();
+        let (mut mixed, mut remains) = (Vec::new(), Vec::new());
+        let at = (self.root, self.control.maps.as_fd());
         scan(self.root, self.mark, &mut |found| {
+            let source = found.mark.origin.as_ref().unwrap_or(&found.path);
             match found.mark.populated {
                 true => populated.push(found.path),
+                false if found.mark.salvage.is_some() && is_lost(&entries, source) => {
+                    match rest::look(at, self.mark, &found.path)? {
+                        rest::Found::Gone => {}
+                        rest::Found::Changed => mixed.push(found.path),
+                        rest::Found::Nothing => pending.push((found.path, found.kind)),
+                        rest::Found::Some(some) => remains.push(some),
+                    }
+                }
+                false if found.mark.salvage.is_some() => pending.push((found.path, found.kind)),
                 false if found.mark.mixed.is_some() => mixed.push(found.path),
                 false => pending.push((found.path, found.kind)),
             }
@@ -190,6 +214,10 @@ impl Finisher<'_> {
             mark: self.mark,
         };
         perms.replay()?;
+        let rests: Vec<Rest> = remains
+            .into_iter()
+            .map(|some| some.give_up(&perms))
+            .collect::<Result<_>>()?;
         for path in &populated {
             let opened = fd::open_beneath(self.root, path, OFlags::PATH | OFlags::DIRECTORY).on(
                 "open",
@@ -213,17 +241,17 @@ impl Finisher<'_> {
         if root_flags != 0 {
             self.add_flags(self.root, root_flags)?;
         }
-        fd::syncfs(self.root).on("syncfs", Side::Dst, ".")
+        fd::syncfs(self.root).on("syncfs", Side::Dst, ".")?;
+        Ok(rests)
     }
 
     /// What is pending and in the ledger was accepted as lost: it must not stay as a file of zeros.
     /// What is pending and not in the ledger is still to come.
     fn give_up(&self, pending: Vec<(RelPath, FileType)>, entries: &[LedgerEntry]) -> Result<()> {
-        let lost = |path: &RelPath| {
-            let shown = crate::error::Printable(path.as_ref().as_os_str()).to_string();
-            entries.iter().any(|e| e.data && e.path == shown)
-        };
-        let left: Vec<_> = pending.iter().filter(|(path, _)| !lost(path)).collect();
+        let left: Vec<_> = pending
+            .iter()
+            .filter(|(path, _)| !is_lost(entries, path))
+            .collect();
         if let Some((first, _)) = left.first() {
             return Err(Error::Unusable(format!(
                 "{} entries are still pending, \"{}\" among them",
@@ -287,6 +315,12 @@ impl Finisher<'_> {
             Err(e) => Err(e).on("FS_IOC_SETFLAGS", Side::Dst, at),
         }
     }
+}
+
+/// The ledger has the data of a path of src.
+fn is_lost(entries: &[LedgerEntry], path: &RelPath) -> bool {
+    let shown = crate::error::Printable(path.as_ref().as_os_str()).to_string();
+    entries.iter().any(|e| e.data && e.path == shown)
 }
 
 fn parse_flags(name: &Name) -> Option<(u32, Handle)> {

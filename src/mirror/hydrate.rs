@@ -6,7 +6,7 @@
 //!   Landed   -> Settling  settle()     a writer waits: fdatasync, unmark, fsync at once (D2)
 //!   Unmarked -> (gone)    commit.rs    the next syncfs made the removal durable (D2)
 //!   Queued   -> Truncating  truncate_pending()  O_TRUNC: nothing is read from src (D3)
-//!   Queued   -> Mixing, Mixed  mixed.rs: a large file that is changed before it is here
+//!   Queued   -> Mixing, Mixed  mixed.rs: a large file that is changed before it is here; salvage.rs
 //!   any      -> (gone)    fail_hydration()  the mark was never touched, so a retry starts clean
 //!
 //! Readers are answered from Landed on, writers only when the hydration is gone. Upholds I3, I4,
@@ -68,8 +68,10 @@ pub(super) enum Stage {
     Truncating,
     /// On its way to be Mixed.
     Mixing,
-    /// Changed by users, and pulled around that (mixed.rs).
+    /// Changed by users, or not whole in src, and pulled around that (mixed.rs).
     Mixed,
+    /// No longer: it is pending again (salvage.rs).
+    Leaving,
     /// Unmarked by the commit with this number; durable with the next.
     Unmarked(u64),
     /// Out of the table: whoever still holds it joins anew.
@@ -149,13 +151,12 @@ impl Hydrations {
         self.table.lock().is_empty()
     }
 
-    pub(super) fn remove(&self, hydration: &Arc<Hydration>) {
+    /// In one step with what is done to its state.
+    pub(super) fn remove_if(&self, one: &Arc<Hydration>, goes: impl FnOnce(&mut State) -> bool) {
         let mut table = self.table.lock();
-        if table
-            .get(&hydration.file.ino)
-            .is_some_and(|h| Arc::ptr_eq(h, hydration))
-        {
-            table.remove(&hydration.file.ino);
+        let found = table.get(&one.file.ino);
+        if found.is_some_and(|h| Arc::ptr_eq(h, one)) && goes(&mut one.state.lock()) {
+            table.remove(&one.file.ino);
         }
     }
 
@@ -355,7 +356,7 @@ impl Mirror {
         state.demanded |= priority == Priority::Demand && need != Need::Ahead;
         match state.stage {
             // `install` asks for the rest.
-            Stage::Mixing => return,
+            Stage::Mixing | Stage::Leaving => return,
             Stage::Mixed => {
                 drop(state);
                 return self.fill(&hydration);
@@ -478,7 +479,7 @@ impl Mirror {
     /// The hydration is over: everybody who still waits is told. Readers of ranges are answered
     /// from dst when it is whole.
     pub(super) fn end(&self, hydration: &Arc<Hydration>, result: Result<()>) {
-        self.hydrations.remove(hydration);
+        self.hydrations.remove_if(hydration, |_| true);
         let mut state = hydration.state.lock();
         state.stage = Stage::Over;
         let mut waiters = state.take_waiters();

@@ -27,6 +27,8 @@ const FILE: &std::ffi::CStr = c"ledger";
 const NEW_FILE: &std::ffi::CStr = c"ledger.new";
 /// What `call` says of a name that only dst has.
 const EXTRA: &str = "extra";
+/// Ranges of one entry; the last of so many reaches to the end of all.
+const RANGES_MAX: usize = 10_000;
 /// Such names that are listed; more are only counted and logged.
 const EXTRAS_MAX: usize = 10_000;
 
@@ -133,14 +135,14 @@ impl Ledger {
 
     /// Records a failure of a path's data or names.
     pub fn record(&self, path: &RelPath, error: &Error) {
-        self.add(failure_of(path, error));
+        self.add(failure_of(path, error), false);
     }
 
-    /// Records bytes of a file that src cannot give.
-    pub fn record_ranges(&self, path: &RelPath, error: &Error, bad: &[Range<u64>]) {
+    /// Records bytes of a file that src cannot give; `all`: there are no others.
+    pub fn record_ranges(&self, path: &RelPath, error: &Error, bad: &[Range<u64>], all: bool) {
         let mut new = failure_of(path, error);
         new.ranges = bad.iter().map(|r| (r.start, r.end)).collect();
-        self.add(new);
+        self.add(new, all);
     }
 
     /// Records metadata that dst would not take.
@@ -156,7 +158,7 @@ impl Ledger {
     fn record_metadata(&self, path: &RelPath, side: Side, what: &str, errno: rustix::io::Errno) {
         let shown = Printable(path.as_ref().as_os_str()).to_string();
         let message = format!("\"{shown}\": {what} {side}: {errno}");
-        self.add(entry(path, side, what, errno, message, false));
+        self.add(entry(path, side, what, errno, message, false), false);
     }
 
     /// A later try succeeded: the path's data is here.
@@ -259,16 +261,17 @@ impl Ledger {
         crate::sys::fd::fdatasync(inner.file.as_fd()).on("fdatasync", Side::Dst, ".mirrorfs/ledger")
     }
 
-    fn add(&self, mut new: LedgerEntry) {
+    fn add(&self, mut new: LedgerEntry, all: bool) {
         tracing::warn!("{}", new.message);
         let key = new.key();
         let mut inner = self.inner.lock();
         if let Some(old) = inner.entries.get(&key) {
             new.attempts = old.attempts + 1;
             (new.first_unix, new.accepted) = (old.first_unix, old.accepted);
-            let ranges = old.ranges.iter().chain(&new.ranges).copied().collect();
-            new.ranges = merged(ranges);
+            let known = old.ranges.iter().filter(|_| !all);
+            new.ranges = known.chain(&new.ranges).copied().collect();
         }
+        new.ranges = merged(new.ranges);
         inner.entries.insert(key, new.clone());
         inner.append(&Line::Entry(new));
     }
@@ -372,8 +375,9 @@ fn merged(mut ranges: Vec<(u64, u64)>) -> Vec<(u64, u64)> {
     ranges.sort_unstable();
     let mut all: Vec<(u64, u64)> = Vec::with_capacity(ranges.len());
     for (from, to) in ranges {
+        let is_full = all.len() == RANGES_MAX;
         match all.last_mut() {
-            Some(last) if from <= last.1 => last.1 = last.1.max(to),
+            Some(last) if from <= last.1 || is_full => last.1 = last.1.max(to),
             _ => all.push((from, to)),
         }
     }

@@ -9,15 +9,17 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 
 use super::Mirror;
 use super::bytemap::{self, ByteMap};
-use super::hydrate::Hydration;
-use super::mixed::Ground;
+use super::hydrate::{Hydration, State};
+use super::mixed::{Ground, Mixed, Start};
 use super::node::Node;
+use super::salvage::pulled::Pulled;
 use super::source::SrcInfo;
 use crate::engine::job::Priority;
 use crate::error::{Context, Result, Side};
@@ -129,14 +131,25 @@ impl Mirror {
         let file = hydration.file.anchor.open(dst, OFlags::RDWR);
         let file = file.on("open", Side::Dst, path)?;
         match self.load(hydration, file, &mark)? {
-            Some(ground) => self.install(hydration, ground, None),
+            Some((ground, pulled)) => {
+                let start = Start {
+                    pulled,
+                    ..Start::default()
+                };
+                self.install(hydration, ground, start);
+            }
             None => hydration.state.lock().looked = true,
         }
         Ok(())
     }
 
     /// M1, M4: what an earlier daemon has left of a mixed file. `None`: it is pending.
-    fn load(&self, hydration: &Hydration, file: OwnedFd, mark: &Mark) -> Result<Option<Ground>> {
+    fn load(
+        &self,
+        hydration: &Hydration,
+        file: OwnedFd,
+        mark: &Mark,
+    ) -> Result<Option<(Ground, Option<Pulled>)>> {
         let (path, ino) = (&hydration.path, hydration.file.ino);
         let map = match ByteMap::open(self.control.maps.as_fd(), ino) {
             Err(Errno::NOENT) if mark.young => {
@@ -159,18 +172,34 @@ impl Mirror {
         };
         map.believe(file.as_fd(), src_end)
             .on("lseek", Side::Dst, path)?;
-        let mark = Mark {
-            mixed: Some(src_end),
-            times: Some(mark.times.unwrap_or((there.atime, there.mtime))),
-            ..mark.clone()
+        let pulled = Pulled::load(self.control.maps.as_fd(), ino);
+        let pulled = pulled.on("open", Side::Dst, ".mirrorfs/maps")?;
+        let times = mark.times.or(mark.salvage);
+        let times = times.unwrap_or((there.atime, there.mtime));
+        // What a user has changed says so, though the mark may not any more.
+        let is_changed = !map.is_empty() || there.size != marked;
+        let ground = match mark.salvage {
+            Some(_) => Ground::new(file, map, mark),
+            None => {
+                let (mixed, times) = (Some(src_end), Some(times));
+                let mark = Mark {
+                    mixed,
+                    times,
+                    ..mark.clone()
+                };
+                Ground::new(file, map, &mark)
+            }
         };
-        let ground = Ground::new(file, map, &mark);
+        if mark.salvage.is_some() && is_changed {
+            ground.src_end.store(src_end, Ordering::Release);
+            self.own(&ground, ino).on("setxattr", Side::Dst, path)?;
+        }
         if src_end < marked {
             // A cut whose mark was not written any more: before the file can grow again.
             self.store_mark(&ground, ino)
                 .on("setxattr", Side::Dst, path)?;
         }
-        Ok(Some(ground))
+        Ok(Some((ground, pulled)))
     }
 
     /// False for a young file that is about to be pending again.
@@ -198,5 +227,32 @@ impl Mirror {
             }
             _ => Ok(()),
         }
+    }
+}
+
+impl State {
+    /// What is here when the file becomes mixed.
+    pub(super) fn mix(&mut self, ground: Ground, start: Start) {
+        if start.anew {
+            self.forget_pulled();
+        }
+        let info = start.info.filter(|_| !self.present.is_empty());
+        let info = info.map(|info| (info.size, info.mtime));
+        let mut mixed = Mixed::new(ground, info);
+        mixed.apart = self.present.is_empty() && self.ranges.iter().all(|job| job.void);
+        let of = mixed.ground.salvage_of();
+        if of.is_some() {
+            mixed.src = of;
+        }
+        if let Some(pulled) = start.pulled {
+            // M6: the record is of another src, or beside what somebody has begun to pull.
+            mixed.stale = !mixed.apart || of.is_some_and(|of| of != pulled.src);
+            if !mixed.stale {
+                mixed.src = Some(pulled.src);
+                self.present = pulled.present;
+                mixed.fill.knows(pulled.bad);
+            }
+        }
+        self.mixed = Some(Box::new(mixed));
     }
 }

@@ -1,4 +1,5 @@
-//! Mixed files: large pending files that users write into before all of src's bytes are here.
+//! Mixed files: large pending files that users write into before all of src's bytes are here, and files
+//! of any size that src cannot give whole (salvage.rs).
 //!
 //!   Queued  -> Mixing  change()    the first change: a map is made, then the mark says so (mix.rs)
 //!   Copying -> Queued  leave       the whole-file job ends where it is; then as above
@@ -24,6 +25,7 @@ use super::fill::Fill;
 use super::hydrate::{FileRef, Hydration, Need, Stage};
 use super::node::Node;
 use super::populate::Waiter;
+use super::salvage::pulled::Pulled;
 use super::source::SrcInfo;
 use super::turn::{Span, overlap};
 use crate::engine::job::Priority;
@@ -48,6 +50,14 @@ pub(super) struct Ground {
     pub(super) young: Mutex<bool>,
     /// Syncs that have failed.
     pub(super) losses: AtomicU64,
+    /// Whoever writes or removes the record of what is here (pulled.rs).
+    pub(super) record: Mutex<()>,
+    /// No user has changed it: it is src's, and what src cannot give is missing (rescue.rs).
+    salvaged: AtomicBool,
+    /// Then: size and time of the file in src.
+    of: Option<(u64, Time)>,
+    /// Then: one of those that are open.
+    pub(super) open: Option<Arc<()>>,
     times: Mutex<Times>,
 }
 
@@ -70,6 +80,27 @@ pub(super) struct Mixed {
     pub(super) fill: Fill,
     /// M6: src's size and time when the first bytes were pulled: others are of another file.
     pub(super) src: Option<(u64, Time)>,
+    /// No job may have written over what counts as here: only then is there a record (M7).
+    pub(super) apart: bool,
+    /// What was pulled has counted for nothing so often; and whether a record of it may still be there.
+    pub(super) epoch: u64,
+    pub(super) stale: bool,
+    /// More is here than the record says, and when that was written.
+    pub(super) unsaved: bool,
+    pub(super) saved: Instant,
+    /// It is on its way to be pending again.
+    pub(super) left: bool,
+}
+
+/// What is here when a file becomes mixed.
+#[derive(Default)]
+pub(super) struct Start {
+    /// What src's file was when the bytes that are here were pulled.
+    pub(super) info: Option<SrcInfo>,
+    /// What an earlier daemon has recorded.
+    pub(super) pulled: Option<Pulled>,
+    /// What was pulled counts for nothing.
+    pub(super) anew: bool,
 }
 
 /// What a change is made on: a mixed file, or (`None`) a plain one that is all here.
@@ -84,6 +115,17 @@ impl Ground {
     pub(super) fn times(&self) -> (Time, Time) {
         let times = self.times.lock();
         (times.atime, times.mtime)
+    }
+
+    /// No user has changed it: size and time of the file in src.
+    pub(super) fn salvage_of(&self) -> Option<(u64, Time)> {
+        self.of.filter(|_| self.salvaged.load(Ordering::Acquire))
+    }
+
+    /// Its mark says that users have changed it, and is not durable.
+    pub(super) fn is_changed(&self) {
+        self.mark_is_durable.store(false, Ordering::Release);
+        self.salvaged.store(false, Ordering::Release);
     }
 
     pub(super) fn set_times(&self, (atime, mtime): (Time, Time)) {
@@ -121,7 +163,7 @@ impl Mirror {
                 drop(state);
                 self.change(node, span, work);
             }
-            Stage::Mixing => {
+            Stage::Mixing | Stage::Leaving => {
                 let again = self.again(node, span, work);
                 state.changers.push(again);
             }
@@ -141,7 +183,7 @@ impl Mirror {
                     return self.with_info(node, move |info| then(info.map(|_| ())));
                 };
                 if info.size <= self.large_file_bytes {
-                    return self.change_plain(node, work);
+                    return self.change_plain(node, span, work);
                 }
                 match begin {
                     true => self.begin(node, &hydration, info, span, work),
@@ -150,16 +192,19 @@ impl Mirror {
             }
             _ => {
                 drop(state);
-                self.change_plain(node, work);
+                self.change_plain(node, span, work);
             }
         }
     }
 
-    /// A change of a file that is hydrated first.
-    fn change_plain(self: &Arc<Self>, node: &Arc<Node>, work: Work) {
-        let mirror = Arc::clone(self);
-        self.when_hydrated(node, Need::Write, move |ready| {
-            work(&mirror, ready.map(|()| None));
+    /// A change of a file that is hydrated first; one that src cannot give whole is mixed by then.
+    fn change_plain(self: &Arc<Self>, node: &Arc<Node>, span: Span, work: Work) {
+        let (mirror, held) = (Arc::clone(self), Arc::clone(node));
+        self.when_hydrated(node, Need::Write, move |ready| match ready {
+            Err(e) if e.is_bad_read() && matches!(mirror.mixed(&held), Ok(Some(_))) => {
+                mirror.change(&held, span, work);
+            }
+            ready => work(&mirror, ready.map(|()| None)),
         });
     }
 
@@ -244,7 +289,14 @@ impl Mirror {
         begun: Result<Option<Ground>>,
     ) {
         match begun {
-            Ok(Some(ground)) => self.install(hydration, ground, Some(info)),
+            Ok(Some(ground)) => {
+                let info = Some(info);
+                let start = Start {
+                    info,
+                    ..Start::default()
+                };
+                self.install(hydration, ground, start);
+            }
             other => {
                 if let Err(e) = &other {
                     tracing::warn!("{e}; the file is pulled whole before it is changed");
@@ -263,15 +315,15 @@ impl Mirror {
         }
     }
 
-    /// The file is mixed from now on; the rest follows. `info`: what src's file was when the bytes
-    /// that are here were pulled.
+    /// The file is mixed from now on; the rest follows.
     pub(super) fn install(
         self: &Arc<Self>,
         hydration: &Arc<Hydration>,
-        ground: Ground,
-        info: Option<SrcInfo>,
+        mut ground: Ground,
+        start: Start,
     ) {
-        let changers = {
+        ground.open = ground.salvage_of().map(|_| self.spoiled.count());
+        let (changers, asked) = {
             let mut state = hydration.state.lock();
             state.looked = true;
             // Two have looked; or a whole-file job had begun, which has looked too.
@@ -279,14 +331,22 @@ impl Mirror {
                 return;
             }
             state.stage = Stage::Mixed;
-            let src = info.filter(|_| !state.present.is_empty());
-            let src = src.map(|info| (info.size, info.mtime));
-            state.mixed = Some(Box::new(Mixed::new(ground, src)));
-            std::mem::take(&mut state.changers)
+            state.mix(ground, start);
+            let asked = state.is_waited_for() || !state.settled.is_empty();
+            (std::mem::take(&mut state.changers), asked)
         };
         changers.into_iter().for_each(|w| w(Ok(())));
-        self.fill(hydration);
+        match asked {
+            true => self.fill(hydration),
+            false => self.fill_rest(hydration, false),
+        }
         self.mature_soon(hydration);
+    }
+
+    /// True while it is mixed, as far as this daemon has seen.
+    pub(super) fn is_mixed(&self, node: &Node) -> bool {
+        let found = self.hydrations.find(node.ino, &node.anchor);
+        found.is_some_and(|h| h.state.lock().stage == Stage::Mixed)
     }
 
     /// A mixed file, and what it is mixed on; an earlier daemon's is loaded.
@@ -319,11 +379,16 @@ impl Mirror {
         if !looked {
             self.look(&hydration)?;
         }
-        let ground = {
+        let (ground, over) = {
             let state = hydration.state.lock();
-            state.mixed.as_ref().map(|m| Arc::clone(&m.ground))
+            let ground = state.mixed.as_ref().map(|m| Arc::clone(&m.ground));
+            (ground, state.stage == Stage::Over)
         };
-        Ok(ground.map(|ground| (hydration, ground)))
+        match ground {
+            // It has become whole, or was closed (`let_go`): look again.
+            None if over => self.mixed(node),
+            ground => Ok(ground.map(|ground| (hydration, ground))),
+        }
     }
 
     /// The times of a mixed file, as they are now.
@@ -474,7 +539,7 @@ impl Mirror {
 impl Ground {
     /// As the mark says it; a mixed one.
     pub(super) fn new(file: OwnedFd, map: ByteMap, mark: &Mark) -> Ground {
-        let (atime, mtime) = mark.times.unwrap_or_default();
+        let (atime, mtime) = mark.times.or(mark.salvage).unwrap_or_default();
         Ground {
             file: Arc::new(file),
             map,
@@ -482,6 +547,10 @@ impl Ground {
             young: Mutex::new(mark.young),
             mark_is_durable: AtomicBool::new(false),
             losses: AtomicU64::new(0),
+            record: Mutex::new(()),
+            salvaged: AtomicBool::new(mark.salvage.is_some()),
+            of: mark.mixed.zip(mark.salvage.map(|(_, mtime)| mtime)),
+            open: None,
             times: Mutex::new(Times {
                 atime,
                 mtime,
@@ -493,7 +562,7 @@ impl Ground {
 }
 
 impl Mixed {
-    fn new(ground: Ground, src: Option<(u64, Time)>) -> Mixed {
+    pub(super) fn new(ground: Ground, src: Option<(u64, Time)>) -> Mixed {
         Mixed {
             ground: Arc::new(ground),
             busy: Vec::new(),
@@ -501,6 +570,12 @@ impl Mixed {
             waiting: Vec::new(),
             fill: Fill::default(),
             src,
+            apart: false,
+            epoch: 0,
+            stale: false,
+            unsaved: false,
+            saved: Instant::now(),
+            left: false,
         }
     }
 

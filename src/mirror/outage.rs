@@ -333,8 +333,12 @@ impl Mirror {
             }
             pause
         };
+        let bad = error.is_bad_read();
         let Some(pause) = pause else {
-            return self.fail_hydration(hydration, error);
+            return match bad {
+                true => self.rescue(hydration, error),
+                false => self.fail_hydration(hydration, error),
+            };
         };
         tracing::debug!("{error}; it is tried again");
         self.forget_src_dir(hydration);
@@ -354,6 +358,8 @@ impl Mirror {
             };
             match again {
                 Again::Stopping => mirror.fail_hydration(&hydration, Error::Stopped),
+                // src is there, and was: what can be read is not read a second time for nothing.
+                Again::Here if bad && mirror.mixes => mirror.rescue(&hydration, error),
                 _ => mirror.start(&hydration, priority),
             }
         });
@@ -441,6 +447,8 @@ impl Mirror {
             let mut state = hydration.state.lock();
             let queued = state.stage == Stage::Queued;
             let job = state.ranges.iter_mut().find(|r| r.id == id);
+            // It is looked at closely already.
+            let job = job.filter(|job| !(error.is_bad_read() && job.close));
             let found = job.and_then(|job| {
                 let pause = pause_before(job.attempts, error)?;
                 job.attempts += 1;

@@ -63,7 +63,7 @@ impl Mirror {
     }
 
     /// src's directory and the name in it, of a file that is not itself pending there.
-    fn open_origin(&self, hydration: &Hydration) -> Result<(Arc<SrcDir>, Name)> {
+    pub(super) fn open_origin(&self, hydration: &Hydration) -> Result<(Arc<SrcDir>, Name)> {
         let path = &hydration.path;
         let origin = hydration
             .file

@@ -40,6 +40,8 @@ pub(super) struct RangeJob {
     pub(super) after: Vec<Waiter>,
     /// Of a mixed file's rest, and in which lane; `None`: for who reads or changes these bytes.
     pub(super) fill: Option<Priority>,
+    /// Of bytes that could not be read in a larger piece.
+    pub(super) close: bool,
     /// A worker has it.
     pub(super) begun: bool,
     /// dst has lost bytes since it began: what it brings counts for nothing.
@@ -99,7 +101,7 @@ impl Mirror {
                     false => then(self.read_here(&file, &hydration.path, range)),
                 };
             }
-            if state.stage == Stage::Mixed {
+            if matches!(state.stage, Stage::Mixed | Stage::Leaving) {
                 drop(state);
                 return self.read_mixed(node, &hydration, asked, then);
             }
@@ -180,7 +182,9 @@ impl Mirror {
         range: Range<u64>,
         priority: Priority,
     ) {
-        let result = self.prepare(hydration).and_then(|prepared| {
+        let prepared = self.drop_pulled(hydration);
+        let result = prepared.and_then(|()| self.prepare(hydration));
+        let result = result.and_then(|prepared| {
             let Some((dst, src, name)) = prepared else {
                 self.already_done(hydration);
                 return Ok(());
@@ -239,9 +243,6 @@ impl Mirror {
         let is_mixed = waiting.is_some();
         if let (true, Some(job), Err(e)) = (is_mixed, &job, &result) {
             self.fill_failed(hydration, job, e);
-            if e.is_bad_read() {
-                self.fail(&hydration.path, e);
-            }
         }
         let (left, after) = job.map(|job| (job.readers, job.after)).unwrap_or_default();
         // src may have shrunk meanwhile: dst's placeholder has zeros there.
@@ -366,6 +367,7 @@ impl State {
             readers: Vec::new(),
             after: Vec::new(),
             fill,
+            close: false,
             begun: false,
             void: false,
         });

@@ -1,16 +1,24 @@
 //! Salvage: the bytes of a file that cannot be read whole.
 //!
 //!   spoil()     a copy met a block that src cannot read: the file can be opened, it stays pending
-//!   salvaged()  its reads go straight to src, block by block where need be, and are not stored: what
-//!               can be read is answered, the rest is EIO and in the ledger with its offsets
+//!   rescue()    what can be read comes to dst and stays there: it becomes a mixed file (rescue.rs) with a
+//!               durable record of what is here (pulled.rs)
+//!   salvaged()  where that is not possible, and until then, reads go straight to src, block by block
+//!               where need be, and are not stored
 //!   mend()      it was pulled whole after all
 //!
+//! What can be read is answered, the rest is EIO and in the ledger with its offsets.
 //! An answer is whole or EIO: a short one would be the end of the file for the kernel.
+
+pub(super) mod pulled;
+mod rescue;
+pub(super) mod rest;
 
 use std::collections::HashMap;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
@@ -20,7 +28,7 @@ use super::node::{Ino, Node, Origin};
 use super::populate::no_origin;
 use super::ranged::ReadDone;
 use crate::error::{Context, Errno, Error, Result, Side};
-use crate::sys::{fd, stat};
+use crate::sys::{fault, fd, stat};
 
 /// The smallest piece that is read by itself, bytes.
 const BLOCK: u64 = 4096;
@@ -28,24 +36,51 @@ const BLOCK: u64 = 4096;
 const AGAIN: Duration = Duration::from_secs(10);
 /// Files that are remembered; of more, reads fail without a closer look.
 const SPOILED_MAX: usize = 1 << 16;
+/// Files that are kept open, with their maps, while nothing can be had of src for them.
+const OPEN_MAX: usize = 512;
 
 /// The files with bytes that src cannot read, and when that was found.
 #[derive(Debug, Default)]
-pub(super) struct Spoiled(Mutex<HashMap<Ino, Instant>>);
+pub(super) struct Spoiled {
+    found: Mutex<HashMap<Ino, Instant>>,
+    shut: AtomicBool,
+    /// Of those that are kept, as many more as are open.
+    open: Arc<()>,
+}
 
 impl Spoiled {
     pub(super) fn contains(&self, ino: Ino) -> bool {
-        self.0.lock().contains_key(&ino)
+        self.found.lock().contains_key(&ino)
     }
 
     /// Nobody has tried.
     pub(super) fn forget(&self) {
-        self.0.lock().clear();
+        self.found.lock().clear();
+    }
+
+    /// Nothing more is asked of src for files that it cannot give whole: `finish` ends them.
+    pub(super) fn is_shut(&self) -> bool {
+        self.shut.load(Ordering::Acquire)
+    }
+
+    /// One more of them is open, until it is dropped.
+    pub(super) fn count(&self) -> Arc<()> {
+        Arc::clone(&self.open)
+    }
+
+    /// Too many of them are open; and whether far too many.
+    fn are_many(&self) -> Option<bool> {
+        let (now, most) = (Arc::strong_count(&self.open), fault::slots_max(OPEN_MAX));
+        (now > most).then_some(now > 2 * most)
+    }
+
+    pub(super) fn shut(&self, is: bool) {
+        self.shut.store(is, Ordering::Release);
     }
 
     /// It was found a moment ago.
     pub(super) fn is_fresh(&self, ino: Ino) -> bool {
-        self.0
+        self.found
             .lock()
             .get(&ino)
             .is_some_and(|at| at.elapsed() < AGAIN)
@@ -55,7 +90,7 @@ impl Spoiled {
 impl Mirror {
     /// A copy of the file has met bytes that cannot be read.
     pub(super) fn spoil(&self, ino: Ino) {
-        let mut spoiled = self.spoiled.0.lock();
+        let mut spoiled = self.spoiled.found.lock();
         if spoiled.len() < SPOILED_MAX || spoiled.contains_key(&ino) {
             spoiled.insert(ino, Instant::now());
         }
@@ -63,7 +98,7 @@ impl Mirror {
 
     /// The file is here, whole.
     pub(super) fn mend(&self, ino: Ino) {
-        self.spoiled.0.lock().remove(&ino);
+        self.spoiled.found.lock().remove(&ino);
     }
 
     /// Answers a read of a spoiled file on a pool thread; gives `then` back for any other.
@@ -123,7 +158,7 @@ impl Mirror {
                         path: path.to_path(),
                         errno,
                     };
-                    self.fail_ranges(&path, &error, &bad);
+                    self.fail_ranges(&path, &error, &bad, false);
                     return Err(error);
                 }
             }

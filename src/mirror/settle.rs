@@ -202,6 +202,14 @@ impl Mirror {
                 .open(self.dst.as_fd(), OFlags::RDWR)
                 .on("open", Side::Dst, path)?;
         let before = stat::stat_fd(opened.as_fd()).on("statx", Side::Dst, path)?;
+        if self.spoiled.is_shut() {
+            let mark = self.mark.get(Target::Open(opened.as_fd()));
+            let mark = mark.on("getxattr", Side::Dst, path)?;
+            if mark.is_some_and(|m| m.salvage.is_some()) {
+                // `finish` is about to make holes in it.
+                return Err(Errno::BUSY).on("ftruncate", Side::Dst, path);
+            }
+        }
         let truncate = || caps::without_fsetid(|| copy::truncate(opened.as_fd(), 0));
         fault::unless_broken("D3", truncate).on("ftruncate", Side::Dst, path)?;
         {

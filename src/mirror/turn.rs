@@ -13,6 +13,7 @@ use super::bytemap::{BLOCK, blocks};
 use super::hydrate::{Hydration, State};
 use super::mixed::{Ground, Work};
 use super::node::Node;
+use crate::error::{Context, Side};
 
 /// The bytes that a change is about.
 #[derive(Debug, Clone)]
@@ -40,7 +41,9 @@ impl Mirror {
         match state.turn(&span) {
             Turn::Mine(id, ground) => {
                 drop(state);
-                work(self, Ok(Some(ground)));
+                let owned = self.own(&ground, node.ino);
+                let owned = owned.on("setxattr", Side::Dst, node.display_name());
+                work(self, owned.map(|()| Some(ground)));
                 self.turn_over(hydration, id);
             }
             Turn::Wait => {

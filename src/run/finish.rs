@@ -12,7 +12,7 @@ use super::manifest::Unended;
 use super::mount::refused;
 use super::varlink::Request;
 use super::{Outcome, client, exit, out, preflight};
-use crate::mirror::LedgerEntry;
+use crate::mirror::{LedgerEntry, Rest};
 
 /// `mirrorfs finish`.
 pub(super) fn run(path: &Path, accept_loss: bool) -> Outcome {
@@ -28,10 +28,10 @@ pub(super) fn run(path: &Path, accept_loss: bool) -> Outcome {
             preflight::migration(path)?;
             let survey = crate::mirror::survey(path)?;
             let entries = crate::mirror::read_ledger(path)?;
-            crate::mirror::finish_offline(path, accept_loss)
+            let rests = crate::mirror::finish_offline(path, accept_loss)
                 .map_err(|e| refused(e, survey.ledger))?;
             let src = survey.identity_src.unwrap_or_default();
-            let report = write_report(&src, path, &entries, None);
+            let report = write_report(&src, path, (&entries, &rests), None);
             (survey.ledger, report, None)
         }
     };
@@ -48,7 +48,7 @@ pub(super) fn run(path: &Path, accept_loss: bool) -> Outcome {
 pub(super) fn write_report(
     src: &Path,
     dst: &Path,
-    ledger: &[LedgerEntry],
+    (ledger, rests): (&[LedgerEntry], &[Rest]),
     counts: Option<&Counts>,
 ) -> Option<PathBuf> {
     let (extra, lost): (Vec<_>, Vec<_>) = ledger.iter().partition(|e| e.is_extra());
@@ -60,6 +60,7 @@ pub(super) fn write_report(
         "version": env!("CARGO_PKG_VERSION"),
         "counts": counts,
         "lost": lost,
+        "not_whole": rests,
         "only_in_dst": extra,
     });
     let path = make_run_dir().ok()?.join(file_name(dst, "report.json"));

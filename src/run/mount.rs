@@ -527,7 +527,7 @@ impl Served<'_> {
     /// While users still work in the mount: dst is the truth, so they notice nothing.
     fn finish(&self, accept_loss: bool) -> Result<Value, Failure> {
         let lost = self.mirror.ledger_entries();
-        self.mirror.finish(accept_loss).map_err(|error| {
+        let rests = self.mirror.finish(accept_loss).map_err(|error| {
             let errors = self.mirror.progress().errors.get();
             refused(error, errors)
         })?;
@@ -538,7 +538,7 @@ impl Served<'_> {
         }
         let counts = self.watch.report().counts;
         let (src, dst) = (&self.config.src, &self.config.dst);
-        let report = finish::write_report(src, dst, &lost, Some(&counts));
+        let report = finish::write_report(src, dst, (&lost, &rests), Some(&counts));
         self.background.end();
         self.detach()?;
         let lost = lost.iter().filter(|e| !e.is_extra()).count();

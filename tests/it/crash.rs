@@ -368,10 +368,10 @@ fn an_exit_at_each_point_of_the_end_loses_nothing() {
 #[test]
 fn every_fault_point_is_exited_at() {
     // `perm` in rootless.rs, `shard` in shards.rs, `extra` in adopt.rs, `mixed` in mixed.rs,
-    // `unseen` in unseen.rs.
+    // `unseen` in unseen.rs, `salvage` in salvage.rs.
     let tested = [
         "ahead", "populate", "carry", "publish", "hydrate", "rename", "dir", "finish", "perm",
-        "shard", "mixed", "extra", "unseen",
+        "shard", "mixed", "extra", "unseen", "salvage",
     ];
     for point in POINTS {
         assert!(

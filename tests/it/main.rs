@@ -38,6 +38,7 @@ mod raw;
 mod ring;
 mod rootless;
 mod rsync;
+mod salvage;
 mod scanners;
 mod scenes;
 mod semantics;

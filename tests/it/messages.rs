@@ -29,6 +29,14 @@ const NOT_HERE: &[(&str, &str)] = &[
         "not brought about yet: it takes a DST that refuses a map and still takes the file",
     ),
     (
+        "...; what can be read of the file is not kept",
+        "likewise, or a DST that refuses a mark",
+    ),
+    (
+        "a file that SRC cannot give whole is being read; try again, or umount and finish DST then",
+        "not brought about yet: it takes a read that hangs for longer than finish waits",
+    ),
+    (
         "publish a directory: ...: setxattr dst: ...; it is tried again",
         "DST has to fail between two calls on one directory",
     ),
