@@ -17,14 +17,16 @@ use std::time::{Duration, Instant};
 use rustix::fs::{FileType, Mode};
 use rustix::mount::UnmountFlags;
 
+use crate::badsource::BadSrc;
 use crate::compare;
 use crate::fixture::{
     CONTROL, LIMIT, LoopFs, Output, Random, Scratch, as_user, bytes, can_mount, can_mount_on,
-    find_program, fuse_mount_at, mirrorfs, need, run, wait_until,
+    find_program, fuse_mount_at, kit, mirrorfs, need, run, wait_until,
 };
 use crate::messages;
 use crate::nasty;
 use crate::raw;
+use crate::unseen;
 
 /// Nobody, as the helper wants users with a name; and somebody else.
 const USER: u32 = 65_534;
@@ -1126,4 +1128,51 @@ pub(crate) fn a_user_ends_his_manifest_and_root_does_not_do_it_for_him() {
         }
         drop(m);
     }
+}
+
+/// Names that a source lists and does not show (unseen.rs), where the daemon has no capability for anything.
+#[test]
+fn a_directory_with_a_name_that_src_does_not_show_can_be_used_by_a_user() {
+    let tools = need(kit("badsrc.py").is_some(), "badsrc.py of the test kit")
+        && need(find_program("python3").is_some(), "python3");
+    if !can_run() || !tools || !can_mount_on("ext4") {
+        return;
+    }
+    let fs = LoopFs::new("ext4");
+    let mut bad = BadSrc::new(&fs);
+    unseen::fill(&bad);
+    let mut home = Home::new();
+    home.src = bad.real.clone();
+    home.give_src();
+    home.src = bad.at.clone();
+    bad.start(&["path=d/f3 hide", "path=d/dir op=lookup err=EIO"]);
+    let look = |mount: &Mount<'_>| {
+        mount.wait_settled(2);
+        as_him(|| {
+            let d = mount.path("d");
+            unseen::expect_unseen(&d.join("f3"), &d);
+            unseen::expect_unseen(&d.join("dir"), &d);
+            assert_eq!(fs::read(d.join("f4")).unwrap(), bytes(4, 3004));
+        });
+    };
+    let mount = home.mount(&[]);
+    look(&mount);
+    mount.kill();
+    // The next daemon learns of them.
+    let mount = home.mount(&[]);
+    look(&mount);
+    bad.tell("off");
+    mount.ask("errors", &["--retry"]).expect_code(0);
+    wait_until("all of it", LIMIT, || mount.status()["state"] == "COMPLETE");
+    as_him(|| {
+        assert_eq!(fs::read(mount.path("d/f3")).unwrap(), bytes(3, 3003));
+        assert_eq!(fs::read(mount.path("d/dir/below")).unwrap(), b"below");
+        // The test has made something in it.
+        let time = bad.real.join("d").metadata().unwrap().modified().unwrap();
+        let dir = File::open(mount.path("d")).unwrap();
+        dir.set_modified(time).unwrap();
+    });
+    mount.finish(&[], 0);
+    let (src, dst) = (compare::manifest(&bad.real), compare::manifest(&home.dst));
+    compare::expect_equal(&src, &dst);
 }

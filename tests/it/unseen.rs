@@ -3,7 +3,7 @@
 
 use std::fs::{self, OpenOptions};
 use std::io;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::{DirEntryExt, FileTypeExt, MetadataExt};
 use std::path::Path;
 use std::time::Duration;
 
@@ -12,9 +12,11 @@ use crate::fixture::{
     LIMIT, LoopFs, Mounted, World, bytes, can_mount_on, find_program, kit, mirrorfs, need, run,
     wait_until,
 };
+use crate::keeper::{KEEP, kill};
+use crate::upgrade::upgrade;
 
 /// Everything that a name can be, and a directory around each.
-fn fill(bad: &BadSrc) {
+pub(crate) fn fill(bad: &BadSrc) {
     for n in 0..6_u64 {
         bad.write(&format!("d/f{n}"), &bytes(n, 3000 + n as usize));
     }
@@ -65,7 +67,7 @@ fn failed(m: &Mounted) -> Vec<String> {
 
 /// Nothing can be done with the name, and nothing says that it is not there.
 #[track_caller]
-fn expect_unseen(path: &Path, dir: &Path) {
+pub(crate) fn expect_unseen(path: &Path, dir: &Path) {
     let other = dir.join("of the test");
     fs::write(&other, b"mine").unwrap();
     let create = || OpenOptions::new().append(true).create(true).open(path);
@@ -329,4 +331,53 @@ fn a_listing_of_a_huge_directory_has_the_names_that_src_does_not_show() {
         m.finish();
         expect_copy(&bad, &w);
     }
+}
+
+/// Another daemon knows of the stand-ins at once, also in a directory that was renamed.
+#[track_caller]
+fn stay_over(args: &[&str], replace: fn(&Mounted)) {
+    let Some((mut bad, w)) = world("ext4") else {
+        return;
+    };
+    bad.start(&["path=d/f3 hide", "path=d/dir op=lookup err=EIO"]);
+    let m = w.mount_with(args, &[]);
+    wait_until("both of them", LIMIT, || failed(&m).len() == 2);
+    let inos = |dir: &Path| {
+        let all = fs::read_dir(dir).unwrap().map(Result::unwrap);
+        let mut all: Vec<_> = all.map(|e| (e.file_name(), e.ino())).collect();
+        all.sort();
+        all
+    };
+    let before = inos(&m.path("d"));
+    replace(&m);
+    expect_unseen(&m.path("d/f3"), &m.path("d"));
+    assert_eq!(inos(&m.path("d")), before);
+    fs::rename(m.path("d"), m.path("moved")).unwrap();
+    replace(&m);
+    expect_unseen(&m.path("moved/f3"), &m.path("moved"));
+    expect_unseen(&m.path("moved/dir"), &m.path("moved"));
+    assert_eq!(inos(&m.path("moved")), before);
+    bad.tell("off");
+    run(mirrorfs().args(["errors", "--retry"]).arg(&m.at)).expect_code(0);
+    wait_until("an empty ledger", LIMIT, || entries(&m).is_empty());
+    assert_eq!(fs::read(m.path("moved/f3")).unwrap(), bytes(3, 3003));
+    assert_eq!(fs::read(m.path("moved/dir/below")).unwrap(), b"below");
+    fs::rename(m.path("moved"), m.path("d")).unwrap();
+    for name in ["d", "."] {
+        let time = bad.real.join(name).metadata().unwrap().modified().unwrap();
+        let dir = fs::File::open(m.path(name)).unwrap();
+        dir.set_modified(time).unwrap();
+    }
+    m.finish();
+    expect_copy(&bad, &w);
+}
+
+#[test]
+fn stand_ins_stay_when_another_program_takes_over() {
+    stay_over(&[], |m| _ = upgrade(m));
+}
+
+#[test]
+fn stand_ins_stay_when_the_daemon_of_a_kept_mount_is_killed() {
+    stay_over(KEEP, |m| _ = kill(m));
 }
