@@ -7,7 +7,8 @@
 //!          bytes of a mixed file follow; 4 where both do, permissions first; 5, and nothing else: a
 //!          stand-in for a name of which src does not say what it is; 6 and 7 are 3 and 4 of a mixed
 //!          file that is young; 8 and 9 are 3 and 4 of one that no user has changed: 24 bytes with atime
-//!          and mtime of src's file follow the 8
+//!          and mtime of src's file follow the 8; 10, and nothing else: a user's own file in a directory that is P;
+//!          11 is 1 of such a directory
 //!   bit 0  the directory is populated (`L`); clear: pending (`P`)
 //!   bit 1  an explicit origin follows, to the end of the value
 //!   bit 2  24 bytes follow: atime and mtime that the user set (D9)
@@ -47,6 +48,9 @@ const VERSION_YOUNG: u8 = 6 << 4;
 const VERSION_PERM_YOUNG: u8 = 7 << 4;
 const VERSION_SALVAGED: u8 = 8 << 4;
 const VERSION_PERM_SALVAGED: u8 = 9 << 4;
+/// The whole value.
+const OWN: [u8; 1] = [10 << 4];
+const VERSION_NAMED: u8 = 11 << 4;
 const POPULATED: u8 = 1;
 const ORIGIN: u8 = 1 << 1;
 const TIMES: u8 = 1 << 2;
@@ -122,6 +126,11 @@ pub struct Mark {
     /// Of a mixed file that no user has changed (salvage.rs): access and modification time of the file
     /// in src that its bytes are of; `mixed` is that file's size. It is never young.
     pub salvage: Option<(Time, Time)>,
+    /// A user has made the file while its directory was `P`: nothing of it is src's (own.rs). No other field
+    /// says anything then.
+    pub own: bool,
+    /// Of a directory that is `P`, with permissions of its own: users have made files in it.
+    pub named: bool,
 }
 
 impl Mark {
@@ -153,16 +162,28 @@ impl Mark {
             .or(self.salvage)
     }
 
+    /// A user's own file.
+    pub fn own() -> Mark {
+        Mark {
+            own: true,
+            ..Mark::default()
+        }
+    }
+
     /// The xattr's value.
     pub fn encode(&self) -> Vec<u8> {
         if self.unseen {
             return UNSEEN.to_vec();
+        }
+        if self.own {
+            return OWN.to_vec();
         }
         let bit = |on: bool, bit: u8| if on { bit } else { 0 };
         let salvage = self.salvage.filter(|_| self.mixed.is_some());
         let version = match (self.perm, self.mixed, self.young) {
             (None, Some(_), _) if salvage.is_some() => VERSION_SALVAGED,
             (Some(_), Some(_), _) if salvage.is_some() => VERSION_PERM_SALVAGED,
+            (None, None, _) if self.named => VERSION_NAMED,
             (None, None, _) => VERSION,
             (Some(_), None, _) => VERSION_PERM,
             (None, Some(_), false) => VERSION_MIXED,
@@ -200,10 +221,13 @@ impl Mark {
         if value == UNSEEN {
             return Some(Mark::unseen());
         }
+        if value == OWN {
+            return Some(Mark::own());
+        }
         let (&head, mut rest) = value.split_first()?;
         let version = head & 0xf0;
         let (has_perm, is_mixed, young) = match version {
-            VERSION => (false, false, false),
+            VERSION | VERSION_NAMED => (false, false, false),
             VERSION_PERM => (true, false, false),
             VERSION_MIXED | VERSION_SALVAGED => (false, true, false),
             VERSION_PERM_MIXED | VERSION_PERM_SALVAGED => (true, true, false),
@@ -248,6 +272,8 @@ impl Mark {
             unseen: false,
             young,
             salvage,
+            own: false,
+            named: version == VERSION_NAMED,
         })
     }
 }
@@ -270,13 +296,16 @@ mod tests {
         assert_eq!(Mark::unseen().encode(), [0x50]);
         assert_eq!(Mark::decode(&[0x50]), Some(Mark::unseen()));
         assert_eq!(Mark::decode(&[0x51]), None);
+        assert_eq!(Mark::own().encode(), [0xa0]);
+        assert_eq!(Mark::decode(&[0xa0]), Some(Mark::own()));
+        assert_eq!(Mark::decode(&[0xa1]), None);
     }
 
     proptest! {
         #[test]
         fn a_mark_survives_its_encoding(
             populated: bool, capability: bool, perm in prop::option::of(0u32..0o10000),
-            mixed: Option<u64>, young: bool,
+            mixed: Option<u64>, young: bool, named: bool,
             salvage in prop::option::of((any::<i64>(), 0u32..1_000_000_000)),
             times in prop::option::of((any::<i64>(), 0u32..1_000_000_000, any::<i64>(), 0u32..1_000_000_000)),
             origin in prop::option::of("[a-z]{1,9}(/[a-z]{1,9}){0,3}"),
@@ -293,6 +322,8 @@ mod tests {
                 times: times.map(|(a, b, c, d)| (Time { sec: a, nsec: b }, Time { sec: c, nsec: d })),
                 origin: origin.and_then(|o| RelPath::from_bytes(o.as_bytes())),
                 unseen: false,
+                own: false,
+                named: named && perm.is_none() && mixed.is_none(),
             };
             prop_assert_eq!(Mark::decode(&mark.encode()), Some(mark));
         }

@@ -181,6 +181,13 @@ impl Meta {
             .map(|(_, v)| v.as_slice())
     }
 
+    /// The same, of a directory that was changed at this time.
+    pub fn changed_at(&self, mtime: Time) -> Meta {
+        let mut meta = self.clone();
+        meta.stat.mtime = mtime;
+        meta
+    }
+
     /// Applies everything to an open file or directory of dst, except the data, the mark and the
     /// flags of [`LATE_FLAGS`]. Whoever makes children in the directory takes its default ACL away
     /// before and applies again after: they would inherit it, and disturb its times (D8).

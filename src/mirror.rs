@@ -36,6 +36,7 @@ mod native;
 mod node;
 mod outage;
 mod overwrite;
+mod own;
 mod partial;
 mod patience;
 mod perms;
@@ -66,7 +67,6 @@ use std::time::Duration;
 
 use parking_lot::{Mutex, MutexGuard};
 use rustix::fs::{FileType, OFlags};
-use rustix::io::Errno;
 
 pub use acts::{is_again, number_of};
 pub use ahead::Stream;
@@ -94,7 +94,7 @@ pub use upgrade::{DirState, State};
 use crate::config::{MountConfig, NoStore};
 use crate::engine::Engine;
 use crate::engine::passing::Allowance;
-use crate::error::{Context, Error, Result, Side};
+use crate::error::{Context, Errno, Error, Result, Side};
 use crate::gate::{Gate, Place};
 use crate::mark::{Mark, MarkName};
 use crate::meta::{Meta, Refused};

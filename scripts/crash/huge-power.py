@@ -12,6 +12,8 @@ migration and wants every acknowledged write, or one that came later.
 
 KIND=pending (WHAT=pending): a directory of ordinary size; each file is pending when it is opened to be written, once (D2).
 
+KIND=own (WHAT=own): new files in a huge directory that is P, each synced, every third removed; nothing else says that they are there.
+
 KIND=adopt (WHAT=adopt): dst is an earlier copy that is equal, and the mount adopts it: its files never have a mark, so only the
 directory's L keeps a later start from taking a changed one for a stale copy.
 """
@@ -27,7 +29,7 @@ import lab
 KIND = os.environ.get('KIND', 'huge')
 ADOPT = KIND == 'adopt'
 # Files that are there, how many of them are written, writes, bytes of each.
-NAMES, FILES, WRITES, SIZE = {'huge': (1100, 6, 120), 'adopt': (180, 6, 24), 'pending': (120, 120, 120)}[KIND] + (12_288,)
+NAMES, FILES, WRITES, SIZE = {'huge': (1100, 6, 120), 'adopt': (180, 6, 24), 'pending': (120, 120, 120), 'own': (1100, 6, 120)}[KIND] + (12_288,)
 EVERY = NAMES // FILES
 PATHS = ['huge/f%04d' % (i * EVERY) for i in range(FILES - 1)] + ['huge/sub/inside']
 
@@ -43,6 +45,36 @@ def prepare(where):
 
 def body(mig, k):
     return lab.data('write %d %d' % (mig, k), SIZE)
+
+
+def make_own(w, mig, huge):
+    """New files; what becomes of a removed one is promised after a sync(2)."""
+    for k in range(WRITES):
+        fd = os.open('%s/own%d' % (huge, k), os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        os.write(fd, body(mig, k))
+        os.fsync(fd)
+        os.close(fd)
+        w.promise(mig, k)
+        if k % 3 == 2:
+            os.unlink('%s/own%d' % (huge, k - 1))
+            if k % 9 == 2:
+                os.sync()
+                w.promise(mig, 'gone', k - 1)
+
+
+def check_own(root, mig, last, gone):
+    """What is wrong with the files of one migration."""
+    bad = []
+    for k in range(WRITES):
+        p = '%s/huge/own%d' % (root, k)
+        there = os.path.exists(p)
+        # Promises may be told late: it is removed after the next one was made.
+        removed = k % 3 == 1 and (last > k or os.path.exists('%s/huge/own%d' % (root, k + 1)))
+        if k <= last and not removed and (not there or lab.read(p) != body(mig, k)):
+            bad.append('%s: %s, write %d was acknowledged' % (p, 'other bytes' if there else 'gone', last))
+        if there and k % 3 == 1 and k <= gone:
+            bad.append('%s: it was removed' % p)
+    return bad
 
 
 def write(where):
@@ -61,7 +93,9 @@ def write(where):
                 lab.read(at + '/' + p)
             time.sleep(2.6)         # their marks go, and that becomes durable
         fds = []
-        for k in range(WRITES):
+        if KIND == 'own':
+            make_own(w, mig, at + '/huge')
+        for k in range(0 if KIND == 'own' else WRITES):
             if k < FILES:
                 fds.append(os.open(at + '/' + PATHS[k], os.O_WRONLY))
             if os.pwrite(fds[k % FILES], body(mig, k), 0) != SIZE:
@@ -78,6 +112,7 @@ def check(where):
     src, dst, at = where + '/src', os.environ['DST'], where + '/check'
     os.makedirs(at, exist_ok=True)
     acked = lab.latest((int(w[0]), w[1]) for w in lab.promised() if len(w) == 2)
+    gone = lab.latest((int(w[0]), w[2]) for w in lab.promised() if len(w) == 3)
     there = lab.migrations(dst)
     bad = ['dst%d is gone' % mig for mig in acked if mig not in there]
     for mig in there[-2:]:
@@ -91,6 +126,12 @@ def check(where):
             bad.append(str(e))
         finally:
             m.stop()
+        if KIND == 'own':
+            root = '%s/dst%d' % (dst, mig)
+            bad += check_own(root, mig, last, gone.get(mig, -1))
+            if len([n for n in os.listdir(root + '/huge') if n[0] == 'f']) != NAMES:
+                bad.append('dst%d: not all names of src' % mig)
+            continue
         for i, p in enumerate(PATHS):
             done = [k for k in range(i, last + 1, FILES)]
             # What was acknowledged, or anything later: the promise may be told late.

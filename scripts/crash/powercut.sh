@@ -6,6 +6,7 @@
 #       deleted back, no wrong byte, and the resumed migration ends in a tree equal to what it must be.
 #   WHAT=huge (huge-power.py): a huge directory of which some files are here and changed.
 #   WHAT=pending (the same): files that are written while they are pending.
+#   WHAT=own (the same): new files in a huge directory of which nothing is here.
 #   WHAT=adopt (the same): a directory that is adopted from an earlier copy, and changed.
 #   WHAT=carried (carried-power.py): small files that the background brings.
 #   WHAT=mixed (mixed-power.py): large files that are changed while most of them is pending. KIND=beside, whole, cut or grow: what breaks a
@@ -28,13 +29,13 @@ states=${1:-200}
 case ${WHAT:-mount} in
   mount) script=$here/power.py ;;
   huge) script=$here/huge-power.py ;;
-  adopt | pending) script=$here/huge-power.py; export KIND=$WHAT ;;
+  adopt | own | pending) script=$here/huge-power.py; export KIND=$WHAT ;;
   carried) script=$here/carried-power.py ;;
   mixed) script=$here/mixed-power.py ;;
   salvage) script=$here/salvage-power.py ;;
   mix) script=$here/mix-power.py ;;
   sync) script=$here/sync-power.py ;;
-  *) echo "WHAT is mount, huge, carried, pending, adopt, mixed, salvage, mix or sync" >&2; exit 2 ;;
+  *) echo "WHAT is mount, huge, own, carried, pending, adopt, mixed, salvage, mix or sync" >&2; exit 2 ;;
 esac
 [ -f "$kit/powercut.py" ] || { echo "no powercut.py: set MIRRORFS_KIT" >&2; exit 2; }
 # Every state is synced to a disk again and again: in memory that is several times as fast.

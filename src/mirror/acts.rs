@@ -191,7 +191,7 @@ impl Mirror {
     ) -> Result<(Found, Option<OwnedFd>)> {
         let found = self.child(parent, name)?;
         let opened = match what {
-            Make::File(_, flags) => {
+            Make::File(_, flags) | Make::Own(_, flags) => {
                 let opened = self.nodes.open(&found.node, *flags);
                 Some(opened.on("open", Side::Dst, name.as_os_str())?)
             }

@@ -170,7 +170,7 @@ impl Mirror {
     }
 
     /// One who has looked into a directory will look again.
-    fn place_rest(self: &Arc<Self>, dir: &DirRef, partial: &Partial) {
+    pub(super) fn place_rest(self: &Arc<Self>, dir: &DirRef, partial: &Partial) {
         let asked = partial.count_asked();
         if !partial.is_large() {
             self.populate_for_nobody(dir, Extent::UnlessLarge);
@@ -180,7 +180,7 @@ impl Mirror {
     }
 
     /// Places some names of a P directory; `last`: of those that src lists and does not show, stand-ins.
-    fn place_ahead(
+    pub(super) fn place_ahead(
         &self,
         dir: &DirRef,
         partial: &Partial,
@@ -258,8 +258,9 @@ impl Mirror {
         if !node.is_pending_dir() || self.control.identity.adopt {
             return false;
         }
-        let partial = || self.partials.find(node.ino, &node.anchor);
-        node.ino != ROOT || partial().is_some_and(|p| p.is_clean())
+        let partial = self.partials.find(node.ino, &node.anchor);
+        let whole = node.ino == ROOT && !partial.as_ref().is_some_and(|p| p.is_clean());
+        !whole && !partial.is_some_and(|p| p.is_named())
     }
 
     /// The entries of a listing from `offset` on, placed: some of them, none at the end. May wait for

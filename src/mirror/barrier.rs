@@ -68,9 +68,19 @@ impl Mirror {
         None
     }
 
-    /// As `when_published`, for a change of the inode itself: the directory that it was found in.
+    /// As `when_published`, for a change of the inode itself: the directory that it was found in. Of a
+    /// user's own file nothing there is src's: only the way to it must be certain.
     pub(super) fn when_parent_published(self: &Arc<Self>, node: &Node, then: Waiter) {
         match node.place() {
+            Some(place) if node.is_own() => self.when_above_published(place.parent, then),
+            Some(place) => self.when_published(place.parent, then),
+            None => then(Ok(())),
+        }
+    }
+
+    /// As `when_published`, for all that is above the directory.
+    pub(super) fn when_above_published(self: &Arc<Self>, ino: Ino, then: Waiter) {
+        match self.nodes.find(ino).and_then(|dir| dir.place()) {
             Some(place) => self.when_published(place.parent, then),
             None => then(Ok(())),
         }

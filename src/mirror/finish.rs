@@ -61,6 +61,7 @@ pub fn survey(dst: &Path) -> Result<Survey> {
     if let Some(identity) = identity {
         scan(root.as_fd(), mark_of(&identity), &mut |found| {
             match (found.kind, found.mark.populated) {
+                _ if found.mark.own => {}
                 (FileType::Directory, false) => survey.pending_dirs += 1,
                 (FileType::Directory, true) => {}
                 _ => {
@@ -181,9 +182,11 @@ impl Finisher<'_> {
         let mut populated = Vec::new();
         let (mut mixed, mut remains) = (Vec::new(), Vec::new());
         let at = (self.root, self.control.maps.as_fd());
+        let mut own = Vec::new();
         scan(self.root, self.mark, &mut |found| {
             let source = found.mark.origin.as_ref().unwrap_or(&found.path);
             match found.mark.populated {
+                false if found.mark.own => own.push(found.path),
                 true => populated.push(found.path),
                 false if found.mark.salvage.is_some() && is_lost(&entries, source) => {
                     match rest::look(at, self.mark, &found.path)? {
@@ -208,6 +211,7 @@ impl Finisher<'_> {
             )));
         }
         self.give_up(pending, &entries)?;
+        self.unmark_own(&own)?;
         let perms = Perms {
             root: self.root,
             notes: self.control.perms.as_fd(),
@@ -243,6 +247,17 @@ impl Finisher<'_> {
         }
         fd::syncfs(self.root).on("syncfs", Side::Dst, ".")?;
         Ok(rests)
+    }
+
+    /// Users' own files that the walker did not come to.
+    fn unmark_own(&self, own: &[RelPath]) -> Result<()> {
+        for path in own {
+            let opened = fd::open_beneath(self.root, path, OFlags::PATH | OFlags::NOFOLLOW);
+            let opened = opened.on("open", Side::Dst, path)?;
+            let removed = self.mark.remove(Target::Fd(opened.as_fd()));
+            removed.on("removexattr", Side::Dst, path)?;
+        }
+        Ok(())
     }
 
     /// What is pending and in the ledger was accepted as lost: it must not stay as a file of zeros.

@@ -91,6 +91,8 @@ impl Mirror {
             false => None,
         };
         self.check_seen(stat.key.ino, mark.as_ref(), || shown.into())?;
+        let own = mark.as_ref().is_some_and(|m| m.own);
+        let mark = mark.filter(|m| !m.own);
         let phase = match &mark {
             None => Phase::Unmarked,
             Some(mark) if mark.populated => Phase::Populated,
@@ -106,6 +108,9 @@ impl Mirror {
         let kind = stat.kind();
         let node = Node::new(stat.key.ino, anchor, kind, phase, origin, Some(place));
         let node = self.nodes.remember(node);
+        if own {
+            node.set_own();
+        }
         // Something marked that was moved here meanwhile has marked the directory first.
         let seen = (was_bare && is_bare()).then_some(stat);
         Ok(Found { node, seen })

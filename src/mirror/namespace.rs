@@ -59,7 +59,12 @@ pub enum Make {
     Symlink(Vec<u8>),
     /// A file that is open when it appears: mode and open flags.
     File(u32, OFlags),
+    /// The same, in a directory that is P (own.rs).
+    Own(u32, OFlags),
 }
+
+/// Told what was made; of a file also how it is open.
+pub(super) type MakeDone = Box<dyn FnOnce(Result<(Entry, Option<OwnedFd>)>) + Send>;
 
 impl Mirror {
     /// Looks a name up. ENOENT is an answer.
@@ -102,16 +107,40 @@ impl Mirror {
         if self.is_control(parent, name.as_bytes()) {
             return then(Err(Errno::PERM).on("create", Side::Dst, CONTROL));
         }
+        match matches!(what, Make::File(..)) && self.may_hold_own(parent) {
+            true => self.make_own(parent, name, what, creator, Box::new(then)),
+            false => self.make_in_populated(parent, name, what, creator, then),
+        }
+    }
+
+    /// As `make`, behind the populate.
+    pub(super) fn make_in_populated(
+        self: &Arc<Self>,
+        parent: Ino,
+        name: Name,
+        what: Make,
+        creator: Creator,
+        then: impl FnOnce(Result<(Entry, Option<OwnedFd>)>) + Send + 'static,
+    ) {
         let make = move |mirror: &Arc<Mirror>, ready: Result<()>| {
             let made = ready.and_then(|()| mirror.make_once(parent, &name, &what, creator));
-            match made {
-                Err(e) => then(Err(e)),
-                Ok((found, opened)) => {
-                    mirror.with_entry(found, move |entry| then(entry.map(|e| (e, opened))))
-                }
-            }
+            mirror.with_made(made, then);
         };
         self.when_populated(parent, Access::Change, self.acting(make));
+    }
+
+    /// The entry of what was just made.
+    pub(super) fn with_made(
+        self: &Arc<Self>,
+        made: Result<(Found, Option<OwnedFd>)>,
+        then: impl FnOnce(Result<(Entry, Option<OwnedFd>)>) + Send + 'static,
+    ) {
+        match made {
+            Err(e) => then(Err(e)),
+            Ok((found, opened)) => {
+                self.with_entry(found, move |entry| then(entry.map(|e| (e, opened))));
+            }
+        }
     }
 
     pub(super) fn make_now(
@@ -138,7 +167,7 @@ impl Mirror {
                 };
                 rustix::fs::mknodat(&dir, at, kind, perm(*mode), *rdev).map(|()| None)
             }
-            Make::File(mode, flags) => {
+            Make::File(mode, flags) | Make::Own(mode, flags) => {
                 let flags = *flags | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
                 rustix::fs::openat(&dir, at, flags, perm(*mode)).map(Some)
             }
@@ -148,6 +177,9 @@ impl Mirror {
         let made = caps::as_creator(creator.uid, creator.gid, creator.umask, create)
             .and_then(|made| made)
             .on("create", Side::Dst, shown)?;
+        if let (Make::Own(..), Some(file)) = (what, &made) {
+            self.mark_own(dir.as_fd(), name, file.as_fd())?;
+        }
         Ok((self.child_in(&dir_node, dir.as_fd(), name)?, made))
     }
 
@@ -161,10 +193,18 @@ impl Mirror {
         if self.is_control(parent, name.as_bytes()) {
             return then(Err(Errno::NOENT).on("unlink", Side::Dst, CONTROL));
         }
+        let own = self.has_own(parent, &name);
         let unlink = move |mirror: &Arc<Mirror>, ready: Result<()>| {
-            then(ready.and_then(|()| mirror.unlink_once(parent, &name, AtFlags::empty())));
+            let gone = ready.and_then(|()| mirror.unlink_once(parent, &name, AtFlags::empty()));
+            if own {
+                mirror.own_removed(parent);
+            }
+            then(gone);
         };
-        self.when_populated(parent, Access::Change, self.acting(unlink));
+        match own {
+            true => self.when_above_published(parent, Box::new(self.acting(unlink))),
+            false => self.when_populated(parent, Access::Change, self.acting(unlink)),
+        }
     }
 
     pub(super) fn unlink_now(&self, parent: Ino, name: &Name, flags: AtFlags) -> Result<()> {
@@ -446,6 +486,13 @@ impl Mirror {
             .get(Target::Fd(fd))
             .on("getxattr", Side::Dst, shown())?;
         let Some(mark) = mark else { return Ok(false) };
+        if mark.own {
+            // Where it goes nobody looks for it.
+            let removed = self.mark.remove(Target::Fd(fd));
+            return removed
+                .on("removexattr", Side::Dst, shown())
+                .map(|()| false);
+        }
         if mark.origin.is_none() {
             match node.origin() {
                 Some(origin) => {

@@ -117,6 +117,8 @@ pub struct Node {
     pub(super) absent: Absent,
     /// The kernel may have pages of what src's file was before it was changed.
     has_old_pages: AtomicBool,
+    /// A user has made it in a directory that was P, and it has not moved since (own.rs).
+    own: AtomicBool,
 }
 
 impl Node {
@@ -142,7 +144,18 @@ impl Node {
             ctime: SteadyCtime::default(),
             absent: Absent::default(),
             has_old_pages: AtomicBool::new(false),
+            own: AtomicBool::new(false),
         }
+    }
+
+    /// Nothing that becomes of its directory undoes it.
+    pub(super) fn set_own(&self) {
+        self.own.store(true, Ordering::Relaxed);
+    }
+
+    /// True for a user's own file in a directory that is P, or was.
+    pub(super) fn is_own(&self) -> bool {
+        self.own.load(Ordering::Relaxed)
     }
 
     /// src's file is another than its bytes were read from.
@@ -211,6 +224,7 @@ impl Node {
             parent,
             name: name.clone(),
         });
+        self.own.store(false, Ordering::Relaxed);
         self.ctime.is_users();
         self.write_place();
     }

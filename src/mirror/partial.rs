@@ -10,7 +10,7 @@
 //!   open     -> closed    close()   populate has seen to every name: nobody places any more, because
 //!                                   from now on the names in dst are the users'
 //!
-//! Nothing in a P directory, or below it, is changed by users (I6), so that a crash may make all of it
+//! Nothing of src's in a P directory, or below it, is changed by users (I6, own.rs), so that a crash may make all of it
 //! anew (D5). Lock order: a mark lock, then the table of partials, then a partial's names; both are
 //! leaves. An entry lives until its directory is populated; also after an error, for the inodes.
 
@@ -60,6 +60,8 @@ pub struct Partial {
     kept: AtomicBool,
     /// It has more entries than who lists it waits for.
     large: AtomicBool,
+    /// Its mark says that users have made files in it (own.rs).
+    named: AtomicBool,
     /// Names for which src was asked, one by one.
     asked: AtomicU64,
     names: Mutex<Names>,
@@ -75,6 +77,8 @@ struct Names {
     closed: bool,
     /// The times that the directory will have: placing children disturbs them meanwhile.
     times: Option<(Time, Time)>,
+    /// When a user last made or removed a file of his own in it.
+    changed: Option<Time>,
     /// Its default ACL, set aside while its children are made.
     default_acl: Option<Vec<u8>>,
     /// Files that came with their data and have no mark of their own.
@@ -161,12 +165,14 @@ impl Partial {
             unmarked: AtomicBool::new(false),
             kept: AtomicBool::new(false),
             large: AtomicBool::new(false),
+            named: AtomicBool::new(false),
             asked: AtomicU64::new(0),
             names: Mutex::new(Names {
                 all: HashMap::new(),
                 busy: 0,
                 closed: false,
                 times: None,
+                changed: None,
                 default_acl,
                 carried: Carried::default(),
                 board: None,
@@ -240,7 +246,46 @@ impl Partial {
     }
 
     pub(super) fn times(&self) -> Option<(Time, Time)> {
-        self.names.lock().times
+        let names = self.names.lock();
+        let (atime, mtime) = names.times?;
+        Some((atime, names.changed.unwrap_or(mtime)))
+    }
+
+    /// When a user last made or removed a file of his own in it, if one has.
+    pub(super) fn changed(&self) -> Option<Time> {
+        self.names.lock().changed
+    }
+
+    pub(super) fn note_changed(&self, at: Time) {
+        self.names.lock().changed = Some(at);
+    }
+
+    /// Users have made files in it.
+    pub(super) fn is_named(&self) -> bool {
+        self.named.load(Ordering::SeqCst)
+    }
+
+    pub(super) fn note_named(&self) {
+        self.named.store(true, Ordering::SeqCst);
+        self.write_again();
+    }
+
+    /// Makes a name that src does not have a user's. `None`: somebody is at it, or every name is here.
+    /// True: it was his before, whatever is there now. Never waits.
+    pub(super) fn claim_own<'a>(&'a self, name: &'a Name) -> Option<(Claimed<'a>, bool)> {
+        let mut names = self.names.lock();
+        if names.closed || names.all.get(name) == Some(&Standing::Busy) {
+            return None;
+        }
+        let before = names.all.insert(name.clone(), Standing::Busy);
+        names.busy += 1;
+        drop(names);
+        let claimed = Claimed {
+            partial: self,
+            name,
+            outcome: Outcome::Failed,
+        };
+        Some((claimed, before.is_some()))
     }
 
     pub(super) fn set_times(&self, times: (Time, Time)) {
@@ -343,6 +388,7 @@ impl Partial {
             unmarked: self.unmarked.load(Ordering::SeqCst),
             kept: self.has_kept(),
             large: self.is_large(),
+            named: self.is_named(),
             asked: self.asked.load(Ordering::Relaxed),
             here: here.map(|(name, _)| text_of(name.as_bytes())).collect(),
             times: names.times.map(|(a, m)| (a.sec, a.nsec, m.sec, m.nsec)),
@@ -372,12 +418,14 @@ impl Partial {
             unmarked: AtomicBool::new(saved.unmarked),
             kept: AtomicBool::new(saved.kept),
             large: AtomicBool::new(saved.large),
+            named: AtomicBool::new(saved.named),
             asked: AtomicU64::new(saved.asked),
             names: Mutex::new(Names {
                 all: here.collect::<Option<_>>()?,
                 busy: 0,
                 closed: false,
                 times: saved.times.map(|(a, an, m, mn)| (time(a, an), time(m, mn))),
+                changed: None,
                 default_acl: saved.default_acl,
                 carried: Carried { files, bytes },
                 board: None,
@@ -464,7 +512,7 @@ impl Mirror {
             return Ok(None);
         }
         let mark = self.mark.get(Target::Fd(opened));
-        match mark.on("getxattr", Side::Dst, &shown)? {
+        let named = match mark.on("getxattr", Side::Dst, &shown)? {
             None => {
                 self.note_phase(dir, Phase::Unmarked);
                 return Ok(None);
@@ -473,12 +521,15 @@ impl Mirror {
                 self.note_phase(dir, Phase::Populated);
                 return Ok(None);
             }
-            Some(_) => {}
-        }
+            Some(mark) => mark.named,
+        };
         let origin = dir.origin.clone().ok_or_else(|| no_origin(&shown))?;
         let clean = is_empty(dir.ino, opened).on("getdents64", Side::Dst, &shown)?;
         let default_acl = take_default_acl(opened).on("removexattr", Side::Dst, &shown)?;
         let partial = Partial::new(dir.ino, dir.anchor.clone(), origin, clean, default_acl);
+        if named {
+            partial.note_named();
+        }
         if let Some(board) = self.board() {
             partial.keep_on(board);
         }
@@ -526,60 +577,4 @@ fn take_default_acl(opened: BorrowedFd<'_>) -> Result<Option<Vec<u8>>, Errno> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use std::time::Duration;
-
-    fn partial() -> Partial {
-        let root = tempfile::tempdir().expect("a directory");
-        let dst = Arc::new(crate::sys::host::open_dir(root.path()).expect("opens"));
-        let anchor = Anchor::root(&dst, true).expect("an anchor");
-        Partial::new(7, anchor, Arc::new(RelPath::root()), true, None)
-    }
-
-    fn name(text: &str) -> Name {
-        Name::new(text.as_bytes()).expect("a name")
-    }
-
-    #[test]
-    fn a_name_is_placed_by_one_and_a_failed_one_by_the_next() {
-        let (partial, a) = (partial(), name("a"));
-        let claimed = partial.claim(&a).expect("ours");
-        assert!(!partial.has(&a));
-        std::thread::scope(|scope| {
-            let other = scope.spawn(|| partial.claim(&a).map(Claimed::here));
-            std::thread::sleep(Duration::from_millis(20));
-            assert!(!other.is_finished());
-            drop(claimed);
-            assert!(other.join().expect("no panic").is_some());
-        });
-        assert!(partial.has(&a) && !partial.is_clean());
-        assert!(partial.claim(&a).is_none());
-    }
-
-    #[test]
-    fn what_src_does_not_have_is_asked_again_and_leaves_the_directory_clean() {
-        let (partial, a) = (partial(), name("a"));
-        partial.claim(&a).expect("ours").not_in_src();
-        assert!(!partial.has(&a) && partial.is_clean());
-        assert!(partial.claim(&a).is_some());
-    }
-
-    #[test]
-    fn a_closed_directory_waits_for_who_is_at_work_and_takes_no_more() {
-        let (partial, a, b) = (partial(), name("a"), name("b"));
-        let claimed = partial.claim(&a).expect("ours");
-        std::thread::scope(|scope| {
-            let closing = scope.spawn(|| partial.close());
-            while !partial.has(&b) {
-                std::thread::yield_now();
-            }
-            assert!(partial.claim(&b).is_none());
-            assert!(!closing.is_finished());
-            claimed.here();
-            closing.join().expect("no panic");
-        });
-        partial.reopen();
-        assert!(partial.claim(&b).is_some());
-    }
-}
+mod tests;

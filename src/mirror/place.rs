@@ -86,6 +86,9 @@ impl<'a> Placer<'a> {
     /// errors that may pass, or that concern everything (no space, src away), come back.
     pub fn place(&self, name: &Name) -> Result<bool> {
         let path = self.src.path.join(name);
+        if self.is_users(name)? {
+            return Ok(true);
+        }
         if self.partial.ino == ROOT && name.as_bytes() == CONTROL.as_bytes() {
             return Err(Error::SrcPending {
                 path: path.to_path(),
@@ -103,11 +106,11 @@ impl<'a> Placer<'a> {
     /// As `place`, for an entry of a listing.
     pub fn place_listed(&self, entry: &Entry) -> Result<bool> {
         match self.open_ahead(entry) {
-            Some((file, stat)) => {
+            Some((file, stat)) if !self.partial.is_named() => {
                 let path = self.src.path.join(&entry.name);
                 self.place_as(&entry.name, path, stat, Some(file))
             }
-            None => self.place(&entry.name),
+            _ => self.place(&entry.name),
         }
     }
 

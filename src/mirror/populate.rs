@@ -4,7 +4,7 @@
 //!   placing   -> published  publish(): every name of src has its placeholder; the mark goes P to L
 //!   any       -> Pending    an error: the mark was never touched; what was placed is kept (partial.rs)
 //!
-//! Single names are looked up and listed meanwhile (ahead.rs); whatever changes something waits, in
+//! Single names are looked up and listed meanwhile (ahead.rs), new ones made (own.rs); whatever else changes something waits, in
 //! the directory and in everything below it. While a directory is P everything in it is provisional
 //! (D5): what a crash left is stamped again or made anew. Upholds I1, I2, I7 and D5, D6, D8.
 
@@ -41,7 +41,7 @@ const LISTINGS_MAX: u32 = 3;
 /// Who lists a directory with more entries does not wait for all of them.
 const LISTED_WHOLE: usize = 256;
 /// A directory with more entries is large: somebody who looks into it is no reason to populate it.
-const LARGE_DIR: usize = 1024;
+pub(super) const LARGE_DIR: usize = 1024;
 /// How long the rest is put off for who has just begun to list.
 const HEAD_START: Duration = Duration::from_millis(5);
 /// Entries of a large directory that are read, sorted and placed at a time.
@@ -277,6 +277,10 @@ impl Mirror {
             self.see_to_extras(&src, opened.as_fd(), &partial)?;
         }
         partial.close();
+        if partial.is_named() {
+            // Users' own files carry a mark that the walker takes off.
+            carrier.inspect(|c| c.must_list());
+        }
         // While another program is to take over the directory stays in the table of partials.
         let _inside = self.marks.enter();
         let published = self.stamp_and_publish(dir, &opened, &placer, &meta, carrier);
@@ -395,6 +399,8 @@ impl Mirror {
         carrier: Option<&Carrier<'_>>,
     ) -> Result<()> {
         let src = placer.src;
+        let changed = placer.partial.changed().map(|at| meta.changed_at(at));
+        let meta = changed.as_ref().unwrap_or(meta);
         let mark = Mark {
             origin: placer.recorded_origin(opened)?,
             perm: match fault::breaks("D8") {
@@ -478,8 +484,19 @@ impl Mirror {
     }
 
     /// The entry of a populated directory that `name` is: what the walker goes on with.
-    /// `None` for what carries no mark.
+    /// `None` for what carries no mark, and for a user's own file.
     pub fn marked_child(
+        &self,
+        parent: &DirRef,
+        opened: BorrowedFd<'_>,
+        name: &Name,
+        kind: FileType,
+    ) -> Result<Option<Marked>> {
+        let marked = self.marked_or_own(parent, opened, name, kind)?;
+        Ok(marked.filter(|m| !m.mark.own))
+    }
+
+    pub(super) fn marked_or_own(
         &self,
         parent: &DirRef,
         opened: BorrowedFd<'_>,

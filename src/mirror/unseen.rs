@@ -458,7 +458,8 @@ impl Mirror {
         ask: bool,
     ) -> Result<Option<Marked>> {
         let (name, kind) = (&entry.name, entry.kind);
-        match self.marked_child(parent, opened, name, kind) {
+        match self.marked_or_own(parent, opened, name, kind) {
+            Ok(Some(found)) if found.mark.own => self.disown(parent, opened, &found).map(|()| None),
             Err(unseen @ Error::Unseen { .. }) if ask => match self.reveal(parent, name, true) {
                 // Its kind is another one now.
                 Ok(()) => self.marked_child(parent, opened, name, FileType::Unknown),

@@ -90,6 +90,8 @@ pub(super) struct PartialState {
     pub(super) unmarked: bool,
     pub(super) kept: bool,
     pub(super) large: bool,
+    #[serde(default)]
+    pub(super) named: bool,
     pub(super) asked: u64,
     pub(super) here: Vec<String>,
     pub(super) times: Option<(i64, u32, i64, u32)>,

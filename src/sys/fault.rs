@@ -7,6 +7,9 @@
 pub const POINTS: &[&str] = &[
     "ahead-before",
     "ahead-placed",
+    "own-named",
+    "own-made",
+    "own-marked",
     "populate-before-child",
     "populate-after-child",
     "carry-written",

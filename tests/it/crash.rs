@@ -371,7 +371,7 @@ fn every_fault_point_is_exited_at() {
     // `unseen` in unseen.rs, `salvage` in salvage.rs.
     let tested = [
         "ahead", "populate", "carry", "publish", "hydrate", "rename", "dir", "finish", "perm",
-        "shard", "mixed", "extra", "unseen", "salvage",
+        "shard", "mixed", "extra", "unseen", "salvage", "own",
     ];
     for point in POINTS {
         assert!(

@@ -23,9 +23,9 @@ use crate::nasty::{At, acl};
 use crate::raw;
 
 /// More than a listing waits for, and so many that placing them takes a while.
-const MANY: usize = 20_000;
+pub(crate) const MANY: usize = 20_000;
 
-fn name(i: usize) -> String {
+pub(crate) fn name(i: usize) -> String {
     format!("entry {i:06}")
 }
 
@@ -34,7 +34,7 @@ fn content(i: usize) -> Vec<u8> {
 }
 
 /// src holds `huge` with `count` entries; every hundredth is a directory, a symlink or an empty file.
-fn world(kind: &str, count: usize) -> Option<World> {
+pub(crate) fn world(kind: &str, count: usize) -> Option<World> {
     if !can_mount_on(kind) {
         return None;
     }
@@ -66,11 +66,11 @@ fn mark(dir: &Path) -> Option<u8> {
     }
 }
 
-fn is_unpopulated(dir: &Path) -> bool {
+pub(crate) fn is_unpopulated(dir: &Path) -> bool {
     mark(dir).is_some_and(|m| m & 1 == 0)
 }
 
-fn count(dir: &Path) -> usize {
+pub(crate) fn count(dir: &Path) -> usize {
     fs::read_dir(dir).unwrap().count()
 }
 
@@ -206,7 +206,7 @@ fn changes_in_a_huge_directory_wait_for_all_of_its_names() {
                 // What src has is taken, before it is here.
                 let taken = File::create_new(huge.join(name(7))).unwrap_err();
                 assert_eq!(taken.kind(), io::ErrorKind::AlreadyExists);
-                fs::write(huge.join("new"), b"new").unwrap();
+                fs::create_dir(huge.join("new")).unwrap();
             }
             1 => {
                 let file = OpenOptions::new().write(true).open(&path).unwrap();

@@ -28,6 +28,7 @@ mod mixed;
 mod mixed_src;
 mod nasty;
 mod native;
+mod own;
 mod pagecache;
 mod prefetch;
 mod proof;
