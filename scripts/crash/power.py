@@ -307,11 +307,13 @@ def unlike(got, versions):
         return '%d bytes, should be %s' % (len(got), sorted({len(v) for v in versions}))
 
     def piece(k, i, n):
-        """Bytes of a version. Past its end it has zeros if a later one is longer: the size may come before the bytes. Never when
-        it was made shorter: then the size comes first, and zeros in the place of bytes are a loss."""
-        b = versions[k][i:i + n]
+        """Bytes of a version. Past its end it has zeros if a later one is longer: the size may come before the bytes. When it was
+        made shorter the size comes first, and zeros in the place of bytes are a loss, but for the rest of the last block of
+        what nobody was told is done: ext4 writes that as zeros first (9 of 60 power cuts under ftruncate, fsync without mirrorfs)."""
+        b, end = versions[k][i:i + n], len(versions[k])
         grows = any(len(w) > i + len(b) for w in versions[k + 1:])
-        return b.ljust(n, b'\0') if grows else b
+        zeroed = k > 0 and i + n <= -(-end // 4096) * 4096
+        return b.ljust(n, b'\0') if grows or zeroed else b
     for i in range(0, len(got), 512):
         b = got[i:i + 512]
         pieces = [piece(k, i, len(b)) for k in range(len(versions))]
