@@ -73,6 +73,4 @@ def check(where):
 
 
 if __name__ == '__main__':
-    if len(sys.argv) != 3 or sys.argv[1] not in ('prepare', 'write', 'check'):
-        lab.die(__doc__)
-    sys.exit({'prepare': prepare, 'write': write, 'check': check}[sys.argv[1]](sys.argv[2]))
+    lab.main(__doc__, prepare, write, check)

@@ -30,6 +30,14 @@ def die(text):
     sys.exit(2)
 
 
+def main(doc, prepare, write, check):
+    """`prepare LAB`, `write LAB` or `check LAB`, as powercut.sh calls it."""
+    parts = {'prepare': prepare, 'write': write, 'check': check}
+    if len(sys.argv) != 3 or sys.argv[1] not in parts:
+        die(doc)
+    sys.exit(parts[sys.argv[1]](os.path.abspath(sys.argv[2])))
+
+
 def binary():
     """The program: $MIRRORFS, or the newest build in the target directory."""
     if 'MIRRORFS' in os.environ:

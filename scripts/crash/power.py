@@ -325,17 +325,11 @@ def unlike(got, versions):
     return None
 
 
-def main():
-    if len(sys.argv) != 3 or sys.argv[1] not in ('prepare', 'write', 'check'):
-        lab.die(__doc__)
-    where = sys.argv[2]
-    if sys.argv[1] == 'prepare':
-        os.makedirs(where + '/src', exist_ok=True)
-        if not os.listdir(where + '/src'):
-            lab.fill_src(where + '/src', 'power', 2, 250, big=1)
-        return 0
-    return write(where) if sys.argv[1] == 'write' else check(where)
+def prepare(where):
+    os.makedirs(where + '/src', exist_ok=True)
+    if not os.listdir(where + '/src'):
+        lab.fill_src(where + '/src', 'power', 2, 250, big=1)
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    lab.main(__doc__, prepare, write, check)

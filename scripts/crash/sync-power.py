@@ -137,7 +137,4 @@ def check(where):
 
 
 if __name__ == '__main__':
-    if len(sys.argv) != 3 or sys.argv[1] not in ('prepare', 'write', 'check'):
-        print(__doc__)
-        sys.exit(2)
-    {'prepare': prepare, 'write': write, 'check': check}[sys.argv[1]](os.path.abspath(sys.argv[2]))
+    lab.main(__doc__, prepare, write, check)

@@ -31,14 +31,9 @@ impl Mirror {
     /// Makes a pending file mixed. `None`: it carries no mark any more.
     pub(super) fn mix(&self, hydration: &Hydration, info: SrcInfo) -> Result<Option<Ground>> {
         let (path, ino) = (&hydration.path, hydration.file.ino);
-        let file = match hydration.file.anchor.open(self.dst.as_fd(), OFlags::RDWR) {
-            Err(Errno::STALE | Errno::NOENT) => return Ok(None),
-            other => other.on("open", Side::Dst, path)?,
+        let Some(file) = self.open_as_long(hydration, info.size)? else {
+            return Ok(None);
         };
-        let there = stat::stat_fd(file.as_fd()).on("statx", Side::Dst, path)?;
-        if there.size != info.size {
-            copy::truncate(file.as_fd(), info.size).on("ftruncate", Side::Dst, path)?;
-        }
         let maps = self.control.maps.as_fd();
         let map = ByteMap::create(maps, ino).on("create", Side::Dst, ".mirrorfs/maps")?;
         fault::point("mixed-map");
@@ -60,6 +55,20 @@ impl Mirror {
             .on("setxattr", Side::Dst, path)?;
         fault::point("mixed-marked");
         Ok(Some(Ground::new(file, map, &mark)))
+    }
+
+    /// The placeholder, open, with src's size (D4). `None`: it is gone.
+    pub(super) fn open_as_long(&self, hydration: &Hydration, size: u64) -> Result<Option<OwnedFd>> {
+        let path = &hydration.path;
+        let file = match hydration.file.anchor.open(self.dst.as_fd(), OFlags::RDWR) {
+            Err(Errno::STALE | Errno::NOENT) => return Ok(None),
+            other => other.on("open", Side::Dst, path)?,
+        };
+        let there = stat::stat_fd(file.as_fd()).on("statx", Side::Dst, path)?;
+        if there.size != size {
+            copy::truncate(file.as_fd(), size).on("ftruncate", Side::Dst, path)?;
+        }
+        Ok(Some(file))
     }
 
     /// M1: the map, its name and dst's size are durable before the mark says that they are.
@@ -192,7 +201,8 @@ impl Mirror {
         };
         if mark.salvage.is_some() && is_changed {
             ground.src_end.store(src_end, Ordering::Release);
-            self.own(&ground, ino).on("setxattr", Side::Dst, path)?;
+            self.now_users(&ground, ino)
+                .on("setxattr", Side::Dst, path)?;
         }
         if src_end < marked {
             // A cut whose mark was not written any more: before the file can grow again.

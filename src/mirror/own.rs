@@ -71,17 +71,15 @@ impl Mirror {
             }
         });
         let make = self.waiting_for(&node, make);
-        let mirror = Arc::clone(self);
+        let (mirror, again) = (Arc::clone(self), Arc::clone(self));
         let look = asker::kept(move |ready: Result<()>| {
-            let again = Arc::clone(&mirror);
-            let task = asker::kept(move |()| match ready {
-                Ok(()) => make(Ok(again.look_for_own(&dir, &wanted))),
-                Err(e) => make(Err(e)),
-            });
-            let pool = mirror.engine.pool();
-            pool.run(Priority::Demand, Box::new(move || task(())));
+            make(ready.map(|()| again.look_for_own(&dir, &wanted)));
         });
-        self.when_above_published(parent, Box::new(look));
+        let on_pool = move |ready| {
+            let task = move || look(ready);
+            mirror.engine.pool().run(Priority::Demand, Box::new(task));
+        };
+        self.when_above_published(parent, Box::new(on_pool));
     }
 
     /// The directory, if a name that src does not have can be made in it now. Whatever fails here is met

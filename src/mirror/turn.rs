@@ -41,7 +41,7 @@ impl Mirror {
         match state.turn(&span) {
             Turn::Mine(id, ground) => {
                 drop(state);
-                let owned = self.own(&ground, node.ino);
+                let owned = self.now_users(&ground, node.ino);
                 let owned = owned.on("setxattr", Side::Dst, node.display_name());
                 work(self, owned.map(|()| Some(ground)));
                 self.turn_over(hydration, id);

@@ -126,16 +126,22 @@ fn expect_whole(bad: &BadSrc, w: &World, m: Mounted) {
     expect_copy(bad, w);
 }
 
-#[test]
-fn what_can_be_read_of_a_bad_file_is_here_when_src_is_dead() {
-    let Some((mut bad, w)) = world_of(FILES) else {
-        return;
-    };
+/// The ledger has told of all of them, then the daemon was killed.
+fn told_and_killed() -> Option<(BadSrc, World)> {
+    let (bad, w) = world_of(FILES)?;
     let m = w.mount();
     wait_told(&m, FILES);
-    // The daemon is killed, and the next one has no src.
     raw::kill(m.pid, libc::SIGKILL);
     m.kill();
+    Some((bad, w))
+}
+
+#[test]
+fn what_can_be_read_of_a_bad_file_is_here_when_src_is_dead() {
+    let Some((mut bad, w)) = told_and_killed() else {
+        return;
+    };
+    // The next daemon has no src.
     let m = w.mount_with(FAIL, &[]);
     bad.die();
     for file in FILES {
@@ -412,13 +418,9 @@ fn what_can_be_read_stays_when_the_rest_is_given_up_without_a_daemon() {
 #[test]
 fn an_exit_while_the_rest_is_given_up_loses_nothing_that_could_be_read() {
     for n in ["1", "3"] {
-        let Some((mut bad, w)) = world_of(FILES) else {
+        let Some((mut bad, w)) = told_and_killed() else {
             return;
         };
-        let m = w.mount();
-        wait_told(&m, FILES);
-        raw::kill(m.pid, libc::SIGKILL);
-        m.kill();
         rustix::mount::unmount(&w.at, rustix::mount::UnmountFlags::DETACH).unwrap();
         bad.die();
         let finish = || {

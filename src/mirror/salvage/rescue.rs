@@ -2,7 +2,7 @@
 //! what can be read of it is kept.
 //!
 //!   (pending) -> salvaged   rescue()   the map and the size are durable, then the mark says so (M1)
-//!   salvaged  -> mixed      own()      a user changes it: the mark says so before his bytes are there
+//!   salvaged  -> mixed      now_users() a user changes it: the mark says so before his bytes are there
 //!   salvaged  -> (whole)    complete() in fill.rs: it is as any pulled file
 //!   salvaged  -> pending    leave()    src's file is another: the record goes, then the mark says so (M7)
 //!
@@ -12,7 +12,6 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
-use rustix::fs::OFlags;
 use rustix::io::Errno;
 
 use super::super::Mirror;
@@ -28,7 +27,7 @@ use crate::mark::Mark;
 use crate::meta::{self, CAPABILITY};
 use crate::sys::stat::{self, Stat, Time};
 use crate::sys::xattr::{self, Target};
-use crate::sys::{copy, fault, fd};
+use crate::sys::{fault, fd};
 
 /// What was opened, or written down, so long ago may be closed first.
 const OLD: Duration = Duration::from_secs(5);
@@ -108,14 +107,9 @@ impl Mirror {
     /// no mark any more.
     fn lay_ground(&self, hydration: &Hydration, src: &Stat) -> Result<Option<Ground>> {
         let (path, ino) = (&hydration.path, hydration.file.ino);
-        let file = match hydration.file.anchor.open(self.dst.as_fd(), OFlags::RDWR) {
-            Err(Errno::STALE | Errno::NOENT) => return Ok(None),
-            other => other.on("open", Side::Dst, path)?,
+        let Some(file) = self.open_as_long(hydration, src.size)? else {
+            return Ok(None);
         };
-        let there = stat::stat_fd(file.as_fd()).on("statx", Side::Dst, path)?;
-        if there.size != src.size {
-            copy::truncate(file.as_fd(), src.size).on("ftruncate", Side::Dst, path)?;
-        }
         let maps = self.control.maps.as_fd();
         let map = ByteMap::create(maps, ino).and_then(|map| map.sync_in(maps).map(|()| map));
         let map = map.on("create", Side::Dst, ".mirrorfs/maps")?;
@@ -140,7 +134,7 @@ impl Mirror {
     }
 
     /// A user is about to change the file: what it is to be is his to say, and it is not src's any more.
-    pub(in crate::mirror) fn own(&self, ground: &Ground, ino: Ino) -> Result<(), Errno> {
+    pub(in crate::mirror) fn now_users(&self, ground: &Ground, ino: Ino) -> Result<(), Errno> {
         if ground.salvage_of().is_none() {
             return Ok(());
         }
