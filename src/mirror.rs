@@ -418,8 +418,10 @@ impl Mirror {
         &self.nodes
     }
 
-    /// How often something marked was moved (see `DoneDir::epoch`).
+    /// How often something marked was moved (see `DoneDir::epoch`): the last one has arrived. Waits for one
+    /// that is under way, which is counted before it is at its new place.
     pub fn epoch(&self) -> u64 {
+        let _guard = self.moves.lock();
         self.epoch.load(Ordering::Acquire)
     }
 

@@ -89,12 +89,24 @@ pub fn point(name: &str) {
         && at == name
         && SEEN.fetch_add(1, Relaxed) + 1 == *n
     {
-        if killed_once() {
+        if held() || killed_once() {
             return;
         }
         // SAFETY: _exit takes an integer and does not return; skipping cleanup is the point.
         unsafe { libc::_exit(99) }
     }
+}
+
+/// `MIRRORFS_FAULT_HOLD=FILE`: it stays here while the file is there, and goes on.
+#[cfg(feature = "fault")]
+fn held() -> bool {
+    let Ok(file) = std::env::var("MIRRORFS_FAULT_HOLD") else {
+        return false;
+    };
+    while std::path::Path::new(&file).exists() {
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    true
 }
 
 /// `MIRRORFS_FAULT_KILL=FILE`: a SIGKILL instead, once: the file is made then.

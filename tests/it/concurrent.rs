@@ -14,13 +14,16 @@ use std::process::Command;
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::thread;
+use std::time::Duration;
 
 use rustix::fs::{CWD, RenameFlags};
 use rustix::io::Errno;
 
 use crate::badsource::{apart, read_apart, world};
 use crate::differential::{Side, run_both};
-use crate::fixture::{LARGE, LIMIT, Random, Scratch, World, bytes, can_mount_on, run, wait_until};
+use crate::fixture::{
+    LARGE, LIMIT, MARK, Random, Scratch, World, bytes, can_mount_on, mirrorfs, run, wait_until,
+};
 
 const CLIENTS: u64 = 4;
 
@@ -519,5 +522,52 @@ fn a_pending_file_that_is_deleted_while_somebody_opens_it_is_opened() {
     assert_eq!(fs::read_dir(m.path("d")).unwrap().count(), 1);
     assert_eq!(fs::read(m.path("d/replaced")).unwrap(), bytes(5, 70_000));
     m.finish();
+    w.expect_no_trace();
+}
+
+/// A rename that has marked its new directory, and has not arrived: a walker that begins now, and sees that
+/// directory first and the old one last, finds nothing in either.
+#[test]
+fn what_moves_while_the_walker_begins_is_pulled_all_the_same() {
+    if !can_mount_on("ext4") {
+        return;
+    }
+    let w = World::on("ext4");
+    fs::create_dir(w.src.join("old")).unwrap();
+    fs::write(w.src.join("old/f"), bytes(1, 100_000)).unwrap();
+    let hold = w.scratch_path("hold");
+    fs::write(&hold, b"").unwrap();
+    let env = [
+        ("MIRRORFS_FAULT", "rename-origin:1"),
+        ("MIRRORFS_FAULT_HOLD", hold.to_str().unwrap()),
+    ];
+    let m = w.mount_with(&["--no-background", "--jobs", "1"], &env);
+    m.path("old/f").metadata().unwrap();
+    // The walker takes what is listed last first.
+    let new = (0..)
+        .map(|n| format!("new {n}"))
+        .find(|name| {
+            fs::create_dir(m.path(name)).unwrap();
+            let last = fs::read_dir(&w.dst).unwrap().last().unwrap().unwrap();
+            last.file_name().to_str() == Some(name)
+        })
+        .unwrap();
+    thread::scope(|scope| {
+        let (from, to) = (m.path("old/f"), m.path(&new).join("f"));
+        let moving = scope.spawn(move || fs::rename(from, to).unwrap());
+        let raw = w.dst.join(&new);
+        let marked = || rustix::fs::lgetxattr(&raw, MARK, &mut [0; 64]).is_ok();
+        wait_until("its directory is marked", LIMIT, marked);
+        run(mirrorfs().arg("resume").arg(&m.at)).expect_code(0);
+        // Time for a walker that does not wait; one that waits needs none.
+        thread::sleep(Duration::from_millis(500));
+        fs::remove_file(&hold).unwrap();
+        moving.join().unwrap();
+    });
+    m.finish();
+    assert_eq!(
+        fs::read(w.dst.join(&new).join("f")).unwrap(),
+        bytes(1, 100_000)
+    );
     w.expect_no_trace();
 }
