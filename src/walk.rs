@@ -25,7 +25,7 @@ use crate::engine::job::Priority;
 use crate::error::{Context, Error, Result, Side};
 use crate::mirror::{Carrier, DirRef, DoneDir, FileRef, Mirror, Need, Origin, Placed, Waiter};
 use crate::sys::dir::{self, Entry};
-use crate::sys::host;
+use crate::sys::{fault, host};
 use crate::throttle::Background;
 
 /// Entries of one directory that are looked at before its subdirectories are walked.
@@ -82,7 +82,7 @@ struct Shared {
 struct Task {
     dir: DirRef,
     parent: Option<Arc<Task>>,
-    /// Its own scan and everything below it that is not done.
+    /// Its own steps and everything below it that is not done.
     left: AtomicUsize,
     /// False once something below stayed pending.
     clean: AtomicBool,
@@ -358,17 +358,12 @@ impl Shared {
             let task = Arc::clone(&step.task);
             let scanned = self.scan(step);
             self.step_taken(scanned.is_ok());
-            match scanned {
-                Ok(true) => task.child_done(&self.mirror, true),
-                // The rest of the directory is another step.
-                Ok(false) => {}
-                Err(e) => {
-                    if !matches!(e, Error::Stopped) {
-                        tracing::debug!("walk: {e}");
-                    }
-                    task.child_done(&self.mirror, false);
-                }
+            if let Err(e) = &scanned
+                && !matches!(e, Error::Stopped)
+            {
+                tracing::debug!("walk: {e}");
             }
+            task.child_done(&self.mirror, scanned.is_ok());
         }
     }
 
@@ -398,8 +393,8 @@ impl Shared {
         }
     }
 
-    /// Looks at some entries of a directory. False when more are to come.
-    fn scan(self: &Arc<Self>, step: Step) -> Result<bool> {
+    /// Looks at some entries of a directory; the rest is another step, which may be over before this.
+    fn scan(self: &Arc<Self>, step: Step) -> Result<()> {
         let Step {
             task,
             from,
@@ -407,12 +402,12 @@ impl Shared {
         } = step;
         let sweeps = self.sweeps() || self.finds_no_room();
         if populate && !sweeps && self.populate(&task)? {
-            return Ok(true);
+            return Ok(());
         }
         let opened = self.mirror.open_dir(&task.dir)?;
         if populate && sweeps && self.mirror.is_pending(opened.as_fd())? {
             task.clean.store(false, Ordering::Relaxed);
-            return Ok(true);
+            return Ok(());
         }
         let mut entries = Vec::new();
         let mut buf = Vec::new();
@@ -424,11 +419,8 @@ impl Shared {
         let next = entries.last().map_or(from, |e| e.next);
         if !at_end {
             // Below the subdirectories on the stack: they come first.
-            self.push(vec![Step {
-                task: Arc::clone(&task),
-                from: next,
-                populate: false,
-            }]);
+            self.push(vec![Shared::step_on(&task, next)]);
+            fault::point("walk-rest");
         }
         let mut below = Vec::new();
         for entry in entries {
@@ -438,7 +430,7 @@ impl Shared {
             self.look(&task, opened.as_fd(), &entry, &mut below)?;
         }
         self.push(below);
-        Ok(at_end)
+        Ok(())
     }
 
     /// Populates a directory with the data of its small files. True when that told everything that
@@ -479,6 +471,15 @@ impl Shared {
         let then = self.child_of(task);
         self.mirror
             .hydrate(file, Need::Unmarked, Priority::Background, then);
+    }
+
+    fn step_on(task: &Arc<Task>, from: u64) -> Step {
+        task.left.fetch_add(1, Ordering::AcqRel);
+        Step {
+            task: Arc::clone(task),
+            from,
+            populate: false,
+        }
     }
 
     fn step_below(task: &Arc<Task>, dir: DirRef, populate: bool) -> Step {

@@ -22,7 +22,8 @@ use rustix::io::Errno;
 use crate::badsource::{apart, read_apart, world};
 use crate::differential::{Side, run_both};
 use crate::fixture::{
-    LARGE, LIMIT, MARK, Random, Scratch, World, bytes, can_mount_on, mirrorfs, run, wait_until,
+    LARGE, LIMIT, Random, Scratch, World, bytes, can_mount_on, is_marked, is_unpopulated, mirrorfs,
+    run, wait_until,
 };
 
 const CLIENTS: u64 = 4;
@@ -556,8 +557,7 @@ fn what_moves_while_the_walker_begins_is_pulled_all_the_same() {
         let (from, to) = (m.path("old/f"), m.path(&new).join("f"));
         let moving = scope.spawn(move || fs::rename(from, to).unwrap());
         let raw = w.dst.join(&new);
-        let marked = || rustix::fs::lgetxattr(&raw, MARK, &mut [0; 64]).is_ok();
-        wait_until("its directory is marked", LIMIT, marked);
+        wait_until("its directory is marked", LIMIT, || is_marked(&raw));
         run(mirrorfs().arg("resume").arg(&m.at)).expect_code(0);
         // Time for a walker that does not wait; one that waits needs none.
         thread::sleep(Duration::from_millis(500));
@@ -569,5 +569,59 @@ fn what_moves_while_the_walker_begins_is_pulled_all_the_same() {
         fs::read(w.dst.join(&new).join("f")).unwrap(),
         bytes(1, 100_000)
     );
+    w.expect_no_trace();
+}
+
+/// A walker that was the first in a large directory, and is slower than the one that took the rest of it.
+#[test]
+fn a_directory_is_done_when_each_of_its_parts_was_looked_at() {
+    const FILES: u64 = 3000;
+    if !can_mount_on("ext4") {
+        return;
+    }
+    let w = World::on("ext4");
+    fs::create_dir(w.src.join("d")).unwrap();
+    for n in 0..FILES {
+        fs::write(w.src.join(format!("d/{n}")), bytes(n, 100)).unwrap();
+    }
+    let hold = w.scratch_path("hold");
+    fs::write(&hold, b"").unwrap();
+    let env = [
+        ("MIRRORFS_FAULT", "walk-rest:1"),
+        ("MIRRORFS_FAULT_HOLD", hold.to_str().unwrap()),
+    ];
+    let m = w.mount_with(&["--no-background"], &env);
+    assert_eq!(
+        fs::read_dir(m.path("d")).unwrap().count() as u64,
+        FILES,
+        "entries"
+    );
+    let raw = w.dst.join("d");
+    wait_until("it is populated", LIMIT, || !is_unpopulated(&raw));
+    let pending = || -> usize {
+        let entries = fs::read_dir(&raw).unwrap().map(|e| e.unwrap().path());
+        entries.filter(|p| is_marked(p)).count()
+    };
+    assert_eq!(pending() as u64, FILES, "a file came by itself");
+    run(mirrorfs().arg("resume").arg(&m.at)).expect_code(0);
+    // The other parts come; the part of the one that is held back cannot.
+    let (mut last, mut same) = (usize::MAX, 0);
+    wait_until("the rest has come", LIMIT, || {
+        let now = pending();
+        same = if now == last { same + 1 } else { 0 };
+        last = now;
+        now < FILES as usize && same > 30
+    });
+    assert!(last > 0, "nobody was held back");
+    assert!(
+        is_marked(&raw),
+        "{last} files are pending below a directory that is done"
+    );
+    assert_ne!(m.status()["state"], "COMPLETE", "{last} files are pending");
+    fs::remove_file(&hold).unwrap();
+    m.finish();
+    for n in 0..FILES {
+        assert_eq!(fs::read(raw.join(n.to_string())).unwrap(), bytes(n, 100));
+    }
     w.expect_no_trace();
 }

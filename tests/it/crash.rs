@@ -17,7 +17,7 @@ use mirrorfs::sys::fault::POINTS;
 use crate::compare::{self, Ignore};
 use crate::fixture::{
     CONTROL, LARGE, LIMIT, LoopFs, MARK, Mounted, Output, World, bytes, can_mount_on, find_program,
-    kit, mirrorfs, need, run, run_for, tests_all, wait_dead,
+    is_unpopulated, kit, mirrorfs, need, run, run_for, tests_all, wait_dead,
 };
 use crate::nasty::{self, At};
 use crate::raw;
@@ -113,12 +113,6 @@ fn fill(src: &Path) {
     for name in ["links/a", "large", "links"] {
         at.stamp(name, 1_300_000_000, 5);
     }
-}
-
-/// Its mark says P.
-fn is_unpopulated(dir: &Path) -> bool {
-    let mut value = [0; 4096];
-    matches!(rustix::fs::lgetxattr(dir, MARK, &mut value), Ok(n) if n > 0 && value[0] & 1 == 0)
 }
 
 pub(crate) fn is_dead(e: &io::Error) -> bool {

@@ -31,6 +31,25 @@ pub(crate) const LARGE: usize = 8 << 20;
 const WATCHDOG: Duration = Duration::from_secs(300);
 /// The mark, as a dst inode carries it.
 pub(crate) const MARK: &str = "trusted.mirrorfs";
+
+/// The first byte of a mark in the raw tree.
+pub(crate) fn mark(path: &Path) -> Option<u8> {
+    let mut value = [0; 4096];
+    match rustix::fs::lgetxattr(path, MARK, &mut value) {
+        Ok(n) if n > 0 => Some(value[0]),
+        _ => None,
+    }
+}
+
+/// It is pending, or something below it is.
+pub(crate) fn is_marked(path: &Path) -> bool {
+    mark(path).is_some()
+}
+
+/// A directory whose mark says P.
+pub(crate) fn is_unpopulated(dir: &Path) -> bool {
+    mark(dir).is_some_and(|m| m & 1 == 0)
+}
 /// The control directory's name in the raw root of dst.
 pub(crate) const CONTROL: &str = ".mirrorfs";
 

@@ -18,7 +18,9 @@ use std::time::Duration;
 use mirrorfs::sys::dir::{self, Entry};
 
 use crate::compare;
-use crate::fixture::{LIMIT, LoopFs, MARK, Random, World, bytes, can_mount_on, run};
+use crate::fixture::{
+    LIMIT, LoopFs, MARK, Random, World, bytes, can_mount_on, is_unpopulated, run,
+};
 use crate::nasty::{At, acl};
 use crate::raw;
 
@@ -55,19 +57,6 @@ fn fill(src: &Path, count: usize) {
         }
     }
     huge.stamp(".", 1_300_000_000, 77);
-}
-
-/// The first byte of a directory's mark in the raw tree.
-fn mark(dir: &Path) -> Option<u8> {
-    let mut value = [0; 4096];
-    match rustix::fs::lgetxattr(dir, MARK, &mut value) {
-        Ok(n) if n > 0 => Some(value[0]),
-        _ => None,
-    }
-}
-
-pub(crate) fn is_unpopulated(dir: &Path) -> bool {
-    mark(dir).is_some_and(|m| m & 1 == 0)
 }
 
 pub(crate) fn count(dir: &Path) -> usize {

@@ -9,8 +9,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::fixture::{
-    CONTROL, LIMIT, LoopFs, MARK, World, bytes, can_mount_on, fuse_mount_at, mirrorfs, need, run,
-    wait_until,
+    CONTROL, LIMIT, LoopFs, World, bytes, can_mount_on, fuse_mount_at, is_marked, mirrorfs, need,
+    run, wait_until,
 };
 use crate::raw;
 
@@ -126,10 +126,6 @@ fn guard_of(daemon: u32) -> Option<u32> {
     guards.next()
 }
 
-fn is_pending(path: &Path) -> bool {
-    rustix::fs::lgetxattr(path, MARK, &mut [0; 256]).is_ok()
-}
-
 /// src: files of many sizes in two directories, one of them with a hard link.
 fn world(kind: &str) -> Option<World> {
     let have = can_mount_on(kind) && need(kernel() >= (6, 14), "Linux 6.14");
@@ -193,7 +189,7 @@ fn users_work_in_the_native_tree(kind: &str) {
     let before = w.src_state();
     let d = Daemon::start(&w, &["--no-background"]).native();
     let at = |n: usize| w.dst.join(name(n));
-    assert!((0..40).all(|n| is_pending(&at(n))), "something was pulled");
+    assert!((0..40).all(|n| is_marked(&at(n))), "something was pulled");
     // Reading, by names that src does not know too.
     assert!(fs::read(at(0)).unwrap() == content(0));
     fs::rename(at(1), w.dst.join("b/other")).unwrap();
@@ -260,7 +256,7 @@ fn users_work_in_the_native_tree(kind: &str) {
     assert_eq!(fs::metadata(at(20)).unwrap().nlink(), 2);
     assert_eq!(fs::metadata(at(39)).unwrap().nlink(), 2);
     assert!(fs::read(&outside).unwrap() == content(22));
-    assert!(!is_pending(&outside) && fs::metadata(&outside).unwrap().nlink() == 1);
+    assert!(!is_marked(&outside) && fs::metadata(&outside).unwrap().nlink() == 1);
     for n in [14, 16, 20, 26, 27, 38, 39] {
         assert!(fs::read(at(n)).unwrap() == content(n), "{n}");
     }
@@ -390,7 +386,7 @@ fn what_src_cannot_give_is_an_error_and_blocks_finish() {
     fs::remove_file(w.src.join(name(5))).unwrap();
     let refused = File::open(w.dst.join(name(5))).unwrap_err();
     assert_eq!(refused.raw_os_error(), Some(libc::EIO));
-    assert!(is_pending(&w.dst.join(name(5))));
+    assert!(is_marked(&w.dst.join(name(5))));
     run(mirrorfs().arg("finish").arg(&w.dst)).expect_code(23);
     raw::kill(d.child.id(), libc::SIGTERM);
     wait_until("the daemon ends", LIMIT, || {

@@ -12,8 +12,10 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use crate::compare::{self, Ignore};
 use crate::crash::FAULT_EXIT;
-use crate::fixture::{LIMIT, MARK, Mounted, World, bytes, mirrorfs, run, wait_until};
-use crate::huge::{MANY, count, is_unpopulated, name, world};
+use crate::fixture::{
+    LIMIT, Mounted, World, bytes, is_marked, is_unpopulated, mirrorfs, run, wait_until,
+};
+use crate::huge::{MANY, count, name, world};
 use crate::nasty::{At, acl};
 use crate::raw;
 use crate::upgrade::upgrade;
@@ -288,8 +290,7 @@ fn files_that_are_made_while_their_directory_is_populated_are_all_there_and_carr
         }
         for entry in fs::read_dir(w.dst.join("huge")).unwrap().filter(|_| walker) {
             let path = entry.unwrap().path();
-            let marked = rustix::fs::lgetxattr(&path, MARK, &mut [0; 64]).is_ok();
-            assert!(!marked, "{kind}: {}", path.display());
+            assert!(!is_marked(&path), "{kind}: {}", path.display());
         }
         resume_and_finish(m);
         expect_like(&w, &plain);

@@ -8,7 +8,7 @@ use std::time::Duration;
 use serde_json::Value;
 
 use crate::fixture::{
-    LARGE, LIMIT, MARK, Mounted, World, bytes, can_mount_on, fuse_mount_at, mirrorfs, run,
+    LARGE, LIMIT, Mounted, World, bytes, can_mount_on, fuse_mount_at, is_marked, mirrorfs, run,
     wait_until,
 };
 
@@ -27,10 +27,6 @@ fn number(status: &Value, key: &str) -> u64 {
     status[key]
         .as_u64()
         .unwrap_or_else(|| panic!("{key}: {status:#}"))
-}
-
-fn is_pending(path: &Path) -> bool {
-    rustix::fs::lgetxattr(path, MARK, &mut [0; 256]).is_ok()
 }
 
 /// How many files of a directory of dst have their data, whether it is durable yet or not. It was
@@ -88,7 +84,7 @@ fn the_second_file_of_a_directory_brings_its_neighbours_and_the_first_does_not()
     let status = m.status();
     assert!(number(&status, "prefetched_files") > 16, "{status:#}");
     assert!(number(&status, "prefetch_hits") > 16, "{status:#}");
-    assert!(is_pending(&w.dst.join("dir/large")), "that is not small");
+    assert!(is_marked(&w.dst.join("dir/large")), "that is not small");
     let page = run(mirrorfs().arg("status").arg(&m.at)).expect_code(0).out;
     assert!(page.contains("ahead   "), "{page}");
     run(mirrorfs().args(["set", "--bwlimit", "off"]).arg(&m.at)).expect_code(0);
@@ -177,7 +173,7 @@ fn a_recorded_trace_is_pulled_in_advance_and_nothing_else() {
     assert!(again.dst.join("listed/only").exists(), "it was listed");
     assert!(ends_with(&again.dst.join("large"), &end));
     for name in ["dir/never", "listed/only"] {
-        assert!(is_pending(&again.dst.join(name)), "{name}");
+        assert!(is_marked(&again.dst.join(name)), "{name}");
     }
     assert_eq!(number(&m.status(), "prefetch_hits"), 4);
     assert_eq!(number(&m.status(), "errors"), 0);

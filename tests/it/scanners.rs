@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::fixture::{
-    LARGE, LIMIT, MARK, Mounted, Output, World, as_user, bytes, can_mount_on, find_program,
+    LARGE, LIMIT, Mounted, Output, World, as_user, bytes, can_mount_on, find_program, is_marked,
     mirrorfs, mounts, need, run, wait_until,
 };
 
@@ -38,8 +38,7 @@ fn world() -> Option<World> {
 
 /// Nothing of the file was pulled: it has its mark and no block.
 fn is_untouched(path: &Path) -> bool {
-    let marked = rustix::fs::lgetxattr(path, MARK, &mut [0; 256]).is_ok();
-    marked && fs::metadata(path).unwrap().blocks() == 0
+    is_marked(path) && fs::metadata(path).unwrap().blocks() == 0
 }
 
 #[track_caller]

@@ -29,7 +29,8 @@ use rustix::fs::{
 use crate::compare::{self, Ignore};
 use crate::fixture::{
     self, CONTROL, LARGE, LIMIT, LoopFs, MARK, Mounted, Scratch, World, as_user, bytes,
-    can_mount_on, find_program, fuse_mount_at, mirrorfs, mounts, need, run, shell_as, wait_until,
+    can_mount_on, find_program, fuse_mount_at, is_marked, mirrorfs, mounts, need, run, shell_as,
+    wait_until,
 };
 use crate::nasty::{At, acl, named_acl};
 use crate::raw::{self, Map, Page};
@@ -104,10 +105,6 @@ impl Mounted {
         }
         self.finish();
     }
-}
-
-fn is_marked(path: &Path) -> bool {
-    rustix::fs::lgetxattr(path, MARK, &mut [0; 4096]).is_ok()
 }
 
 fn set_times(path: &Path, sec: i64, nsec: i64) -> io::Result<()> {
