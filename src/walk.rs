@@ -57,6 +57,8 @@ pub struct Walker {
 struct Shared {
     mirror: Arc<Mirror>,
     stack: Mutex<Vec<Step>>,
+    /// `CHUNK`.
+    chunk: usize,
     /// Threads that have no step.
     idle: AtomicUsize,
     /// Threads that take steps.
@@ -111,6 +113,7 @@ impl Walker {
         let shared = Arc::new(Shared {
             mirror,
             stack: Mutex::new(Vec::new()),
+            chunk: fault::lowered("CHUNK", CHUNK),
             idle: AtomicUsize::new(0),
             workers: AtomicUsize::new(0),
             workers_fast: workers,
@@ -413,7 +416,7 @@ impl Shared {
         let mut buf = Vec::new();
         let at_end = dir::read_dir(opened.as_fd(), from, &mut buf, |entry| {
             entries.push(entry);
-            entries.len() < CHUNK
+            entries.len() < self.chunk
         })
         .on("getdents64", Side::Dst, self.shown(&task.dir))?;
         let next = entries.last().map_or(from, |e| e.next);

@@ -270,7 +270,7 @@ fn run(
         aside,
         scratch: Vec::new(),
         backlog: Backlog::None,
-        slots_max: fault::slots_max(SLOTS_MAX),
+        slots_max: fault::lowered("SLOTS", SLOTS_MAX),
         over: false,
     };
     let ended = worker.serve(left.as_ref());

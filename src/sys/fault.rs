@@ -127,14 +127,14 @@ fn killed_once() -> bool {
 
 /// A limit that a test lowers: `MIRRORFS_FAULT_SLOTS=64`. Without the `fault` feature it is as given.
 #[cfg(feature = "fault")]
-pub fn slots_max(limit: usize) -> usize {
-    let lower = std::env::var("MIRRORFS_FAULT_SLOTS").ok();
+pub fn lowered(what: &str, limit: usize) -> usize {
+    let lower = std::env::var(format!("MIRRORFS_FAULT_{what}")).ok();
     lower.and_then(|n| n.parse().ok()).unwrap_or(limit)
 }
 
 /// As given, without the `fault` feature.
 #[cfg(not(feature = "fault"))]
-pub fn slots_max(limit: usize) -> usize {
+pub fn lowered(_what: &str, limit: usize) -> usize {
     limit
 }
 
