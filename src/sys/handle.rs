@@ -5,6 +5,7 @@
 
 use std::ffi::CStr;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::time::Duration;
 
 use rustix::fs::OFlags;
 use rustix::io::Errno;
@@ -13,6 +14,12 @@ use super::{Result, check};
 
 /// Largest handle that Linux knows (MAX_HANDLE_SZ).
 const HANDLE_MAX: usize = 128;
+
+/// ext4 says ENOMEM also while the inode's number is just being given to a new file (`iget_locked` finds one that is
+/// being created): a moment later it is ESTALE. So many times it is asked again, after a
+/// pause that grows by this.
+const TRIES: u32 = 20;
+const PAUSE: Duration = Duration::from_micros(50);
 
 /// An inode's handle on one file system.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
@@ -63,7 +70,7 @@ impl Handle {
         })
     }
 
-    /// Opens the inode on the file system that `root` is on. ESTALE when it is gone.
+    /// Opens the inode on the file system that `root` is on. ESTALE when it is gone; ENOMEM.
     /// Needs CAP_DAC_READ_SEARCH; refuses nothing that a path would (O_NOFOLLOW is implied by
     /// O_PATH|O_NOFOLLOW for symlinks: pass it).
     pub fn open(&self, root: BorrowedFd<'_>, flags: OFlags) -> Result<OwnedFd> {
@@ -74,6 +81,7 @@ impl Handle {
         };
         raw.bytes[..self.bytes.len()].copy_from_slice(&self.bytes);
         let flags = (flags | OFlags::CLOEXEC).bits().cast_signed();
+        let mut tries = 0;
         loop {
             // SAFETY: `raw` is a struct file_handle that describes its own length; it is only read.
             let ret =
@@ -82,6 +90,10 @@ impl Handle {
                 // SAFETY: the kernel just gave us this fd and nobody else knows it.
                 Ok(fd) => return Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) }),
                 Err(Errno::INTR) => {}
+                Err(Errno::NOMEM) if tries < TRIES => {
+                    std::thread::sleep(PAUSE * tries);
+                    tries += 1;
+                }
                 Err(e) => return Err(e),
             }
         }

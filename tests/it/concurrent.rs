@@ -8,15 +8,17 @@
 use std::collections::{BTreeMap, HashSet};
 use std::fs::{self, File, OpenOptions};
 use std::io::Read;
+use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Barrier;
-use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use rustix::fs::{CWD, RenameFlags};
+use mirrorfs::sys::handle::Handle;
+use rustix::fs::{CWD, OFlags, RenameFlags};
 use rustix::io::Errno;
 
 use crate::badsource::{apart, read_apart, world};
@@ -624,4 +626,36 @@ fn a_directory_is_done_when_each_of_its_parts_was_looked_at() {
         assert_eq!(fs::read(raw.join(n.to_string())).unwrap(), bytes(n, 100));
     }
     w.expect_no_trace();
+}
+
+/// What was deleted is ESTALE, also at the moment when its inode's number is given to a new file.
+#[test]
+fn a_handle_of_a_file_that_was_deleted_is_stale_while_others_are_made() {
+    for kind in ["ext4", "xfs", "btrfs"] {
+        if !can_mount_on(kind) {
+            return;
+        }
+        let w = World::on(kind);
+        let root = File::open(&w.dst).unwrap();
+        fs::write(w.dst.join("old"), b"").unwrap();
+        let handle = Handle::of(root.as_fd(), c"old").unwrap();
+        handle.open(root.as_fd(), OFlags::RDONLY).unwrap();
+        fs::remove_file(w.dst.join("old")).unwrap();
+        let over = AtomicBool::new(false);
+        let end = Instant::now() + Duration::from_secs(3);
+        let answers: HashSet<Errno> = thread::scope(|scope| {
+            scope.spawn(|| {
+                while !over.load(SeqCst) {
+                    fs::write(w.dst.join("new"), b"").unwrap();
+                    fs::remove_file(w.dst.join("new")).unwrap();
+                }
+            });
+            let tries = (0..).take_while(|_| Instant::now() < end);
+            let answers = tries.map(|_| handle.open(root.as_fd(), OFlags::RDONLY).unwrap_err());
+            let answers = answers.collect();
+            over.store(true, SeqCst);
+            answers
+        });
+        assert_eq!(answers, HashSet::from([Errno::STALE]), "{kind}");
+    }
 }
