@@ -423,7 +423,7 @@ impl Mirror {
             if let Err(errno) = removed {
                 drop(state);
                 drop(guard);
-                let error: Result<()> = Err(errno).on("removexattr", Side::Dst, "");
+                let error: Result<()> = Err(errno).on("removexattr", Side::Dst, &hydration.path);
                 let error = error.err().unwrap_or(Error::Stopped);
                 return self.fail_hydration(&hydration, error);
             }
