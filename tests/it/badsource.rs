@@ -1,6 +1,7 @@
 //! A bad source: one that dies, hangs, lies and comes back (docs/FAULTS.md). SRC is a FUSE view that
 //! misbehaves by rule; a rule that is off is the control.
 
+use std::cell::Cell;
 use std::fs;
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -118,15 +119,28 @@ impl Drop for BadSrc {
     }
 }
 
+thread_local! {
+    /// What the worlds of this thread's test are on.
+    static KIND: Cell<&'static str> = const { Cell::new("ext4") };
+}
+
+/// Runs a test on another file system than ext4.
+pub(crate) fn on(kind: &'static str, test: fn()) {
+    KIND.set(kind);
+    test();
+    KIND.set("ext4");
+}
+
 /// A bad source with a tree, and a world whose src it is.
 pub(crate) fn world(fill: impl FnOnce(&BadSrc)) -> Option<(BadSrc, World)> {
-    let able = can_mount_on("ext4")
+    let kind = KIND.get();
+    let able = can_mount_on(kind)
         && need(kit("badsrc.py").is_some(), "badsrc.py of the test kit")
         && need(find_program("python3").is_some(), "python3");
     if !able {
         return None;
     }
-    let fs = LoopFs::new("ext4");
+    let fs = LoopFs::new(kind);
     let bad = BadSrc::new(&fs);
     fill(&bad);
     let w = World::from(bad.at.clone(), fs.dir("dst"), vec![fs]);

@@ -40,6 +40,7 @@ mod ring;
 mod rootless;
 mod rsync;
 mod salvage;
+mod salvage_on;
 mod scanners;
 mod scenes;
 mod semantics;
