@@ -81,7 +81,10 @@ impl Mirror {
             };
             let idle = state.ranges.is_empty() && mixed.busy.is_empty();
             // Without the background only the end is to be found.
-            if state.stage != Stage::Mixed || !(mixed.fill.on || idle) || self.spoiled.is_shut() {
+            if state.stage != Stage::Mixed
+                || !(mixed.fill.on || idle)
+                || self.spoiled.gate.is_shut()
+            {
                 return;
             }
         }
@@ -341,7 +344,7 @@ impl Mirror {
             || self.spoiled.is_fresh(hydration.file.ino)
             || self.src_is_away();
         let known = left && known.is_some_and(|bad| bad.start <= gap.start);
-        (known || self.spoiled.is_shut()).then(|| bad_block(hydration))
+        (known || self.spoiled.gate.is_shut()).then(|| bad_block(hydration))
     }
 
     /// M6: what a range job has brought counts when it is of the same src as all the rest.

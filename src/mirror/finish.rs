@@ -8,6 +8,8 @@
 //!
 //! A crash between any two steps leaves either a migration that finish can end, or a plain tree.
 
+use std::cell::RefCell;
+use std::collections::HashSet;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -121,6 +123,7 @@ pub fn finish_offline(dst: &Path, accept_loss: bool) -> Result<Vec<Rest>> {
         control: &control,
         ledger: &ledger,
         mark,
+        removed: RefCell::default(),
     }
     .run(accept_loss)
 }
@@ -144,11 +147,15 @@ impl Mirror {
             control: &self.control,
             ledger: &self.ledger,
             mark,
+            removed: RefCell::default(),
         };
         finisher.check_accepted(accept_loss)?;
         let rescues = self.shut_rescues()?;
+        fault::point("finish-shut");
         let finished = finisher.run(accept_loss);
-        self.end_rescues(&rescues, finished.as_deref().ok());
+        let removed = finisher.removed.take();
+        let ended = finished.as_deref().ok().map(|rests| (rests, removed));
+        self.end_rescues(&rescues, ended);
         let rests = finished?;
         self.finished.store(true, Ordering::Relaxed);
         self.progress.complete.store(true, Ordering::Relaxed);
@@ -161,6 +168,8 @@ struct Finisher<'a> {
     control: &'a Control,
     ledger: &'a Ledger,
     mark: MarkName,
+    /// What was given up, and is not there any more.
+    removed: RefCell<HashSet<u64>>,
 }
 
 impl Finisher<'_> {
@@ -203,12 +212,7 @@ impl Finisher<'_> {
             Ok(())
         })?;
         if let Some(first) = mixed.first() {
-            return Err(Error::Unusable(format!(
-                "{} files that users have changed are not whole, \"{}\" among them: what SRC cannot give of \
-                 them can be written over, or the file deleted; nobody else gives them up",
-                mixed.len(),
-                crate::error::Printable(first.as_ref().as_os_str()),
-            )));
+            return Err(changed(mixed.len(), first));
         }
         self.give_up(pending, &entries)?;
         self.unmark_own(&own)?;
@@ -285,10 +289,31 @@ impl Finisher<'_> {
                 FileType::Directory => AtFlags::REMOVEDIR,
                 _ => AtFlags::empty(),
             };
+            if *kind == FileType::RegularFile && !self.is_still_lost(path)? {
+                continue;
+            }
             tracing::warn!("lost, as accepted: {path:?}");
             rustix::fs::unlinkat(&opened, name.as_cstr(), flags).on("unlink", Side::Dst, path)?;
         }
         Ok(())
+    }
+
+    /// Nothing of it has come, and nobody has changed it, since it was looked at.
+    fn is_still_lost(&self, path: &RelPath) -> Result<bool> {
+        let opened = match fd::open_beneath(self.root, path, OFlags::PATH | OFlags::NOFOLLOW) {
+            Err(Errno::NOENT) => return Ok(false),
+            other => other.on("open", Side::Dst, path)?,
+        };
+        let mark = self.mark.get(Target::Fd(opened.as_fd()));
+        let Some(mark) = mark.on("getxattr", Side::Dst, path)? else {
+            return Ok(false);
+        };
+        if mark.mixed.is_some() && mark.salvage.is_none() {
+            return Err(changed(1, path));
+        }
+        let stat = stat::stat_fd(opened.as_fd()).on("statx", Side::Dst, path)?;
+        self.removed.borrow_mut().insert(stat.key.ino);
+        Ok(true)
     }
 
     /// Sets +i and +a; the root's come back: they would keep the control directory.
@@ -330,6 +355,14 @@ impl Finisher<'_> {
             Err(e) => Err(e).on("FS_IOC_SETFLAGS", Side::Dst, at),
         }
     }
+}
+
+fn changed(files: usize, first: &RelPath) -> Error {
+    Error::Unusable(format!(
+        "{files} files that users have changed are not whole, \"{}\" among them: what SRC cannot give of \
+         them can be written over, or the file deleted; nobody else gives them up",
+        crate::error::Printable(first.as_ref().as_os_str()),
+    ))
 }
 
 /// The ledger has the data of a path of src.

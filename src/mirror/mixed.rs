@@ -158,6 +158,11 @@ impl Mirror {
         }
         let (hydration, _) = self.hydrations.join(&FileRef::of(node));
         let mut state = hydration.state.lock();
+        if self.spoiled.gate.stops(node.ino) {
+            drop(state);
+            let told = self.waiting_for(node, self.again(node, span, work));
+            return self.spoiled.gate.after(node, told);
+        }
         match state.stage {
             Stage::Over => {
                 drop(state);

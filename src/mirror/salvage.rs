@@ -10,6 +10,7 @@
 //! What can be read is answered, the rest is EIO and in the ledger with its offsets.
 //! An answer is whole or EIO: a short one would be the end of the file for the kernel.
 
+mod gate;
 pub(super) mod pulled;
 mod rescue;
 pub(super) mod rest;
@@ -18,11 +19,11 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
+use self::gate::Gate;
 use super::Mirror;
 use super::node::{Ino, Node, Origin};
 use super::populate::no_origin;
@@ -40,10 +41,10 @@ const SPOILED_MAX: usize = 1 << 16;
 const OPEN_MAX: usize = 512;
 
 /// The files with bytes that src cannot read, and when that was found.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(super) struct Spoiled {
     found: Mutex<HashMap<Ino, Instant>>,
-    shut: AtomicBool,
+    pub(super) gate: Gate,
     /// Of those that are kept, as many more as are open.
     open: Arc<()>,
 }
@@ -58,11 +59,6 @@ impl Spoiled {
         self.found.lock().clear();
     }
 
-    /// Nothing more is asked of src for files that it cannot give whole: `finish` ends them.
-    pub(super) fn is_shut(&self) -> bool {
-        self.shut.load(Ordering::Acquire)
-    }
-
     /// One more of them is open, until it is dropped.
     pub(super) fn count(&self) -> Arc<()> {
         Arc::clone(&self.open)
@@ -75,10 +71,6 @@ impl Spoiled {
             fault::lowered("SLOTS", OPEN_MAX),
         );
         (now > most).then_some(now > 2 * most)
-    }
-
-    pub(super) fn shut(&self, is: bool) {
-        self.shut.store(is, Ordering::Release);
     }
 
     /// It was found a moment ago.

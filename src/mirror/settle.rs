@@ -171,6 +171,10 @@ impl Mirror {
             drop(state);
             return self.change_size(node, 0, None, then);
         }
+        if self.spoiled.gate.stops(node.ino) {
+            drop(state);
+            return self.truncate_after_finish(node, then);
+        }
         state.stage = Stage::Truncating;
         drop(state);
         let (mirror, node) = (Arc::clone(self), Arc::clone(node));
@@ -196,20 +200,23 @@ impl Mirror {
         self.engine.pool().run(Priority::Demand, Box::new(task));
     }
 
+    fn truncate_after_finish(self: &Arc<Self>, node: &Arc<Node>, then: Waiter) {
+        let held = Arc::clone(node);
+        let again = self.acting(move |mirror, ended: Result<()>| match ended {
+            Ok(()) if held.is_pending_file() => mirror.truncate_pending(&held, then),
+            Ok(()) => mirror.change_size(&held, 0, None, then),
+            Err(e) => then(Err(e)),
+        });
+        let told = self.waiting_for(node, again);
+        self.spoiled.gate.after(node, told);
+    }
+
     fn truncate_and_unmark(&self, file: &FileRef, path: &RelPath) -> Result<u64> {
         let opened =
             file.anchor
                 .open(self.dst.as_fd(), OFlags::RDWR)
                 .on("open", Side::Dst, path)?;
         let before = stat::stat_fd(opened.as_fd()).on("statx", Side::Dst, path)?;
-        if self.spoiled.is_shut() {
-            let mark = self.mark.get(Target::Open(opened.as_fd()));
-            let mark = mark.on("getxattr", Side::Dst, path)?;
-            if mark.is_some_and(|m| m.salvage.is_some()) {
-                // `finish` is about to make holes in it.
-                return Err(Errno::BUSY).on("ftruncate", Side::Dst, path);
-            }
-        }
         let truncate = || caps::without_fsetid(|| copy::truncate(opened.as_fd(), 0));
         fault::unless_broken("D3", truncate).on("ftruncate", Side::Dst, path)?;
         {

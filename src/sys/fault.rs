@@ -63,7 +63,7 @@ pub const POINTS: &[&str] = &[
 ];
 
 /// Points where a test only holds somebody back (`MIRRORFS_FAULT_HOLD`): nothing is written there.
-pub const HELD: &[&str] = &["walk-rest"];
+pub const HELD: &[&str] = &["walk-rest", "finish-shut"];
 
 /// Points that only a mount that is kept passes (`--keep-mount`).
 pub const KEPT: &[&str] = &[
@@ -100,12 +100,15 @@ pub fn point(name: &str) {
     }
 }
 
-/// `MIRRORFS_FAULT_HOLD=FILE`: it stays here while the file is there, and goes on.
+/// `MIRRORFS_FAULT_HOLD=FILE`: it stays here while the file is there, and goes on. FILE.met says that it
+/// is here.
 #[cfg(feature = "fault")]
 fn held() -> bool {
     let Ok(file) = std::env::var("MIRRORFS_FAULT_HOLD") else {
         return false;
     };
+    // A test that looks for it fails without.
+    let _ = std::fs::File::create(format!("{file}.met")); // As said.
     while std::path::Path::new(&file).exists() {
         std::thread::sleep(std::time::Duration::from_millis(5));
     }

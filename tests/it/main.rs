@@ -41,6 +41,7 @@ mod rootless;
 mod rsync;
 mod salvage;
 mod salvage_on;
+mod salvage_users;
 mod scanners;
 mod scenes;
 mod semantics;

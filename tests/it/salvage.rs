@@ -14,15 +14,15 @@ use crate::crash::{FAULT_EXIT, is_dead};
 use crate::fixture::{LIMIT, Mounted, World, bytes, mirrorfs, run, wait_until};
 use crate::raw;
 
-const PAGE: usize = 4096;
-const SMALL: usize = 600_001;
+pub(crate) const PAGE: usize = 4096;
+pub(crate) const SMALL: usize = 600_001;
 /// cap_net_raw=ep.
 const CAPABILITY: &[u8] = &[1, 0, 0, 2, 0, 32, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
-const FAIL: &[&str] = &["--on-error", "fail", "--source-timeout", "2s"];
-const LARGE: usize = (12 << 20) + 123;
+pub(crate) const FAIL: &[&str] = &["--on-error", "fail", "--source-timeout", "2s"];
+pub(crate) const LARGE: usize = (12 << 20) + 123;
 
 /// A file, and the pages of it that cannot be read.
-type Bad<'a> = (&'a str, usize, &'a [usize]);
+pub(crate) type Bad<'a> = (&'a str, usize, &'a [usize]);
 
 /// The first page, some in the middle, many, and an odd tail.
 const FILES: &[Bad<'_>] = &[
@@ -37,12 +37,12 @@ const FILES: &[Bad<'_>] = &[
     ("none", 10_000, &[0, 1, 2]),
 ];
 
-fn content(size: usize) -> Vec<u8> {
+pub(crate) fn content(size: usize) -> Vec<u8> {
     bytes(size as u64, size)
 }
 
 /// The rules that make these pages bad; pages that touch are one range.
-fn rules(files: &[Bad<'_>]) -> Vec<String> {
+pub(crate) fn rules(files: &[Bad<'_>]) -> Vec<String> {
     let ranges = |(name, size, pages): &Bad<'_>| -> Vec<String> {
         let rule = |(from, to): &(u64, u64)| format!("path={name} op=read off={from}-{to} err=EIO");
         ranges(*size, pages).iter().map(rule).collect()
@@ -50,7 +50,7 @@ fn rules(files: &[Bad<'_>]) -> Vec<String> {
     files.iter().flat_map(ranges).collect()
 }
 
-fn ranges(size: usize, pages: &[usize]) -> Vec<(u64, u64)> {
+pub(crate) fn ranges(size: usize, pages: &[usize]) -> Vec<(u64, u64)> {
     let mut all: Vec<(u64, u64)> = Vec::new();
     for page in pages {
         let (from, to) = (page * PAGE, ((page + 1) * PAGE).min(size));
@@ -62,7 +62,7 @@ fn ranges(size: usize, pages: &[usize]) -> Vec<(u64, u64)> {
     all
 }
 
-fn world_of(files: &[Bad<'_>]) -> Option<(BadSrc, World)> {
+pub(crate) fn world_of(files: &[Bad<'_>]) -> Option<(BadSrc, World)> {
     let (mut bad, w) = badsource::world(|bad| {
         for (name, size, _) in files {
             bad.write(name, &content(*size));
@@ -82,7 +82,7 @@ fn world_of(files: &[Bad<'_>]) -> Option<(BadSrc, World)> {
     Some((bad, w))
 }
 
-fn told(m: &Mounted, name: &str) -> Option<Value> {
+pub(crate) fn told(m: &Mounted, name: &str) -> Option<Value> {
     let all = entries(m);
     let entry = all.iter().find(|e| e["path"] == name);
     entry.and_then(|e| e.get("ranges").cloned())
@@ -90,7 +90,7 @@ fn told(m: &Mounted, name: &str) -> Option<Value> {
 
 /// The background has found all that cannot be read, and nothing else.
 #[track_caller]
-fn wait_told(m: &Mounted, files: &[Bad<'_>]) {
+pub(crate) fn wait_told(m: &Mounted, files: &[Bad<'_>]) {
     for (name, size, pages) in files {
         let want = json!(ranges(*size, pages));
         wait_until("the ledger has what is bad", LIMIT, || {
@@ -110,7 +110,7 @@ fn expect_salvaged(m: &Mounted, (name, size, pages): Bad<'_>) {
     );
 }
 
-fn retry(m: &Mounted) {
+pub(crate) fn retry(m: &Mounted) {
     run(mirrorfs().arg("errors").arg(&m.at).arg("--retry")).expect_code(0);
 }
 
@@ -189,7 +189,7 @@ pub(crate) fn both_names_of_a_bad_file_have_what_can_be_read() {
     expect_whole(&bad, &w, w.mount());
 }
 
-fn rw(m: &Mounted, name: &str) -> File {
+pub(crate) fn rw(m: &Mounted, name: &str) -> File {
     let mut options = OpenOptions::new();
     options.read(true).write(true).open(m.path(name)).unwrap()
 }
@@ -327,7 +327,7 @@ pub(crate) fn a_bad_file_that_is_another_in_src_is_pulled_again_whole() {
     expect_whole(&bad, &w, m);
 }
 
-fn read_page(m: &Mounted, name: &str, page: usize) -> io::Result<Vec<u8>> {
+pub(crate) fn read_page(m: &Mounted, name: &str, page: usize) -> io::Result<Vec<u8>> {
     let mut bytes = vec![0; PAGE];
     File::open(m.path(name))?.read_exact_at(&mut bytes, (page * PAGE) as u64)?;
     Ok(bytes)

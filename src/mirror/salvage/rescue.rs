@@ -138,9 +138,6 @@ impl Mirror {
         if ground.salvage_of().is_none() {
             return Ok(());
         }
-        if self.spoiled.is_shut() {
-            return Err(Errno::BUSY); // `finish` is about to make holes in it.
-        }
         let _guard = self.lock_mark(ino);
         let file = ground.file.as_fd();
         if let Some(mark) = self.mark.get(Target::Open(file))?

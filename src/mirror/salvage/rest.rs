@@ -5,6 +5,7 @@
 //!
 //! Without a daemon, or when the daemon has let go of the file (`shut_rescues`).
 
+use std::collections::HashSet;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -17,7 +18,7 @@ use serde::Serialize;
 use super::super::Mirror;
 use super::super::bytemap::ByteMap;
 use super::super::hydrate::{Hydration, Stage};
-use super::super::node::Phase;
+use super::super::node::{Ino, Phase};
 use super::super::perms::Perms;
 use super::pulled::Pulled;
 use crate::error::{Context, Error, Printable, Result, Side};
@@ -126,9 +127,8 @@ impl Remains {
             let punched = copy::fallocate(file, PUNCH, range.start, range.end - range.start);
             punched.on("fallocate", Side::Dst, path)?;
         }
-        if let Some((atime, mtime)) = self.mark.times.or(self.mark.salvage) {
-            meta::set_times_fd(file, atime, mtime).on("utimensat", Side::Dst, path)?;
-        }
+        self.set_times(perms.mark)
+            .on("utimensat", Side::Dst, path)?;
         fd::fsync(file).on("fsync", Side::Dst, path)?;
         fault::point("salvage-given");
         perms.take_mark(file).on("removexattr", Side::Dst, path)?;
@@ -150,14 +150,27 @@ impl Remains {
         }
         Ok(rest)
     }
+
+    /// D9: a user may set them at any moment; he writes the mark first, and then those of the file.
+    fn set_times(&self, name: MarkName) -> Result<(), Errno> {
+        let file = self.file.as_fd();
+        let mut set = None;
+        while let Some(mark) = name.get(Target::Open(file))?
+            && let Some(times) = mark.times.or(mark.salvage)
+            && set.replace(times) != Some(times)
+        {
+            meta::set_times_fd(file, times.0, times.1)?;
+        }
+        Ok(())
+    }
 }
 
 impl Mirror {
     /// `finish` looks at dst itself: nothing is pulled any more into files that src cannot give whole, and what
     /// is here of them is on record.
     pub(in crate::mirror) fn shut_rescues(&self) -> Result<Vec<Arc<Hydration>>> {
-        // First: who changes one of them from now on is refused (`own`), and who has begun is waited for.
-        self.spoiled.shut(true);
+        // First: who changes one of them from now on waits, and who has begun is waited for.
+        self.spoiled.gate.shut();
         let stages = self.hydrations.stages().into_iter();
         let mixed = stages.filter(|(_, stage)| *stage == Stage::Mixed);
         let mixed = mixed.filter_map(|(ino, _)| self.hydrations.by_number(ino));
@@ -173,13 +186,11 @@ impl Mirror {
             state.drop_idle_jobs(&(0..u64::MAX));
             !state.ranges.is_empty() || !state.is_quiet()
         };
-        let truncates = || {
-            let stages = self.hydrations.stages();
-            stages.into_values().any(|stage| stage == Stage::Truncating)
-        };
-        while salvaged.iter().any(is_busy) || truncates() {
+        let begins = |stage| matches!(stage, Stage::Truncating | Stage::Mixing);
+        let some_begin = || self.hydrations.stages().into_values().any(begins);
+        while salvaged.iter().any(is_busy) || some_begin() {
             if Instant::now() >= until {
-                self.spoiled.shut(false);
+                self.open_gate();
                 let line = "a file that SRC cannot give whole is being read; try again, or umount and \
                             finish DST then";
                 return Err(Error::Unusable(line.to_owned()));
@@ -194,13 +205,15 @@ impl Mirror {
     pub(in crate::mirror) fn end_rescues(
         &self,
         salvaged: &[Arc<Hydration>],
-        rests: Option<&[Rest]>,
+        ended: Option<(&[Rest], HashSet<Ino>)>,
     ) {
-        let Some(rests) = rests else {
-            return self.spoiled.shut(false);
+        let Some((rests, removed)) = ended else {
+            return self.open_gate();
         };
         for hydration in salvaged {
-            self.note_file_phase(&hydration.file, Phase::Unmarked);
+            if !removed.contains(&hydration.file.ino) {
+                self.note_file_phase(&hydration.file, Phase::Unmarked);
+            }
             self.source.unlearn(hydration.file.ino);
             self.end(hydration, Ok(()));
         }
@@ -213,5 +226,6 @@ impl Mirror {
                 node.set_phase(Phase::Unmarked);
             }
         }
+        self.end_gate(removed);
     }
 }
