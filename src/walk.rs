@@ -23,10 +23,14 @@ use rustix::fs::FileType;
 
 use crate::engine::job::Priority;
 use crate::error::{Context, Error, Result, Side};
-use crate::mirror::{Carrier, DirRef, DoneDir, FileRef, Mirror, Need, Origin, Placed, Waiter};
+use crate::mirror::{Carrier, DirRef, FileRef, Mirror, Need, Origin, Placed, Waiter};
 use crate::sys::dir::{self, Entry};
 use crate::sys::{fault, host};
 use crate::throttle::Background;
+
+mod task;
+
+use task::Task;
 
 /// Entries of one directory that are looked at before its subdirectories are walked.
 const CHUNK: usize = 1024;
@@ -78,22 +82,6 @@ struct Shared {
     steps: AtomicUsize,
     /// The pass that runs now: 0 is the first.
     pass: AtomicU64,
-}
-
-/// A directory in work.
-struct Task {
-    dir: DirRef,
-    parent: Option<Arc<Task>>,
-    /// Its own steps and everything below it that is not done.
-    left: AtomicUsize,
-    /// False once something below stayed pending.
-    clean: AtomicBool,
-    /// `Mirror::epoch` when the pass began.
-    epoch: u64,
-    /// `Mirror::moment` of the last thing that was done, directories below left out.
-    since: AtomicU64,
-    /// Told when the root is done: whether its mark is gone.
-    tell: Option<crossbeam_channel::Sender<bool>>,
 }
 
 /// One piece of work for a thread.
@@ -281,15 +269,7 @@ impl Shared {
             return Ok(true);
         };
         let (tell, told) = crossbeam_channel::bounded(1);
-        let task = Arc::new(Task {
-            dir: root,
-            parent: None,
-            left: AtomicUsize::new(1),
-            clean: AtomicBool::new(true),
-            epoch: self.mirror.epoch(),
-            since: AtomicU64::new(0),
-            tell: Some(tell),
-        });
+        let task = Task::of_root(root, self.mirror.epoch(), tell);
         self.push(vec![Step {
             task,
             from: 0,
@@ -409,7 +389,7 @@ impl Shared {
         }
         let opened = self.mirror.open_dir(&task.dir)?;
         if populate && sweeps && self.mirror.is_pending(opened.as_fd())? {
-            task.clean.store(false, Ordering::Relaxed);
+            task.stays_pending();
             return Ok(());
         }
         let mut entries = Vec::new();
@@ -460,14 +440,14 @@ impl Shared {
 
     /// One more thing below a directory is not done: told when it is.
     fn child_of(self: &Arc<Self>, task: &Arc<Task>) -> Waiter {
-        task.left.fetch_add(1, Ordering::AcqRel);
+        task.one_more();
         let (mirror, task) = (Arc::clone(&self.mirror), Arc::clone(task));
         Box::new(move |result: Result<()>| task.child_done(&mirror, result.is_ok()))
     }
 
     fn hydrate(self: &Arc<Self>, task: &Arc<Task>, file: &FileRef) {
         if self.finds_no_room() {
-            task.clean.store(false, Ordering::Relaxed);
+            task.stays_pending();
             return;
         }
         self.mirror.wait_for_hashes(|| self.stopping());
@@ -477,7 +457,7 @@ impl Shared {
     }
 
     fn step_on(task: &Arc<Task>, from: u64) -> Step {
-        task.left.fetch_add(1, Ordering::AcqRel);
+        task.one_more();
         Step {
             task: Arc::clone(task),
             from,
@@ -486,16 +466,7 @@ impl Shared {
     }
 
     fn step_below(task: &Arc<Task>, dir: DirRef, populate: bool) -> Step {
-        task.left.fetch_add(1, Ordering::AcqRel);
-        let child = Arc::new(Task {
-            dir,
-            parent: Some(Arc::clone(task)),
-            left: AtomicUsize::new(1),
-            clean: AtomicBool::new(true),
-            epoch: task.epoch,
-            since: AtomicU64::new(0),
-            tell: None,
-        });
+        let child = Task::below(task, dir);
         Step {
             task: child,
             from: 0,
@@ -514,7 +485,7 @@ impl Shared {
         let at = (&task.dir, opened);
         let found = self.mirror.revealed_child(at, entry, !self.sweeps());
         if matches!(found, Err(Error::Unseen { .. })) {
-            task.clean.store(false, Ordering::Relaxed);
+            task.stays_pending();
             return Ok(());
         }
         let Some(found) = found? else { return Ok(()) };
@@ -523,7 +494,7 @@ impl Shared {
             return Ok(());
         }
         if self.sweeps() || self.finds_no_room() {
-            task.clean.store(false, Ordering::Relaxed);
+            task.stays_pending();
             return Ok(());
         }
         if self.pass.load(Ordering::Relaxed) == 0 && self.mirror.is_resumed() {
@@ -542,62 +513,5 @@ impl Shared {
         dir.origin
             .as_deref()
             .map_or_else(Default::default, |o| o.to_path())
-    }
-}
-
-impl Task {
-    /// One of the things in it is done, and no directory; `clean`: it is not pending any more.
-    fn child_done(self: &Arc<Self>, mirror: &Arc<Mirror>, clean: bool) {
-        self.since.fetch_max(mirror.moment(), Ordering::AcqRel);
-        self.one_less(mirror, clean);
-    }
-
-    /// One of the things below is done; `clean`: nothing of it is pending any more. The last one
-    /// takes the directory's mark away and goes on with its parent.
-    fn one_less(self: &Arc<Self>, mirror: &Arc<Mirror>, clean: bool) {
-        let mut at = Arc::clone(self);
-        let mut clean = clean;
-        loop {
-            if !clean {
-                at.clean.store(false, Ordering::Release);
-            }
-            if at.left.fetch_sub(1, Ordering::AcqRel) != 1 {
-                return;
-            }
-            let gone = match at.clean.load(Ordering::Acquire) {
-                false => Some(false),
-                true => mirror.dir_done(at.as_done(mirror)),
-            };
-            // `None`: the commit thread goes on from here.
-            let Some(gone) = gone else { return };
-            match at.settled(gone) {
-                Some(parent) => (at, clean) = (parent, gone),
-                None => return,
-            }
-        }
-    }
-
-    fn as_done(self: &Arc<Self>, mirror: &Arc<Mirror>) -> DoneDir {
-        let (task, mirror) = (Arc::clone(self), Arc::clone(mirror));
-        DoneDir {
-            ino: self.dir.ino,
-            anchor: self.dir.anchor.clone(),
-            epoch: self.epoch,
-            since: self.since.load(Ordering::Acquire),
-            then: Box::new(move |gone| {
-                if let Some(parent) = task.settled(gone) {
-                    parent.one_less(&mirror, gone);
-                }
-            }),
-        }
-    }
-
-    /// The parent that hears of it; the root tells the pass.
-    fn settled(&self, gone: bool) -> Option<Arc<Task>> {
-        if let Some(tell) = &self.tell {
-            // A pass that was stopped does not listen any more.
-            let _ = tell.send(gone); // Nothing is lost: the marks say it too.
-        }
-        self.parent.clone()
     }
 }
