@@ -140,7 +140,7 @@ impl Mirror {
             self.commit.hurry();
             std::thread::sleep(Duration::from_millis(50));
         }
-        let _guard = self.moves.lock();
+        let guard = self.moves.lock();
         let (root, mark) = (self.dst.as_fd(), self.mark);
         let finisher = Finisher {
             root,
@@ -155,6 +155,8 @@ impl Mirror {
         let finished = finisher.run(accept_loss);
         let removed = finisher.removed.take();
         let ended = finished.as_deref().ok().map(|rests| (rests, removed));
+        // Waiters take it too: the walker's, for the mark of the directory.
+        drop(guard);
         self.end_rescues(&rescues, ended);
         let rests = finished?;
         self.finished.store(true, Ordering::Relaxed);

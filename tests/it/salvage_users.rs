@@ -284,3 +284,24 @@ fn who_writes_into_what_finish_removes_is_told() {
     assert!(!w.dst.join("none").exists());
     assert!(w.dst.join("some").exists());
 }
+
+/// The walker hears of the end of such files when `finish` ends, and takes the root's mark away then.
+#[test]
+fn a_walker_that_waits_for_what_is_given_up_keeps_finish_from_nothing() {
+    const OF: &[Bad<'_>] = &[("small", SMALL, &[3]), ("large", LARGE, &[5, 2000])];
+    let Some((_bad, w)) = world_of(OF) else {
+        return;
+    };
+    let (mut held, mut m) = Held::mount(&w, "finish-shut");
+    wait_told(&m, OF);
+    // A pass begins, and looks at nothing before `finish` asks nothing more of src: so it waits for both.
+    let steer = |what: &str| run(mirrorfs().arg(what).arg(&m.at)).expect_code(0);
+    steer("pause");
+    std::thread::sleep(Duration::from_secs(1));
+    held.finish(&m);
+    steer("resume");
+    std::thread::sleep(Duration::from_secs(1));
+    held.go_on().expect_code(23);
+    m.wait_exit(LIMIT);
+    w.expect_no_trace();
+}
