@@ -45,7 +45,7 @@ use crate::mirror::Mirror;
 use crate::native::{self, Native};
 use crate::progress::Progress;
 use crate::pull::replay::Replay;
-use crate::sys::{caps, host, view};
+use crate::sys::{caps, fault, host, view};
 
 /// How often the main loop looks around when nothing happens.
 const TICK: Duration = Duration::from_millis(200);
@@ -182,6 +182,7 @@ fn serve(
     before: Option<&Predecessor>,
 ) -> Outcome {
     host::raise_nofile();
+    fault::end_at_a_deadlock();
     let progress = Arc::new(Progress::default());
     if before.is_none() {
         warn_of_writers(&ground);

@@ -141,6 +141,29 @@ pub fn lowered(_what: &str, limit: usize) -> usize {
     limit
 }
 
+/// Threads that wait for each other's locks, or one for its own, end the process, with what each was doing in
+/// the log: a test should not have to wait for it.
+#[cfg(feature = "fault")]
+pub fn end_at_a_deadlock() {
+    use std::thread::sleep;
+    let look = || loop {
+        sleep(std::time::Duration::from_secs(1));
+        let found = parking_lot::deadlock::check_deadlock();
+        for thread in found.iter().flatten() {
+            tracing::error!("deadlock: {:?}", thread.backtrace());
+        }
+        if !found.is_empty() {
+            std::process::abort();
+        }
+    };
+    std::thread::spawn(look);
+}
+
+/// Nobody looks, without the `fault` feature.
+#[cfg(not(feature = "fault"))]
+#[inline(always)]
+pub fn end_at_a_deadlock() {}
+
 /// True when the environment wants a rule of docs/DURABILITY.md broken: `MIRRORFS_BREAK=D1`. So is the
 /// checker checked: it must see what is lost then (scripts/crash/powercut.sh).
 #[cfg(feature = "fault")]
