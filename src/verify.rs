@@ -72,6 +72,14 @@ pub struct Reading {
     pub read: Counter,
 }
 
+impl Reading {
+    /// Bytes read, and found: those of a file that has grown count in both.
+    pub fn now(&self) -> (u64, u64) {
+        let read = self.read.get();
+        (read, self.found.get().max(read))
+    }
+}
+
 impl Default for VerifyOptions {
     fn default() -> VerifyOptions {
         VerifyOptions {

@@ -15,7 +15,7 @@ use crate::config::MountConfig;
 use crate::manifest::{Trouble, Writer};
 use crate::mirror::{Face, Mirror};
 use crate::sys::{host, local};
-use crate::verify::{Told, VerifyOptions, take_manifest};
+use crate::verify::{Reading, Told, VerifyOptions, take_manifest};
 
 /// `mirrorfs manifest`.
 pub(super) fn take(args: &Manifest) -> Outcome {
@@ -131,9 +131,10 @@ impl Unended {
     }
 
     /// For `mount --finish`: into the log.
-    pub(super) fn end_in_daemon(&self, stop: &Arc<AtomicBool>) {
+    pub(super) fn end_in_daemon(&self, stop: &Arc<AtomicBool>, reading: &Arc<Reading>) {
         let options = VerifyOptions {
             stop: Arc::clone(stop),
+            reading: Arc::clone(reading),
             ..VerifyOptions::default()
         };
         let to = To {

@@ -234,7 +234,7 @@ impl Collector for Scrape {
             .bwlimit
             .filter(|_| !report.bwlimit_lifted)
             .unwrap_or(0);
-        let gauges: [(&str, &str, Option<Unit>, Option<f64>); 13] = [
+        let gauges: [(&str, &str, Option<Unit>, Option<f64>); 15] = [
             (
                 "left",
                 "Bytes known to be left",
@@ -302,6 +302,18 @@ impl Collector for Scrape {
                 Some(f64::from(u8::from(report.stuck))),
             ),
             ("dst_free", "Free in DST", Some(Unit::Bytes), free),
+            (
+                "manifest_read",
+                "Read of SRC for the manifest, in the end",
+                Some(Unit::Bytes),
+                Some(report.manifest_read.unwrap_or(0) as f64),
+            ),
+            (
+                "manifest_found",
+                "To be read for it, as far as is known",
+                Some(Unit::Bytes),
+                Some(report.manifest_found.unwrap_or(0) as f64),
+            ),
             (
                 "start_time",
                 "When the daemon started, since 1970",

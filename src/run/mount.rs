@@ -402,7 +402,7 @@ impl Served<'_> {
                     if finish_again.is_none_or(|at| Instant::now() >= at) {
                         match self.finish(false) {
                             Ok(report) => {
-                                Self::end_manifest(&report, events);
+                                self.end_manifest(&report, events);
                                 return Ok(Phase::Finished);
                             }
                             Err(failure) => tracing::error!("{}", failure.line),
@@ -485,12 +485,17 @@ impl Served<'_> {
     }
 
     /// Ends the manifest, until a signal comes.
-    fn end_manifest(report: &Value, events: &Receiver<Event>) {
+    fn end_manifest(&self, report: &Value, events: &Receiver<Event>) {
         if let Some(manifest) = report.get("manifest").and_then(Unended::from_json) {
-            let stop = Arc::new(AtomicBool::new(false));
+            let (stop, reading) = (Arc::default(), Arc::default());
+            self.watch.set_reading(Arc::clone(&reading));
+            let mut line = Every::new(LINE_EVERY);
             std::thread::scope(|scope| {
-                let work = scope.spawn(|| manifest.end_in_daemon(&stop));
+                let work = scope.spawn(|| manifest.end_in_daemon(&stop, &reading));
                 while !work.is_finished() {
+                    if line.is_due() {
+                        tell_systemd(&[NotifyState::Status(&self.watch.report().line())]);
+                    }
                     if let Ok(Event::Signal(SIGINT | SIGTERM)) = events.recv_timeout(TICK) {
                         stop.store(true, Relaxed);
                     }

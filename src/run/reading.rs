@@ -58,9 +58,7 @@ impl Screen {
     }
 
     fn show(&mut self, reading: &Reading) {
-        let (read, found) = (reading.read.get(), reading.found.get());
-        // The bytes of a file that has grown count, too.
-        let found = found.max(read);
+        let (read, found) = reading.now();
         if !self.bar.is_hidden() {
             self.bar.set_length(found);
             return self.bar.set_position(read);

@@ -106,6 +106,12 @@ pub struct Report {
     /// What dst said when it took nothing more; null while it does.
     #[serde(default)]
     pub dst_full: Option<String>,
+    /// Bytes of SRC that were read for the manifest, after the end; null before that.
+    #[serde(default)]
+    pub manifest_read: Option<u64>,
+    /// Bytes of the files that are to be read for it, as far as they were met.
+    #[serde(default)]
+    pub manifest_found: Option<u64>,
     /// Free in dst, bytes.
     pub dst_free: Option<u64>,
     /// What you should do.
@@ -205,6 +211,9 @@ impl Report {
                 self.mountpoint
             ),
         });
+        if let Some(manifest) = self.manifest() {
+            page.push(format!("manifest {manifest} read"));
+        }
         page.push(format!("action  {}", self.action));
         page
     }
@@ -256,7 +265,16 @@ impl Report {
 
     /// One line for a log or a pipe.
     pub(crate) fn line(&self) -> String {
-        format!("{}  {}", self.state.name(), self.counts.line())
+        match self.manifest() {
+            Some(manifest) => format!("{}  manifest {manifest} read", self.state.name()),
+            None => format!("{}  {}", self.state.name(), self.counts.line()),
+        }
+    }
+
+    /// `1.0 MiB of ~3.0 MiB`.
+    fn manifest(&self) -> Option<String> {
+        let (read, found) = (self.manifest_read?, self.manifest_found?);
+        Some(format!("{} of ~{}", bytes(read), bytes(found)))
     }
 }
 

@@ -23,6 +23,7 @@ use crate::mirror::{LedgerEntry, Mirror};
 use crate::progress::Progress;
 use crate::sys::{host, local};
 use crate::throttle::{Background, Throttle};
+use crate::verify::Reading;
 
 /// What only the main loop knows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,6 +55,8 @@ pub(crate) struct Watch {
     estimate: Option<Estimate>,
     /// The mirror's, once it is there.
     mirror: OnceLock<Arc<Mirror>>,
+    /// How far the end of the manifest is, from when it has begun.
+    reading: OnceLock<Arc<Reading>>,
 }
 
 /// What a daemon knew before it was another program.
@@ -90,6 +93,7 @@ impl Watch {
             history: Mutex::default(),
             estimate: estimate(ground),
             mirror: OnceLock::new(),
+            reading: OnceLock::new(),
             config: config.clone(),
         })
     }
@@ -115,6 +119,7 @@ impl Watch {
             history: Mutex::default(),
             estimate: before.estimate,
             mirror: OnceLock::new(),
+            reading: OnceLock::new(),
             config: ground.config.clone(),
         })
     }
@@ -145,6 +150,11 @@ impl Watch {
     /// The mirror whose background is told of. Once.
     pub(crate) fn set_mirror(&self, mirror: Arc<Mirror>) {
         let _ = self.mirror.set(mirror); // There is one.
+    }
+
+    /// SRC is read for the manifest from now on. Once.
+    pub(crate) fn set_reading(&self, reading: Arc<Reading>) {
+        let _ = self.reading.set(reading); // It ends once.
     }
 
     fn throttle(&self) -> Option<&Throttle> {
@@ -194,6 +204,7 @@ impl Watch {
         let text = |path: &Path| path.to_string_lossy().into_owned();
         let away = self.progress.src_away.lock().clone();
         let free = host::fs_stat(self.dst.as_fd()).ok();
+        let reading = self.reading.get().map(|r| r.now());
         Report {
             state,
             usable: !matches!(state, State::Preparing | State::Finished | State::Stopped),
@@ -224,6 +235,8 @@ impl Watch {
                 since.unwrap_or_default().as_secs()
             }),
             dst_full: self.dst_says(),
+            manifest_read: reading.map(|r| r.0),
+            manifest_found: reading.map(|r| r.1),
             dst_free: free.map(|s| s.bavail.saturating_mul(s.frsize)),
         }
     }
@@ -304,6 +317,9 @@ impl Watch {
             }
             State::Walking | State::Migrating => {
                 format!("none; when this says COMPLETE: mirrorfs finish {mountpoint}")
+            }
+            State::Finished if self.reading.get().is_some() => {
+                "none; reads SRC for the manifest".into()
             }
             State::Finished => "none; waits for the last open file".into(),
             State::Stopped => "none; waits for the last open file, then mount resumes".into(),

@@ -441,3 +441,32 @@ fn what_is_read_in_the_end_is_shown_and_can_be_interrupted() {
     run(&mut take).expect_code(0);
     verify(&w, &[]).expect_code(0);
 }
+
+/// The same by a daemon that finishes by itself: `status` tells.
+#[test]
+fn status_tells_how_far_the_daemon_is_with_reading_for_the_manifest() {
+    let Some((mut bad, w)) = world(|bad| bad.write("large", &bytes(1, 3 << 20))) else {
+        return;
+    };
+    bad.start(&[]);
+    run(mirrorfs().arg("sync").arg(&w.src).arg(&w.dst)).expect_code(0);
+    bad.tell("add path=large op=read off=2097152-3145728 delay=3");
+    let mut m = mount(&w, &["--adopt", "--finish"]);
+    let mut before = None;
+    wait_until("some of it is read", LIMIT, || {
+        let out = run(mirrorfs().arg("status").arg(&m.at).arg("--json")).out;
+        let status: serde_json::Value = serde_json::from_str(&out).unwrap();
+        let Some(read) = status["manifest_read"].as_u64() else {
+            return false;
+        };
+        assert_eq!(status["state"], "FINISHED");
+        assert!(before.replace(read) <= Some(read));
+        read > 0 && status["manifest_found"] == 3 << 20
+    });
+    let page = run(mirrorfs().arg("status").arg(&m.at)).expect_code(0).out;
+    assert!(page.contains(" of ~3.0 MiB read\n"), "{page}");
+    assert!(page.contains("none; reads SRC for the manifest"), "{page}");
+    bad.tell("off");
+    assert_eq!(m.wait_exit(LIMIT), Some(0), "{}", m.log());
+    verify(&w, &[]).expect_code(0);
+}
