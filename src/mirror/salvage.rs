@@ -68,7 +68,7 @@ impl Spoiled {
     fn are_many(&self) -> Option<bool> {
         let (now, most) = (
             Arc::strong_count(&self.open),
-            fault::lowered("SLOTS", OPEN_MAX),
+            fault::lowered("SALVAGED", OPEN_MAX),
         );
         (now > most).then_some(now > 2 * most)
     }

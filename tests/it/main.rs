@@ -40,6 +40,7 @@ mod ring;
 mod rootless;
 mod rsync;
 mod salvage;
+mod salvage_kept;
 mod salvage_on;
 mod salvage_users;
 mod scanners;

@@ -100,7 +100,7 @@ pub(crate) fn wait_told(m: &Mounted, files: &[Bad<'_>]) {
 }
 
 #[track_caller]
-fn expect_salvaged(m: &Mounted, (name, size, pages): Bad<'_>) {
+pub(crate) fn expect_salvaged(m: &Mounted, (name, size, pages): Bad<'_>) {
     assert_eq!(bad_pages(&m.path(name), &content(size)), pages, "{name}");
     let meta = m.path(name).metadata().unwrap();
     assert_eq!(
@@ -116,7 +116,7 @@ pub(crate) fn retry(m: &Mounted) {
 
 /// Whole again: the ledger is empty, and dst equal to src.
 #[track_caller]
-fn expect_whole(bad: &BadSrc, w: &World, m: Mounted) {
+pub(crate) fn expect_whole(bad: &BadSrc, w: &World, m: Mounted) {
     wait_until("an empty ledger", LIMIT, || {
         retry(&m);
         thread::sleep(Duration::from_millis(200));
