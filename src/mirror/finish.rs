@@ -150,15 +150,15 @@ impl Mirror {
             removed: RefCell::default(),
         };
         finisher.check_accepted(accept_loss)?;
-        let rescues = self.shut_rescues()?;
-        fault::point("finish-shut");
-        let finished = finisher.run(accept_loss);
+        let finished = self.shut_rescues().and_then(|rescues| {
+            fault::point("finish-shut");
+            Ok((rescues, finisher.run(accept_loss)?))
+        });
         let removed = finisher.removed.take();
-        let ended = finished.as_deref().ok().map(|rests| (rests, removed));
         // Waiters take it too: the walker's, for the mark of the directory.
         drop(guard);
-        self.end_rescues(&rescues, ended);
-        let rests = finished?;
+        let (rescues, rests) = finished.inspect_err(|_| self.open_gate())?;
+        self.end_rescues(&rescues, &rests, removed);
         self.finished.store(true, Ordering::Relaxed);
         self.progress.complete.store(true, Ordering::Relaxed);
         Ok(rests)

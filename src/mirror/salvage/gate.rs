@@ -84,8 +84,8 @@ impl Gate {
 }
 
 impl Mirror {
-    /// `finish` was refused.
-    pub(super) fn open_gate(&self) {
+    /// `finish` was refused. Not under a lock: waiters are told.
+    pub(in crate::mirror) fn open_gate(&self) {
         self.pass_gate(OPEN);
     }
 

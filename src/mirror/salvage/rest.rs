@@ -167,7 +167,7 @@ impl Remains {
 
 impl Mirror {
     /// `finish` looks at dst itself: nothing is pulled any more into files that src cannot give whole, and what
-    /// is here of them is on record.
+    /// is here of them is on record. Whatever comes of it, the gate is shut: `open_gate` or `end_rescues` follows.
     pub(in crate::mirror) fn shut_rescues(&self) -> Result<Vec<Arc<Hydration>>> {
         // First: who changes one of them from now on waits, and who has begun is waited for.
         self.spoiled.gate.shut();
@@ -190,7 +190,6 @@ impl Mirror {
         let some_begin = || self.hydrations.stages().into_values().any(begins);
         while salvaged.iter().any(is_busy) || some_begin() {
             if Instant::now() >= until {
-                self.open_gate();
                 let line = "a file that SRC cannot give whole is being read; try again, or umount and \
                             finish DST then";
                 return Err(Error::Unusable(line.to_owned()));
@@ -201,15 +200,13 @@ impl Mirror {
         Ok(salvaged)
     }
 
-    /// `finish` has ended with these, or was refused.
+    /// `finish` has ended with these, and has removed some. Not under a lock: waiters are told.
     pub(in crate::mirror) fn end_rescues(
         &self,
         salvaged: &[Arc<Hydration>],
-        ended: Option<(&[Rest], HashSet<Ino>)>,
+        rests: &[Rest],
+        removed: HashSet<Ino>,
     ) {
-        let Some((rests, removed)) = ended else {
-            return self.open_gate();
-        };
         for hydration in salvaged {
             if !removed.contains(&hydration.file.ino) {
                 self.note_file_phase(&hydration.file, Phase::Unmarked);
