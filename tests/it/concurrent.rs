@@ -24,8 +24,8 @@ use rustix::io::Errno;
 use crate::badsource::{apart, read_apart, world};
 use crate::differential::{Side, run_both};
 use crate::fixture::{
-    LARGE, LIMIT, Random, Scratch, World, bytes, can_mount_on, is_marked, is_unpopulated, mirrorfs,
-    run, wait_until,
+    Hold, LARGE, LIMIT, Random, Scratch, World, bytes, can_mount_on, is_marked, is_unpopulated,
+    mirrorfs, run, wait_until,
 };
 
 const CLIENTS: u64 = 4;
@@ -538,13 +538,8 @@ fn what_moves_while_the_walker_begins_is_pulled_all_the_same() {
     let w = World::on("ext4");
     fs::create_dir(w.src.join("old")).unwrap();
     fs::write(w.src.join("old/f"), bytes(1, 100_000)).unwrap();
-    let hold = w.scratch_path("hold");
-    fs::write(&hold, b"").unwrap();
-    let env = [
-        ("MIRRORFS_FAULT", "rename-origin:1"),
-        ("MIRRORFS_FAULT_HOLD", hold.to_str().unwrap()),
-    ];
-    let m = w.mount_with(&["--no-background", "--jobs", "1"], &env);
+    let hold = Hold::at(&w, "rename-origin");
+    let m = w.mount_with(&["--no-background", "--jobs", "1"], &hold.env());
     m.path("old/f").metadata().unwrap();
     // The walker takes what is listed last first.
     let new = (0..)
@@ -558,12 +553,12 @@ fn what_moves_while_the_walker_begins_is_pulled_all_the_same() {
     thread::scope(|scope| {
         let (from, to) = (m.path("old/f"), m.path(&new).join("f"));
         let moving = scope.spawn(move || fs::rename(from, to).unwrap());
-        let raw = w.dst.join(&new);
-        wait_until("its directory is marked", LIMIT, || is_marked(&raw));
+        hold.wait_met();
+        assert!(is_marked(&w.dst.join(&new)), "its directory");
         run(mirrorfs().arg("resume").arg(&m.at)).expect_code(0);
         // Time for a walker that does not wait; one that waits needs none.
         thread::sleep(Duration::from_millis(500));
-        fs::remove_file(&hold).unwrap();
+        hold.let_go();
         moving.join().unwrap();
     });
     m.finish();
@@ -586,13 +581,8 @@ fn a_directory_is_done_when_each_of_its_parts_was_looked_at() {
     for n in 0..FILES {
         fs::write(w.src.join(format!("d/{n}")), bytes(n, 100)).unwrap();
     }
-    let hold = w.scratch_path("hold");
-    fs::write(&hold, b"").unwrap();
-    let env = [
-        ("MIRRORFS_FAULT", "walk-rest:1"),
-        ("MIRRORFS_FAULT_HOLD", hold.to_str().unwrap()),
-    ];
-    let m = w.mount_with(&["--no-background"], &env);
+    let hold = Hold::at(&w, "walk-rest");
+    let m = w.mount_with(&["--no-background"], &hold.env());
     assert_eq!(
         fs::read_dir(m.path("d")).unwrap().count() as u64,
         FILES,
@@ -606,6 +596,7 @@ fn a_directory_is_done_when_each_of_its_parts_was_looked_at() {
     };
     assert_eq!(pending() as u64, FILES, "a file came by itself");
     run(mirrorfs().arg("resume").arg(&m.at)).expect_code(0);
+    hold.wait_met();
     // The other parts come; the part of the one that is held back cannot.
     let (mut last, mut same) = (usize::MAX, 0);
     wait_until("the rest has come", LIMIT, || {
@@ -620,7 +611,7 @@ fn a_directory_is_done_when_each_of_its_parts_was_looked_at() {
         "{last} files are pending below a directory that is done"
     );
     assert_ne!(m.status()["state"], "COMPLETE", "{last} files are pending");
-    fs::remove_file(&hold).unwrap();
+    hold.let_go();
     m.finish();
     for n in 0..FILES {
         assert_eq!(fs::read(raw.join(n.to_string())).unwrap(), bytes(n, 100));

@@ -680,6 +680,40 @@ impl Drop for Watchdog {
     }
 }
 
+/// A daemon that stays at the first passage of a fault point until it is let go.
+pub(crate) struct Hold {
+    fault: String,
+    file: PathBuf,
+}
+
+impl Hold {
+    pub(crate) fn at(w: &World, point: &str) -> Hold {
+        let (fault, file) = (format!("{point}:1"), w.scratch_path("hold"));
+        File::create(&file).unwrap();
+        Hold { fault, file }
+    }
+
+    /// For the mount.
+    pub(crate) fn env(&self) -> [(&str, &str); 2] {
+        let file = self.file.to_str().unwrap();
+        [
+            ("MIRRORFS_FAULT", &self.fault),
+            ("MIRRORFS_FAULT_HOLD", file),
+        ]
+    }
+
+    /// Returns when it is there.
+    #[track_caller]
+    pub(crate) fn wait_met(&self) {
+        let met = self.file.with_extension("met");
+        wait_until("somebody at the point", LIMIT, || met.exists());
+    }
+
+    pub(crate) fn let_go(&self) {
+        fs::remove_file(&self.file).unwrap();
+    }
+}
+
 /// A mount by `mirrorfs mount -f`; unmounted and ended on drop.
 pub(crate) struct Mounted {
     pub(crate) at: PathBuf,

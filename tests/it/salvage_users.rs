@@ -4,12 +4,11 @@ use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
-use std::path::PathBuf;
 use std::sync::mpsc::Receiver;
 use std::time::{Duration, SystemTime};
 
 use crate::badsource::{NOT_YET, apart};
-use crate::fixture::{LIMIT, Mounted, Output, World, bytes, mirrorfs, run, wait_until};
+use crate::fixture::{Hold, LIMIT, Mounted, Output, World, bytes, mirrorfs, run, wait_until};
 use crate::raw;
 use crate::salvage::{Bad, LARGE, PAGE, SMALL, content, retry, rw, wait_told, world_of};
 
@@ -33,19 +32,16 @@ const FILES: &[Bad<'_>] = &[
 
 /// `finish` that stops at a point until it is told to go on.
 struct Held {
-    file: PathBuf,
+    hold: Hold,
     said: Option<Receiver<Output>>,
 }
 
 impl Held {
     /// A mount whose `finish` will stop.
     fn mount(w: &World, point: &str) -> (Held, Mounted) {
-        let file = w.scratch_path("hold");
-        File::create(&file).unwrap();
-        let (fault, hold) = (format!("{point}:1"), file.to_str().unwrap().to_owned());
-        let env: [(&str, &str); 2] = [("MIRRORFS_FAULT", &fault), ("MIRRORFS_FAULT_HOLD", &hold)];
-        let m = w.mount_with(&[], &env);
-        (Held { file, said: None }, m)
+        let hold = Hold::at(w, point);
+        let m = w.mount_with(&[], &hold.env());
+        (Held { hold, said: None }, m)
     }
 
     /// Returns when it has stopped.
@@ -53,12 +49,11 @@ impl Held {
         let mut command = mirrorfs();
         command.arg("finish").arg(&m.at).arg("--accept-loss");
         self.said = Some(apart(move || run(&mut command)));
-        let met = self.file.with_extension("met");
-        wait_until("finish at the point", LIMIT, || met.exists());
+        self.hold.wait_met();
     }
 
     fn go_on(self) -> Output {
-        fs::remove_file(&self.file).unwrap();
+        self.hold.let_go();
         self.said.unwrap().recv_timeout(LIMIT).unwrap()
     }
 }
