@@ -5,6 +5,7 @@
 
 use std::collections::HashSet;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 
@@ -42,12 +43,24 @@ struct CloneArgs {
     tls: u64,
 }
 
-/// Makes a child that shares our fds. Only before any thread was started: the child has just the calling
+/// How long the kernel may take to end a thread that was joined.
+const JOINED_MAX: Duration = Duration::from_secs(10);
+
+/// Makes a child that shares our fds. Only while no other thread runs: the child has just the calling
 /// thread. EBUSY when there is one; ENOSYS where clone3(2) is not allowed.
 pub fn split() -> Result<Split> {
-    let threads = std::fs::read_dir("/proc/self/task").map(Iterator::count);
-    if threads.ok() != Some(1) {
-        return Err(Errno::BUSY);
+    // A join is over before the thread is gone: one with a mount namespace of its own (`in_private_mounts`)
+    // has that taken down first, which takes as long as the kernel's readers of mounts do.
+    let end = Instant::now() + JOINED_MAX;
+    while std::fs::read_dir("/proc/self/task")
+        .map(Iterator::count)
+        .ok()
+        != Some(1)
+    {
+        if Instant::now() > end {
+            return Err(Errno::BUSY);
+        }
+        std::thread::sleep(Duration::from_micros(500));
     }
     let mut args = CloneArgs {
         flags: libc::CLONE_FILES as u64,

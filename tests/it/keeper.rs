@@ -157,6 +157,22 @@ fn without_a_keeper_a_kill_ends_the_mount() {
     }
 }
 
+#[test]
+fn a_dead_mount_is_followed_by_one_that_is_kept() {
+    if !can_mount_on("ext4") {
+        return;
+    }
+    let w = World::on("ext4").over();
+    file(&w, "a/f", 1000);
+    // More than once: whoever looks below a dead mount may have ended in time.
+    for _ in 0..4 {
+        w.mount().kill();
+        let m = w.mount_with(KEEP, &[]);
+        assert_eq!(fs::read(m.path("a/f")).unwrap(), bytes(1000, 1000));
+        assert_eq!(m.unmount(), 0);
+    }
+}
+
 /// What a user does once, and what must be so whether or not the daemon died in the middle.
 type Step = (&'static str, fn(&Path) -> std::io::Result<()>);
 
