@@ -264,6 +264,9 @@ impl Session {
             let known = |number| BackingId::known(dev.fd(), number);
             let (backings, number) = (&shared.backings, file.backing);
             shared.opened.lock().insert(file.request, file.handle);
+            if file.write {
+                node.ctime().is_users();
+            }
             let open = OpenFile {
                 _record: record,
                 node,

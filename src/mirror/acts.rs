@@ -190,6 +190,7 @@ impl Mirror {
         what: &Make,
     ) -> Result<(Found, Option<OwnedFd>)> {
         let found = self.child(parent, name)?;
+        found.node.ctime().is_users();
         let opened = match what {
             Make::File(_, flags) | Make::Own(_, flags) => {
                 let opened = self.nodes.open(&found.node, *flags);

@@ -180,7 +180,10 @@ impl Mirror {
         if let (Make::Own(..), Some(file)) = (what, &made) {
             self.mark_own(dir.as_fd(), name, file.as_fd())?;
         }
-        Ok((self.child_in(&dir_node, dir.as_fd(), name)?, made))
+        let found = self.child_in(&dir_node, dir.as_fd(), name)?;
+        // Whoever has it open from now on may change it without a word to us.
+        found.node.ctime().is_users();
+        Ok((found, made))
     }
 
     /// unlink(2).

@@ -96,6 +96,30 @@ fn who_waits_for_a_slow_source_gets_his_file_from_the_next_daemon() {
 }
 
 #[test]
+fn who_writes_on_after_a_kill_gives_his_file_a_new_ctime() {
+    if !can_mount_on("ext4") {
+        return;
+    }
+    let w = World::on("ext4").over();
+    file(&w, "a/f", 1000);
+    let m = w.mount_with(LAZY, &[]);
+    let path = m.path("a/f");
+    let open = OpenOptions::new().write(true).open(&path).unwrap();
+    kill(&m);
+    let ctime = || {
+        let stat = fs::metadata(&path).unwrap();
+        (stat.ctime(), stat.ctime_nsec())
+    };
+    let before = ctime();
+    thread::sleep(Duration::from_millis(20));
+    open.write_all_at(b"mine", 10).unwrap();
+    assert!(ctime() > before);
+    drop(open);
+    run(mirrorfs().arg("resume").arg(&m.at)).expect_code(0);
+    m.finish();
+}
+
+#[test]
 fn names_that_were_seen_before_their_directory_was_populated_keep_their_inodes_over_a_kill() {
     if !can_mount_on("ext4") {
         return;

@@ -873,6 +873,35 @@ fn what_is_copied_meanwhile_has_not_changed_for_who_looks_until_a_user_changes_i
 }
 
 #[test]
+fn what_a_user_has_made_gets_a_new_ctime_with_each_change() {
+    let Some(w) = world(some_files) else { return };
+    let m = w.mount_lazy();
+    for (parent, name) in [("", "new"), ("dir", "new")] {
+        let path = m.path(parent).join(name);
+        let file = fs::File::create_new(&path).unwrap();
+        let look = || {
+            let stat = fs::metadata(&path).unwrap();
+            (stat.ctime(), stat.ctime_nsec())
+        };
+        let mut last = look();
+        let mut expect_later = |what: &str| {
+            let now = look();
+            assert!(now > last, "{} after {what}", path.display());
+            last = now;
+            thread::sleep(Duration::from_millis(20));
+        };
+        thread::sleep(Duration::from_millis(20));
+        file.write_all_at(b"text", 0).unwrap();
+        expect_later("a write");
+        rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, 100).unwrap();
+        expect_later("fallocate");
+        file.write_all_at(b"text", 50).unwrap();
+        expect_later("another write");
+    }
+    m.finish_rest();
+}
+
+#[test]
 fn writing_a_pending_file_gives_it_a_new_time_and_reading_does_not() {
     let Some(w) = world(some_files) else { return };
     let m = w.mount_lazy();
