@@ -7,6 +7,7 @@ import errno
 import glob
 import hashlib
 import os
+import random
 import shutil
 import signal
 import stat
@@ -24,6 +25,12 @@ MARKS = ('trusted.mirrorfs', 'user.mirrorfs')
 CONTROL = '.mirrorfs'
 # What a request gets when the daemon dies under it.
 DEAD = (errno.ENOTCONN, errno.ECONNABORTED, errno.ECANCELED, errno.EIO, errno.ESHUTDOWN, errno.EINTR)
+# Where a daemon of a mount that is kept may be killed: a point of src/sys/fault.rs, and at which passage.
+KILL_AT = os.environ.get('KILL_AT', ' '.join('%s:%d' % (p, n) for n in (1, 1, 2, 5, 17) for p in (
+    'act-begun act-done open-written create-written left-taken hydrate-begin hydrate-landed hydrate-durable hydrate-unmarked '
+    'ahead-placed own-made own-marked populate-before-mark populate-after-mark publish-durable publish-marked dir-unmark '
+    'rename-origin rename-done carry-written mixed-map mixed-marked mixed-mature mixed-claimed mixed-written mixed-synced '
+    'mixed-promoted mixed-cut mixed-punched salvage-map salvage-marked salvage-synced salvage-kept salvage-owned').split()))
 libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -95,19 +102,25 @@ def make_fs(kind, work, size=2 << 30):
 
 
 class Mount:
-    """`mirrorfs mount -f`, watched."""
+    """`mirrorfs mount -f`, watched. While `keep` is set its daemons are killed again and again, and others go on."""
+    keep = False
 
     def __init__(self, src, dst, at, log, args=(), wait=60):
-        self.at = at
+        self.at, self.killer, env = at, None, dict(os.environ)
         lost = strays(dst)
         if lost:
             raise RuntimeError('pending below a directory that is done: ' + ', '.join(lost[:5]))
+        if self.keep:
+            args = [*args, '--keep-mount', '--transport', 'dev']
+            env.update(MIRRORFS_FAULT=random.choice(KILL_AT.split()), MIRRORFS_FAULT_KILL=log + '.killed')
         with open(log, 'ab') as out:
             self.proc = subprocess.Popen([binary(), 'mount', '-f', *args, src, dst, at], stdin=subprocess.DEVNULL,
-                                         stdout=out, stderr=out, preexec_fn=lambda: libc.prctl(1, signal.SIGKILL))
+                                         stdout=out, stderr=out, env=env, preexec_fn=lambda: libc.prctl(1, signal.SIGKILL))
         self.log = log
         if wait:
             self.wait_ready(wait)
+        if self.keep:
+            self.killer = Killer(self.proc.pid, log + '.killed')
 
     def ready(self):
         # A dead mount may still be there, and its device number may be the next one's: only statfs always asks.
@@ -134,8 +147,19 @@ class Mount:
         return open(self.log, errors='replace').read()[-1500:]
 
     def kill(self):
-        self.proc.kill()
+        self.spare()
+        if self.proc.poll() is None:
+            # A keeper that is stopped makes no other daemon.
+            self.proc.send_signal(signal.SIGSTOP)
+            for pid in [*children(self.proc.pid), self.proc.pid]:
+                sigkill(pid)
         self.proc.wait()
+
+    def spare(self):
+        """From here on the daemon lives."""
+        if self.killer:
+            self.killer.end()
+        self.killer = None
 
     def status(self):
         return ask('status', self.at, '--json')
@@ -157,6 +181,7 @@ class Mount:
 
     def finish(self, limit=60):
         self.wait_complete()
+        self.spare()
         rc, out = ask('finish', self.at)
         if rc:
             raise RuntimeError('finish: exit %d: %s' % (rc, out))
@@ -168,6 +193,7 @@ class Mount:
 
     def stop(self):
         """Away with it, whatever it does."""
+        self.spare()
         while mounted_at(self.at) and libc.umount2(os.fsencode(self.at), 2) == 0:
             pass
         try:
@@ -181,6 +207,7 @@ class Writer:
 
     def __init__(self, also=lambda: None):
         self.mount, self.also, self.lock = None, also, threading.Lock()
+        Mount.keep = bool(os.environ.get('KEEP'))
         self.ack = open(os.environ['ACK'], 'w')
         if os.environ.get('NOISE'):
             Beside(noise(os.environ['DST']))
@@ -213,6 +240,49 @@ class Beside:
     def end(self):
         self.over = True
         self.thread.join()
+
+
+def sigkill(pid):
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass                            # It has ended.
+
+
+def children(pid):
+    """The processes that it has made. One may be gone by now."""
+    found = []
+    for p in glob.glob('/proc/[0-9]*/stat'):
+        try:
+            words = open(p).read().rpartition(')')[2].split()
+        except OSError:
+            continue
+        if words[1] == str(pid):
+            found.append(int(p.split('/')[2]))
+    return found
+
+
+class Killer(Beside):
+    """Kills the daemon of a mount that is kept, at random moments. A daemon of a build with the `fault` feature also kills itself,
+    once, at the point of KILL_AT that was chosen for its mount: which is always in the middle of something."""
+
+    def __init__(self, keeper, marker):
+        self.keeper, self.marker, self.deaths = keeper, marker, 0
+        super().__init__(self.act)
+
+    def act(self):
+        # Twenty that are killed right after their start, and the keeper gives up.
+        rest = 5.5 if self.deaths % 8 == 7 else random.choice([0.05, 0.3, 1, 2]) * random.random()
+        end = time.monotonic() + rest
+        while time.monotonic() < end:
+            if self.over:
+                return
+            time.sleep(0.005)
+        for pid in children(self.keeper):
+            if os.path.exists(self.marker):
+                os.unlink(self.marker)
+            sigkill(pid)
+            self.deaths += 1
 
 
 def noise(disk):

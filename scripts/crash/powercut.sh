@@ -19,6 +19,8 @@
 # write torn, all but one, only one (the loop device has no FUA of its own: each such write is followed by a flush).
 # Needs the test kit's powercut.py (MIRRORFS_KIT). FS="ext4 ext4-writeback xfs btrfs" chooses, SECONDS_EACH=15 is the length
 # of a recording, EACH=50 how many states are made of one, POLICY=random,torn which, SEED=1 the random seed, WORK=/dir a place with some GB (default: in memory).
+# KEEP=1: with --keep-mount (not WHAT=sync). The daemon is killed again and again while the workload runs, another one goes on each time, and no
+#   operation may fail. KILL_AT="point:n ..." chooses fault points at which it is killed besides.
 # NOISE=1: somebody else has the journal of the disk committed all the time.
 # MIRRORFS_BREAK=D1 (with a program built with --features fault) breaks a rule of docs/DURABILITY.md: then there must be
 # bad states, and none is the failure.
@@ -73,6 +75,11 @@ for fs in ${FS:-ext4 ext4-writeback xfs btrfs}; do
     count() { cat "$work/$1" 2>/dev/null | wc -l; }
     promised=$(count w/acked)
     done="$promised promises before the last cut"
+    if [ -n "${KEEP:-}" ]; then
+      kills=$(grep -c 'another one goes on' "$work/lab/log") || { echo "$fs: no daemon was killed" >&2; exit 2; }
+      ! grep 'is not kept\|mount is dead' "$work/lab/log" >&2 || exit 2
+      done="$done, $kills kills"
+    fi
     [ "${WHAT:-mount}" != sync ] || done="$done, $(count lab/hits) files that only looked complete after a cut"
     echo "$fs: $line, seed $seed, $done, $(($(date +%s) - start)) s"
     case "$line" in "0 states"*) exit 2 ;; esac
