@@ -28,7 +28,7 @@ DEAD = (errno.ENOTCONN, errno.ECONNABORTED, errno.ECANCELED, errno.EIO, errno.ES
 # Where a daemon of a mount that is kept may be killed: a point of src/sys/fault.rs, and at which passage.
 KILL_AT = os.environ.get('KILL_AT', ' '.join('%s:%d' % (p, n) for n in (1, 1, 2, 5, 17) for p in (
     'act-begun act-done open-written create-written left-taken hydrate-begin hydrate-landed hydrate-durable hydrate-unmarked '
-    'ahead-placed own-made own-marked populate-before-mark populate-after-mark publish-durable publish-marked dir-unmark '
+    'ahead-placed own-made own-marked own-linked populate-before-mark populate-after-mark publish-durable publish-marked dir-unmark '
     'rename-origin rename-done carry-written mixed-map mixed-marked mixed-mature mixed-claimed mixed-written mixed-synced '
     'mixed-promoted mixed-cut mixed-punched salvage-map salvage-marked salvage-synced salvage-kept salvage-owned').split()))
 libc = ctypes.CDLL(None, use_errno=True)
@@ -151,8 +151,13 @@ class Mount:
         if self.proc.poll() is None:
             # A keeper that is stopped makes no other daemon.
             self.proc.send_signal(signal.SIGSTOP)
-            for pid in [*children(self.proc.pid), self.proc.pid]:
+            daemons = children(self.proc.pid)
+            for pid in [*daemons, self.proc.pid]:
                 sigkill(pid)
+            self.proc.wait()
+            # They share what holds dst's lock.
+            while any(map(is_alive, daemons)):
+                time.sleep(0.002)
         self.proc.wait()
 
     def spare(self):
@@ -249,17 +254,24 @@ def sigkill(pid):
         pass                            # It has ended.
 
 
+def state_and_parent(pid):
+    """Of a process; None when it is gone."""
+    try:
+        words = open('/proc/%s/stat' % pid).read().rpartition(')')[2].split()
+    except OSError:
+        return None
+    return words[0], int(words[1])
+
+
+def is_alive(pid):
+    found = state_and_parent(pid)
+    return found is not None and found[0] not in 'ZX'
+
+
 def children(pid):
-    """The processes that it has made. One may be gone by now."""
-    found = []
-    for p in glob.glob('/proc/[0-9]*/stat'):
-        try:
-            words = open(p).read().rpartition(')')[2].split()
-        except OSError:
-            continue
-        if words[1] == str(pid):
-            found.append(int(p.split('/')[2]))
-    return found
+    """The processes that it has made."""
+    all_ = [int(p.split('/')[2]) for p in glob.glob('/proc/[0-9]*')]
+    return [p for p in all_ if (state_and_parent(p) or ' 0')[1] == pid]
 
 
 class Killer(Beside):
