@@ -1,6 +1,7 @@
 #!/bin/sh
-# dist-test.sh - installs target/dist's .deb on this machine, migrates a tree with what it installed, and purges it again.
-# As root, on Debian. lintian looks at it first, if it is there.
+# dist-test.sh - installs target/dist's .deb on this machine, migrates a tree with what it installed, and purges it again;
+# then the same with the .rpm in a root of its own (dist-test-rpm.sh), if rpm is there.
+# As root, on Debian. lintian looks at the .deb first, if it is there.
 set -eu
 cd "$(dirname "$0")/.."
 [ "$(id -u)" = 0 ] || { echo "dist-test.sh: must be root: it installs a package and mounts" >&2; exit 2; }
@@ -44,3 +45,8 @@ timeout 60 mirrorfs verify "$work/src" "$work/dst"
 dpkg --purge mirrorfs >/dev/null
 [ ! -e /usr/sbin/mount.mirrorfs ] && [ ! -e /usr/bin/mirrorfs ]
 echo "dist-test: installed, migrated, verified, purged"
+if command -v rpm >/dev/null; then
+    scripts/dist-test-rpm.sh
+else
+    echo "dist-test: the .rpm was not tried: no rpm here"
+fi
