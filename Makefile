@@ -86,6 +86,7 @@ clean: ## remove what was built
 pjdfstest: build ## POSIX conformance of the mount (as root)
 	scripts/setup.sh --pjdfstest
 	MIRRORFS=$(abspath $(BIN)) scripts/pjdfstest.sh
+	MIRRORFS=$(abspath $(BIN)) PENDING=1 scripts/pjdfstest.sh
 
 fsx: build ## 100,000 random operations on a file that starts pending, on each file system
 	scripts/setup.sh --fsx

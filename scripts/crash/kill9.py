@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """kill9.py: kill -9 at random moments under a random workload. As root.
 
-  kill9.py [--rounds 100] [--fs ext4|xfs|btrfs|dir] [--seed N] [--control]
+  kill9.py [--rounds 100] [--fs ext4|xfs|btrfs|dir] [--seed N] [--transport dev|uring] [--keep-mount] [--control]
 
 Each round mounts (over the dead mount of the round before), lets three threads read, write, rename and
 delete, and kills the daemon with SIGKILL at a random moment, sometimes while it starts. What had returned
 before must be there after the next mount: no write lost, nothing deleted back, no wrong byte. What was in
 flight may have happened or not. Every few rounds the migration is finished and the whole of dst compared with
-the model. --control does the same without the program (a copy of src, bind-mounted): it tests this script.
+the model. --keep-mount kills the daemon several times in a round, also while it takes over: no operation may fail,
+until its keeper is killed too. --control does the same without the program (a copy of src, bind-mounted): it tests this script.
 Exit 0: no violation.
 """
 import argparse
@@ -121,9 +122,10 @@ class Lab:
         os.mkdir(self.at)
         self.log = self.work + '/log'
         self.mount = None
-        self.killed = threading.Event()
+        # All is about to be killed; it was.
+        self.dying, self.killed = threading.Event(), threading.Event()
         self.bad = []
-        self.n = dict(kills=0, kills_at_start=0, finished=0, ops=0, reads=0, writes=0, fsyncs=0, deletes=0, renames=0,
+        self.n = dict(kills=0, kills_at_start=0, kills_kept=0, finished=0, ops=0, reads=0, writes=0, fsyncs=0, deletes=0, renames=0,
                       in_flight=0, write_checks=0, delete_checks=0, entries_compared=0)
         self.beat = time.monotonic()
         threading.Thread(target=self.watchdog, daemon=True).start()
@@ -164,11 +166,16 @@ class Lab:
         self.n['finished'] += 1
 
     def start(self, args):
+        self.dying.clear()
         self.killed.clear()
         if self.o.control:
             subprocess.run(['mount', '--bind', self.dst, self.at], check=True)
             return
-        self.mount = lab.Mount(self.src, self.dst, self.at, self.log, args)
+        self.mount = self.make(args)
+
+    def make(self, args, wait=60):
+        kind = lab.Kept if self.o.keep_mount else lab.Mount
+        return kind(self.src, self.dst, self.at, self.log, ['--transport', self.o.transport, *args], wait)
 
     def stop(self):
         if self.o.control:
@@ -180,7 +187,7 @@ class Lab:
         rng = self.rng
         if not self.o.control and rng.random() < 0.1:
             # Killed while it starts: nothing is in flight.
-            m = lab.Mount(self.src, self.dst, self.at, self.log, wait=0)
+            m = self.make([], wait=0)
             time.sleep(rng.random() * 0.08)
             m.kill()
             self.n['kills_at_start'] += 1
@@ -194,16 +201,22 @@ class Lab:
         threads = [threading.Thread(target=self.worker, args=(m,)) for m in self.models]
         for t in threads:
             t.start()
+        for _ in range(rng.randrange(6) if self.o.keep_mount else 0):
+            time.sleep(rng.choice([0, 0.02, 0.1, 0.3]) * (0.3 + rng.random()))
+            if not self.mount.kill_daemon():
+                self.say('the keeper has ended: ' + self.mount.tail())
+            self.n['kills_kept'] += 1
+            for m in self.models:
+                m.log.append(['kill'])
         time.sleep(rng.choice([0.02, 0.1, 0.3, 0.6, 1.2]) * (0.3 + rng.random()))
         if not self.o.control:
-            self.mount.proc.send_signal(signal.SIGKILL)
+            self.dying.set()
+            self.mount.kill()
         self.killed.set()
         for t in threads:
             t.join()
         if self.o.control:
             self.stop()
-        else:
-            self.mount.kill()
         self.n['kills'] += 1
         for m in self.models:
             m.log.append(['kill'])
@@ -216,8 +229,7 @@ class Lab:
                 self.op(m)
                 self.n['ops'] += 1
             except OSError as e:
-                # send_signal comes before the event: the daemon may be dead a moment earlier.
-                if e.errno in lab.DEAD and self.killed.wait(2):
+                if self.excused(e):
                     return
                 self.say('%s: %s: %s' % (m.flight and m.flight[0], e, m.flight and m.story(m.flight[1])))
                 return
@@ -225,6 +237,10 @@ class Lab:
                 self.say(str(e))
                 return
         m.flight = None
+
+    def excused(self, e):
+        """The daemon was killed for good; it is dead a moment before that is told."""
+        return e.errno in lab.DEAD and self.dying.is_set() and self.killed.wait(10)
 
     def p(self, path):
         return self.at + '/' + path
@@ -536,6 +552,8 @@ def main():
     ap.add_argument('--rounds', type=int, default=100)
     ap.add_argument('--fs', default='ext4', choices=('ext4', 'xfs', 'btrfs', 'dir'))
     ap.add_argument('--seed', type=int, default=1)
+    ap.add_argument('--transport', default='dev', choices=('dev', 'uring'))
+    ap.add_argument('--keep-mount', action='store_true')
     ap.add_argument('--control', action='store_true')
     ap.add_argument('--keep', action='store_true', help='leave the scratch directory when there was a violation')
     o = ap.parse_args()
@@ -559,7 +577,8 @@ def main():
                 print('log of the mount:\n' + l.mount.tail())
         if not (l.bad and o.keep):
             lab.remove(l.work)
-    print('%s: %s, seed %d, %.0f s: %d violations' % (o.fs, ', '.join('%s %d' % kv for kv in l.n.items()), o.seed, time.time() - t, len(l.bad)))
+    how = o.fs + (', uring' if o.transport == 'uring' else '') + (', kept' if o.keep_mount else '')
+    print('%s: %s, seed %d, %.0f s: %d violations' % (how, ', '.join('%s %d' % kv for kv in l.n.items()), o.seed, time.time() - t, len(l.bad)))
     sys.exit(1 if l.bad else 0)
 
 
