@@ -213,48 +213,17 @@ class Kept(Mount):
     def __init__(self, src, dst, at, log, args=(), wait=60):
         super().__init__(src, dst, at, log, ['--keep-mount', *args], wait)
 
-    def daemon(self):
-        """The daemon's pid; None: the keeper has none just now, or has ended."""
-        try:
-            with open('/proc/%d/task/%d/children' % (self.proc.pid, self.proc.pid)) as f:
-                return next((int(pid) for pid in f.read().split()), None)
-        except OSError:
-            return None
-
     def kill_daemon(self, limit=60):
         """The mount lives on. False: the keeper has ended."""
         end = time.monotonic() + limit
         while self.proc.poll() is None:
-            pid = self.daemon()
-            if pid:
-                os.kill(pid, signal.SIGKILL)
+            for pid in children(self.proc.pid):
+                sigkill(pid)
                 return True
             if time.monotonic() > end:
                 raise RuntimeError('no daemon after %d s: %s' % (limit, self.tail()))
             time.sleep(0.001)
         return False
-
-    def kill(self):
-        """Both; the keeper stands still first, or it would start another daemon."""
-        if self.proc.poll() is None:
-            self.proc.send_signal(signal.SIGSTOP)
-            while process(self.proc.pid)[0] not in 'TZ-':
-                time.sleep(0.001)
-        pid = self.daemon()
-        if pid:
-            os.kill(pid, signal.SIGKILL)
-        super().kill()
-        while pid and process(pid) not in (('Z', 1), ('-', 0)):
-            time.sleep(0.001)
-
-
-def process(pid):
-    """Its state as in ps (`-`: gone), and how many threads it has."""
-    try:
-        with open('/proc/%d/stat' % pid) as f:
-            return f.read().rpartition(')')[2].split()[0], len(os.listdir('/proc/%d/task' % pid))
-    except OSError:
-        return '-', 0
 
 
 class Writer:
@@ -314,8 +283,9 @@ def state_and_parent(pid):
 
 
 def is_alive(pid):
+    """Its first thread may be a zombie while others still hold its files."""
     found = state_and_parent(pid)
-    return found is not None and found[0] not in 'ZX'
+    return found is not None and (found[0] not in 'ZX' or len(glob.glob('/proc/%d/task/*' % pid)) > 1)
 
 
 def children(pid):
