@@ -22,6 +22,12 @@ use predicates::str::{RegexPredicate, is_match};
 use crate::fixture::{can_mount, can_mount_on, kit, need};
 use crate::scenes::SCENES;
 
+/// Of those below: what a moment decides, so that a scene whose DST fails may print it.
+const BY_CHANCE: &[&str] = &[
+    "publish a directory: ...: setxattr dst: ...; it is tried again",
+    "removexattr dst directory: ...",
+];
+
 /// Messages that cannot be had here, and why. Nothing else may be missing.
 const NOT_HERE: &[(&str, &str)] = &[
     (
@@ -279,6 +285,9 @@ fn every_message_that_is_explained_is_printed_and_every_message_is_explained() {
         let not_here = NOT_HERE.iter().any(|(text, _)| *text == message.text);
         // What other tests bring about, at the same time and in this process, is no scene's.
         let counts = |line: &&Line| line.in_scene || !not_here;
+        if not_here && BY_CHANCE.contains(&message.text.as_str()) {
+            continue;
+        }
         if not_here == heard.iter().filter(counts).any(|line| message.is(line)) {
             wrong.push(match not_here {
                 false => format!("nobody has printed: {} {:?}", message.text, message.code),
