@@ -17,6 +17,8 @@ pub use shard::Shard;
 /// Files up to this many bytes are hydrated inside open(2); larger ones are pulled by range.
 pub const LARGE_FILE_BYTES: u64 = 8 << 20;
 
+/// FUSE session threads: as many clients' requests can wait for dst's device at once.
+const THREADS: usize = 16;
 /// Most FUSE session threads and copy workers that can be asked for.
 pub const THREADS_MAX: usize = 256;
 
@@ -108,7 +110,7 @@ pub struct MountConfig {
     /// Whose reads are answered from src and not stored.
     #[serde(default)]
     pub no_store: NoStore,
-    /// FUSE session threads.
+    /// FUSE session threads; with io_uring also as many for requests that wait for a device.
     pub threads: usize,
     /// Copy workers.
     pub workers: usize,
@@ -166,7 +168,7 @@ impl MountConfig {
             replay: None,
             manifest: None,
             no_store: NoStore::default(),
-            threads: cpus().clamp(2, 8),
+            threads: THREADS,
             workers: cpus(),
             io_uring: true,
             bwlimit: None,
@@ -257,7 +259,7 @@ pub enum Fsync {
 /// How the kernel's requests come to the mount.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum Transport {
-    /// Whichever is known to be the better one here.
+    /// Through io_uring from Linux 6.18 on, unless the mount is kept; else read from /dev/fuse.
     #[default]
     Auto,
     /// Read from /dev/fuse.

@@ -25,7 +25,7 @@ use rustix::io::Errno;
 use self::relay::{Left, Pause};
 use super::MirrorFs;
 use super::abi::{OUT_HEADER, opcode};
-use super::aside::{Aside, is_slow};
+use super::aside::Aside;
 use super::dev::out_header;
 use super::reply::Channel;
 use super::request::{Header, fields_len};
@@ -103,6 +103,15 @@ pub(super) struct Taken {
 }
 
 impl Taken {
+    pub(super) fn fields(&self) -> &[u8] {
+        self.slot.as_ref().map_or(&[], Slot::fields)
+    }
+
+    /// Bytes of names and data.
+    pub(super) fn data_len(&self) -> usize {
+        self.slot.as_ref().map_or(0, |s| s.payload().len())
+    }
+
     /// Has `fs` answer it, now or later.
     pub(super) fn answer(self, fs: &MirrorFs, scratch: &mut Vec<u8>) {
         let Some(slot) = &self.slot else {
@@ -187,19 +196,29 @@ impl Begin {
     }
 }
 
-/// Makes a thread and a queue for each CPU. An error: io_uring is of no use here.
-pub(super) fn prepare(dev: &Arc<OwnedFd>, shared: &Arc<Shared>) -> std::io::Result<Queues> {
+/// Makes a thread and a queue for each CPU, and `aside` threads for what waits. An error: io_uring is
+/// of no use here.
+pub(super) fn prepare(
+    dev: &Arc<OwnedFd>,
+    shared: &Arc<Shared>,
+    aside: usize,
+) -> std::io::Result<Queues> {
     let count = fusering::queues().ok_or(std::io::ErrorKind::Unsupported)?;
-    start(dev, shared, (0..count).map(Begin::New).collect())
+    start(dev, shared, aside, (0..count).map(Begin::New).collect())
 }
 
-fn start(dev: &Arc<OwnedFd>, shared: &Arc<Shared>, begin: Vec<Begin>) -> std::io::Result<Queues> {
+fn start(
+    dev: &Arc<OwnedFd>,
+    shared: &Arc<Shared>,
+    aside: usize,
+    begin: Vec<Begin>,
+) -> std::io::Result<Queues> {
     let mut queues = Queues {
         threads: Vec::new(),
         go: Vec::new(),
         stations: Vec::new(),
     };
-    let aside = Aside::start(|| MirrorFs::new(Arc::clone(shared)))?;
+    let aside = Aside::start(aside, || MirrorFs::new(Arc::clone(shared)))?;
     let (ready, result) = sync_channel(begin.len());
     for begin in begin {
         let (go, start) = sync_channel(1);
@@ -424,7 +443,6 @@ impl Worker<'_> {
         let Some(header) = Header::parse(slot.header()) else {
             return;
         };
-        let slow = is_slow(&header, slot.fields(), slot.payload().len());
         let request = Taken {
             slot: Some(slot),
             station: Arc::clone(&self.station),
@@ -437,9 +455,7 @@ impl Worker<'_> {
             return request.send(header.unique, Ok((&[], &[])));
         }
         self.fs.shared.ring_works();
-        if slow {
-            return self.aside.answer(request);
-        }
-        request.answer(self.fs, &mut self.scratch);
+        self.aside
+            .answer(header, request, self.fs, &mut self.scratch);
     }
 }

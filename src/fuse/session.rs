@@ -93,7 +93,7 @@ impl Session {
             false => None,
         };
         // Before the kernel makes its offer, which is when it mounts.
-        let wants_ring = config.transport == Transport::Uring && ring::switch_on();
+        let wants_ring = wants_ring(config) && ring::switch_on();
         let (dev, mount) = match &helper {
             Some(helper) => (mount_by(helper, &mountpoint, config, flags)?, None),
             None => {
@@ -134,9 +134,9 @@ impl Session {
     fn serve(&self, mirror: &Mirror, config: &MountConfig, wants_ring: bool) -> Result<()> {
         let unusable = |e: std::io::Error| Error::Unusable(format!("/dev/fuse: handshake: {e}"));
         let queues = wants_ring
-            .then(|| ring::prepare(self.dev.fd(), &self.shared))
+            .then(|| ring::prepare(self.dev.fd(), &self.shared, config.threads.max(1)))
             .and_then(|made| {
-                made.inspect_err(|e| tracing::warn!("io_uring: {e}: requests come by /dev/fuse"))
+                made.inspect_err(|e| tell_of_dev(config, &format!("io_uring: {e}")))
                     .ok()
             });
         let agreed = handshake::answer(&self.dev, queues.is_some());
@@ -159,9 +159,7 @@ impl Session {
                 self.relay.know(&queues);
                 self.threads.lock().extend(queues.go());
             }
-            None if wants_ring => {
-                tracing::warn!("no FUSE over io_uring: requests come by /dev/fuse")
-            }
+            None if wants_ring => tell_of_dev(config, "no FUSE over io_uring"),
             None => {}
         }
         if self.helper.is_some() {
@@ -285,6 +283,23 @@ impl Session {
             }
         }
         result
+    }
+}
+
+/// Whether requests are to come through io_uring.
+fn wants_ring(config: &MountConfig) -> bool {
+    match config.transport {
+        Transport::Dev => false,
+        Transport::Uring => true,
+        Transport::Auto => false,
+    }
+}
+
+/// Why io_uring does not serve: nothing to worry about unless it was asked for.
+fn tell_of_dev(config: &MountConfig, why: &str) {
+    match config.transport {
+        Transport::Uring => tracing::warn!("{why}: requests come by /dev/fuse"),
+        Transport::Auto | Transport::Dev => tracing::info!("{why}: requests come by /dev/fuse"),
     }
 }
 

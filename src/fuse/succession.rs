@@ -250,7 +250,13 @@ impl Session {
             shared.listings.restore(listing.handle, open);
         }
         let queues = match &state.ring {
-            Some(ring) => Some(relay::resume(dev.fd(), &shared, ring, &mut adopted)?),
+            Some(ring) => Some(relay::resume(
+                dev.fd(),
+                &shared,
+                lanes.len(),
+                ring,
+                &mut adopted,
+            )?),
             None => None,
         };
         // From here on nothing fails: who drops an id takes it from the kernel.

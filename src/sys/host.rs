@@ -418,6 +418,15 @@ pub fn asks_others(fs: &FsStat) -> bool {
     MAGIC.contains(&(fs.magic & 0xffff_ffff))
 }
 
+/// Whether this is Linux `major.minor` or later; false when uname(2) gives no such number.
+pub fn is_linux_at_least(major: u32, minor: u32) -> bool {
+    let uname = rustix::system::uname();
+    let release = uname.release().to_string_lossy().into_owned();
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit());
+    let mut next = || numbers.next().and_then(|n| n.parse::<u32>().ok());
+    next().zip(next()).is_some_and(|v| v >= (major, minor))
+}
+
 /// Which boot of this machine it is; `None` where /proc does not tell.
 pub fn boot_id() -> Option<String> {
     let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
@@ -450,6 +459,12 @@ mod tests {
         assert_eq!((m.device.as_str(), m.writable), ("98:0", true));
         assert!(!m.unbindable);
         assert_eq!(m.root, Path::new("/mnt1"));
+    }
+
+    #[test]
+    fn a_kernel_is_as_new_as_its_release_says() {
+        assert!(is_linux_at_least(2, 6) && is_linux_at_least(5, 5));
+        assert!(!is_linux_at_least(1000, 0) && !is_linux_at_least(u32::MAX, u32::MAX));
     }
 
     #[test]

@@ -95,11 +95,7 @@ fn can_be_cloned(mount: &MountLine) -> bool {
 
 /// Before Linux 5.18 extents were shared within one mount only.
 fn clones_across_mounts() -> bool {
-    let uname = rustix::system::uname();
-    let release = uname.release().to_string_lossy().into_owned();
-    let mut numbers = release.split(|c: char| !c.is_ascii_digit());
-    let mut next = || numbers.next().and_then(|n| n.parse::<u32>().ok());
-    next().zip(next()).is_some_and(|v| v >= (5, 18))
+    host::is_linux_at_least(5, 18)
 }
 
 /// `struct mount_attr` of mount_setattr(2).

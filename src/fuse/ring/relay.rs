@@ -179,10 +179,12 @@ impl Relay {
     }
 }
 
-/// The queues of the program before us, which nobody serves before they `go`.
+/// The queues of the program before us, which nobody serves before they `go`; `aside`: so many threads
+/// for what waits.
 pub(in crate::fuse) fn resume(
     dev: &Arc<OwnedFd>,
     shared: &Arc<Shared>,
+    aside: usize,
     state: &State,
     adopt: &mut dyn FnMut(RawFd) -> Result<OwnedFd>,
 ) -> Result<Queues> {
@@ -193,7 +195,7 @@ pub(in crate::fuse) fn resume(
     });
     let begin = begin.collect::<Result<Vec<_>>>()?;
     let fail = |e| Error::Unusable(format!("io_uring: {e}"));
-    start(dev, shared, begin).map_err(fail)
+    start(dev, shared, aside, begin).map_err(fail)
 }
 
 impl Worker<'_> {
