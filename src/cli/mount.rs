@@ -199,7 +199,8 @@ pub struct Mount {
     /// How the kernel's requests come to the mount: auto, dev or uring
     ///
     /// dev: /dev/fuse. uring: io_uring, a queue for each CPU (Linux 6.14), switched on where it is
-    /// off; where the kernel does not have it, /dev/fuse. auto, the default: dev.
+    /// off; where the kernel does not have it, /dev/fuse. auto, the default: uring from Linux 6.18 on,
+    /// dev with --keep-mount.
     #[arg(
         long,
         value_name = "WHICH",

@@ -291,7 +291,8 @@ fn wants_ring(config: &MountConfig) -> bool {
     match config.transport {
         Transport::Dev => false,
         Transport::Uring => true,
-        Transport::Auto => false,
+        // Queues die with their daemon. 6.18 is the first kernel that all tests were run on.
+        Transport::Auto => !config.keep_mount && host::is_linux_at_least(6, 18),
     }
 }
 

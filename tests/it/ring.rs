@@ -1,5 +1,4 @@
-//! FUSE over io_uring: its own promises. The rest of the suite runs over it with
-//! `MIRRORFS_TRANSPORT=uring`.
+//! FUSE over io_uring: its own promises. The rest of the suite runs over it too, where the kernel has it.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -392,19 +391,36 @@ fn a_users_write_clears_setuid_over_io_uring_too() {
 }
 
 /// Asking for what is not there is no error.
+/// Whether this kernel is one that io_uring is the default on.
+fn is_default() -> bool {
+    let uname = rustix::system::uname();
+    let release = uname.release().to_str().unwrap();
+    let numbers = release
+        .split(['.', '-'])
+        .map(|n| n.parse::<u32>().unwrap_or(0));
+    numbers.take(2).collect::<Vec<_>>() >= vec![6, 18]
+}
+
 #[test]
 fn dev_and_uring_can_be_asked_for_and_give_the_same_tree() {
-    if !can_mount() {
+    if !can_ring() {
         return;
     }
     let world = World::on("ext4");
     fs::write(world.src.join("file"), bytes(3, 3_000_000)).unwrap();
-    for which in ["dev", "uring", "auto"] {
-        let mounted = world.mount_with(&["--no-background", "--transport", which], &[]);
-        if which == "dev" {
-            assert!(!mounted.log().contains("io_uring"), "{}", mounted.log());
-        }
+    let ways: [(&[&str], bool); 4] = [
+        (&["--transport", "dev"], false),
+        (&["--transport", "uring"], true),
+        (&["--transport", "auto"], is_default()),
+        (&["--transport", "auto", "--keep-mount"], false),
+    ];
+    for (way, by_ring) in ways {
+        let args = [&["--no-background"], way].concat();
+        let mounted = world.mount_with(&args, &[]);
         assert!(fs::read(mounted.path("file")).unwrap() == bytes(3, 3_000_000));
+        let log = mounted.log();
+        let says = log.contains("requests come through io_uring");
+        assert_eq!(says, by_ring, "{way:?}: {log}");
         // 20: not complete.
         assert!(matches!(mounted.unmount(), 0 | 20));
     }

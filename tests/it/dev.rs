@@ -1,23 +1,22 @@
-//! The suite's most telling tests once more, over io_uring: what a transport could get wrong. The whole
-//! suite runs over it with `MIRRORFS_TRANSPORT=uring`.
+//! The suite's most telling tests once more, over /dev/fuse: what a transport could get wrong. Where the
+//! kernel has FUSE over io_uring all others run over that; `MIRRORFS_TRANSPORT=dev` runs them over this.
 
-use crate::fixture::over;
-use crate::ring::can_ring;
+use crate::fixture::{can_mount, over};
 
-macro_rules! over_io_uring {
+macro_rules! over_dev_fuse {
     ($($module:ident { $($test:ident)+ })+) => {
         $(mod $module {
             $(#[test]
             fn $test() {
-                if super::can_ring() {
-                    super::over("uring", crate::$module::$test);
+                if super::can_mount() {
+                    super::over("dev", crate::$module::$test);
                 }
             })+
         })+
     };
 }
 
-over_io_uring! {
+over_dev_fuse! {
     semantics {
         reading_a_pending_file_gives_srcs_bytes_and_leaves_them_in_dst
         the_first_bytes_of_a_large_file_come_before_the_whole_and_the_rest_follows
