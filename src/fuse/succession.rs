@@ -200,7 +200,8 @@ impl Session {
 
     fn is_known(&self, ino: Ino) -> Result<()> {
         let node = self.shared.node(ino);
-        node.map(|_| ()).on("lookup", Side::Dst, "")
+        node.map(|_| ())
+            .on("lookup", Side::Dst, format!("inode {ino}"))
     }
 
     /// The session of the program before us; nobody is served before `go_on`. `left`: what is open, where
@@ -212,7 +213,7 @@ impl Session {
         left: Option<&mut Left>,
     ) -> Result<Session> {
         let mut adopted = |fd: RawFd| adopt(fd).on("fcntl", Side::Host, &state.mountpoint);
-        let node = |ino| mirror.nodes().get(ino).on("lookup", Side::Dst, "");
+        let node = |ino| mirror.nodes().known(ino, "lookup");
         let dev = Arc::new(Dev::new(adopted(state.dev)?));
         let lanes: Result<Vec<_>> = state.lanes.iter().map(|n| adopted(*n)).collect();
         let (lanes, on) = (lanes?, host::dup(mirror.dst_root().as_fd()));

@@ -231,9 +231,9 @@ impl Mirror {
         ino: Ino,
         then: impl FnOnce(Result<Option<Stream>>) + Send + 'static,
     ) {
-        let node = match self.nodes.get(ino) {
+        let node = match self.nodes.known(ino, "opendir") {
             Ok(node) => node,
-            Err(errno) => return then(Err(errno).on("opendir", Side::Dst, "")),
+            Err(e) => return then(Err(e)),
         };
         if !node.is_pending_dir() {
             return then(Ok(None));

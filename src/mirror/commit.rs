@@ -515,8 +515,9 @@ impl Mirror {
     /// What was carried into the directory is pending again, as if it had been placed without data.
     fn without_carried(&self, publish: Publish) -> Publish {
         let Err(error) = self.mark_carried(&publish.dir) else {
+            let path = publish.dir.shown();
             let then = publish.then.map(|then| -> Waiter {
-                Box::new(move |_| then(Err(Errno::IO).on("syncfs", Side::Dst, "")))
+                Box::new(move |_| then(Err(Errno::IO).on("syncfs", Side::Dst, path)))
             });
             return Publish {
                 carried: Carried::default(),
@@ -532,17 +533,21 @@ impl Mirror {
     /// Marks every file that may have been carried into a directory that nobody could change yet.
     fn mark_carried(&self, dir: &DirRef) -> Result<()> {
         let opened = self.open_dir(dir)?;
-        let entries = dir::list(opened.as_fd()).on("getdents64", Side::Dst, "")?;
+        let shown = dir.shown();
+        let entries = dir::list(opened.as_fd()).on("getdents64", Side::Dst, &shown)?;
         for entry in entries {
             let target = Target::At(opened.as_fd(), &entry.name);
             let there = stat::stat_at(opened.as_fd(), entry.name.as_cstr());
-            let there = there.on("statx", Side::Dst, entry.name.as_os_str())?;
+            let there = there.on("statx", Side::Dst, shown.join(&entry.name))?;
             // One with several names is never carried, and may be a user's by another name.
             if !there.is_file() || there.size == 0 || there.nlink > 1 {
                 continue;
             }
             let marked = self.mark.get(target);
-            if marked.on("getxattr", Side::Dst, "")?.is_some() {
+            if marked
+                .on("getxattr", Side::Dst, shown.join(&entry.name))?
+                .is_some()
+            {
                 continue;
             }
             // Whether src has a capability is asked when it is hydrated.
@@ -551,7 +556,7 @@ impl Mirror {
                 ..Mark::pending()
             };
             let set = self.mark.set(target, &mark);
-            set.on("setxattr", Side::Dst, entry.name.as_os_str())?;
+            set.on("setxattr", Side::Dst, shown.join(&entry.name))?;
             if let Some(node) = self.nodes.find(there.key.ino) {
                 node.set_origin(
                     dir.origin

@@ -15,9 +15,9 @@ use super::attr::Attr;
 use super::control::CONTROL;
 use super::namespace::Entry;
 use super::node::{Ino, Node, Phase, Place};
-use super::populate::origin_of;
+use super::populate::{DirRef, origin_of};
 use crate::error::{Context, Result, Side};
-use crate::sys::name::Name;
+use crate::sys::name::{Name, RelPath};
 use crate::sys::stat::{self, Stat};
 use crate::sys::xattr::Target;
 
@@ -28,6 +28,13 @@ pub struct Found {
     pub node: Arc<Node>,
     /// What statx said, where no migration could have changed it since.
     seen: Option<Stat>,
+}
+
+impl DirRef {
+    /// For messages: where it is in src.
+    pub(super) fn shown(&self) -> RelPath {
+        self.origin.as_deref().cloned().unwrap_or_default()
+    }
 }
 
 impl Mirror {

@@ -530,7 +530,7 @@ impl Mirror {
                 unmarked.push(node);
             }
             at = match place {
-                Some(place) => Some(self.nodes.get(place.parent).on("lookup", Side::Dst, "")?),
+                Some(place) => Some(self.nodes.known(place.parent, "lookup")?),
                 None => None,
             };
         }

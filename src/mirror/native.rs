@@ -208,7 +208,11 @@ impl Mirror {
 
     /// Somebody wants a file that may be pending: `then` hears when it can be read and written.
     pub fn when_here(self: &Arc<Self>, file: BorrowedFd<'_>, then: Waiter) {
-        match self.file_behind(file).on("getxattr", Side::Dst, "") {
+        let shown = || match stat::stat_fd(file) {
+            Ok(stat) => format!("inode {}", stat.key.ino),
+            Err(_) => "an open file".to_owned(),
+        };
+        match self.file_behind(file).on("getxattr", Side::Dst, shown()) {
             Err(e) => then(Err(e)),
             Ok(None) => then(Ok(())),
             Ok(Some(file)) => self.hydrate_waiting(&file, Need::Write, then),

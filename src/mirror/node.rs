@@ -25,6 +25,7 @@ use super::absent::Absent;
 use super::anchor::Anchor;
 use super::ctime::SteadyCtime;
 use super::kept::Gone;
+use crate::error::{self, Context, Side};
 use crate::sys::board::{Board, Record};
 use crate::sys::fd;
 use crate::sys::name::{Name, RelPath};
@@ -271,6 +272,11 @@ impl NodeTable {
     /// The node of a number that the kernel sent. ESTALE for one that it should not know.
     pub fn get(&self, ino: Ino) -> Result<Arc<Node>, Errno> {
         self.find(ino).ok_or(Errno::STALE)
+    }
+
+    /// As `get`, for whoever tells of the failure of a call: its number is all that is known then.
+    pub fn known(&self, ino: Ino, call: &'static str) -> error::Result<Arc<Node>> {
+        self.get(ino).on(call, Side::Dst, format!("inode {ino}"))
     }
 
     /// The node, if the kernel holds it.

@@ -101,7 +101,7 @@ impl Mirror {
         if partial.is_large() {
             return Ok(true);
         }
-        let path = dir.origin.as_deref().cloned().unwrap_or_default();
+        let path = dir.shown();
         let listing = self.source.open_again(&path)?;
         let mut entries = 0;
         let at_end = dir::read_dir(listing.as_fd(), 0, &mut Vec::new(), |_| {
@@ -156,7 +156,7 @@ impl Mirror {
             return Ok(());
         }
         let dir = partial.dir();
-        let path = dir.origin.as_deref().cloned().unwrap_or_default();
+        let path = dir.shown();
         let opened = self.open_dir(&dir)?;
         let guard = self.lock_mark(dir.ino);
         let target = Target::Fd(opened.as_fd());
@@ -222,7 +222,7 @@ impl Mirror {
         opened: BorrowedFd<'_>,
         found: &Marked,
     ) -> Result<()> {
-        let shown = || parent.origin.as_deref().cloned().unwrap_or_default();
+        let shown = || parent.shown();
         let file = match found.dir.anchor.open(self.dst.as_fd(), OFlags::PATH) {
             Err(Errno::NOENT | Errno::STALE) => return Ok(()),
             file => file.on("open", Side::Dst, shown())?,

@@ -106,9 +106,9 @@ impl Mirror {
         access: Access,
         then: impl FnOnce(Result<()>) + Send + 'static,
     ) {
-        let node = match self.nodes.get(ino) {
+        let node = match self.nodes.known(ino, "lookup") {
             Ok(node) => node,
-            Err(errno) => return then(Err(errno).on("lookup", Side::Dst, "")),
+            Err(e) => return then(Err(e)),
         };
         if !node.is_pending_dir() {
             return match access {

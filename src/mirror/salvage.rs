@@ -110,7 +110,9 @@ impl Mirror {
         let then = self.waiting(path.unwrap_or_default(), then);
         let ask = move |mirror: &Mirror, node: &Node| {
             let origin = node.origin();
-            let origin = origin.ok_or_else(|| no_origin(&Default::default()))?;
+            let origin = origin
+                .ok_or(Errno::STALE)
+                .on("origin", Side::Dst, node.display_name())?;
             mirror.salvaged(node.ino, &origin, range.clone())
         };
         self.ask_later(Arc::clone(node), ask, 0, then);
@@ -199,6 +201,6 @@ fn read_blocks(
 }
 
 fn is_bad_block(errno: Errno) -> bool {
-    let error = Err::<(), _>(errno).on("read", Side::Src, "");
+    let error = Err::<(), _>(errno).on("read", Side::Src, ".");
     error.is_err_and(|e| e.is_bad_read())
 }

@@ -92,6 +92,22 @@ fn a_result_is_dropped_with_a_reason_on_the_line() {
 }
 
 #[test]
+fn what_has_failed_is_told_with_a_path() {
+    let mut bad = Vec::new();
+    for (name, text) in sources() {
+        for (i, line) in text.lines().enumerate() {
+            if ["Src", "Dst", "Host"]
+                .iter()
+                .any(|s| line.contains(&format!("Side::{s}, \"\")")))
+            {
+                bad.push(format!("{name}:{}: {line}", i + 1));
+            }
+        }
+    }
+    expect_none("an error without a path", &bad);
+}
+
+#[test]
 fn no_source_file_holds_two_ideas() {
     let long: Vec<_> = sources()
         .into_iter()

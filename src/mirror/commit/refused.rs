@@ -26,7 +26,7 @@ impl Commit {
 impl Mirror {
     /// The directory's mark could not be set.
     pub(super) fn publish_refused(self: &Arc<Self>, publish: Publish, errno: Errno) {
-        let origin = publish.dir.origin.as_deref().cloned().unwrap_or_default();
+        let origin = publish.dir.shown();
         if let Err(error) = Err::<(), _>(errno).on("setxattr", Side::Dst, origin) {
             match error.is_dst_full() {
                 true => {
