@@ -23,7 +23,7 @@ const LARGE_WRITE: usize = 64 << 10;
 /// A kind of request whose mean stay is longer goes aside: several times what waking a thread takes.
 const LONG_NS: u32 = 200_000;
 /// No stay counts for more: one thread that was preempted once says little, two stays are enough.
-const STAY_MAX_NS: u32 = 8 * LONG_NS;
+const STAY_MAX_NS: u32 = 6 * LONG_NS;
 /// As many kinds as the kernel may have; what is beyond is never asked for.
 const KINDS: usize = 64;
 
