@@ -91,6 +91,8 @@ struct InFlight {
 
 /// The user_data of what nobody waits for.
 const NOBODY: u64 = u64::MAX;
+/// Between two tries to cancel what is left.
+const CANCEL_AGAIN: Duration = Duration::from_millis(1);
 
 impl Ring {
     /// A ring for this thread. Always there: without io_uring it makes system calls.
@@ -345,20 +347,33 @@ impl Ring {
     }
 }
 
-impl Drop for Ring {
-    /// Waits for what is in flight: the kernel may still write into what the slab owns. Reads, splices
-    /// and eventfds are cancelled first. What cannot be waited for is leaked, not freed.
-    fn drop(&mut self) {
+impl Ring {
+    /// Has the kernel cancel what may be cancelled; false: there is nothing.
+    fn cancel_all(&mut self) -> bool {
         let keys = self.slab.iter().filter(|(_, f)| f.held.may_be_cancelled());
         let keys: Vec<u64> = keys.map(|(key, _)| key).collect();
-        for key in keys {
-            self.queue(&AsyncCancel::new(key).build().user_data(NOBODY));
+        for key in &keys {
+            self.queue(&AsyncCancel::new(*key).build().user_data(NOBODY));
         }
+        !keys.is_empty()
+    }
+}
+
+impl Drop for Ring {
+    /// Waits for what is in flight: the kernel may still write into what the slab owns. Reads, splices
+    /// and eventfds are cancelled first, again and again: what the kernel is just moving from a thread of
+    /// its own to a poll is found in neither place. What cannot be waited for is leaked, not freed.
+    fn drop(&mut self) {
         while !self.slab.is_empty() {
+            let before = self.slab.len();
+            let asked = self.cancel_all();
             if self.enter(true).is_err() {
                 break;
             }
             while self.pop().is_some() {}
+            if asked && self.slab.len() == before {
+                std::thread::sleep(CANCEL_AGAIN);
+            }
         }
         self.slab.leak(); // Empty, unless the ring is broken.
     }

@@ -92,6 +92,29 @@ fn a_ring_that_is_dropped_lets_nobody_write_into_freed_memory() {
 }
 
 #[test]
+fn a_ring_that_is_dropped_waits_for_no_read_that_was_about_to_be_polled() {
+    for _ in 0..500 {
+        let mut rig = Rig::new(&RingConfig::default(), Start::Elsewhere);
+        if rig.ring.no_kernel().is_some() {
+            return;
+        }
+        let pipes: Vec<_> = (0..2).map(|_| pipe()).collect();
+        for (n, (out, _)) in pipes.iter().enumerate() {
+            let read = Op::Read {
+                file: Arc::clone(out).into(),
+                buffer: rig.buffer(),
+                range: 0..1,
+                offset: 0,
+                once: false,
+            };
+            rig.ring.push(n as u64, read, Start::Elsewhere);
+        }
+        rig.ring.enter(false).expect("enter");
+        drop(rig);
+    }
+}
+
+#[test]
 fn an_operation_that_was_never_entered_ends_with_the_ring() {
     let mut rig = Rig::new(&RingConfig::default(), Start::Here);
     let file = rig.file("f", b"hello");
