@@ -89,10 +89,18 @@ impl Filesystem for SlowFs {
     }
 }
 
-/// A bench whose src is a SlowFs; `None` where nothing can be mounted.
+/// Runs a test whose mounts go when this process does, however that ends.
+fn in_mounts_of_its_own(test: impl FnOnce() + Send) {
+    match rustix::process::geteuid().is_root() {
+        true => sys::local::in_private_mounts(test).expect("unshare"),
+        false => test(),
+    }
+}
+
 /// A bench over a slow source, the replies that it holds back, and what unmounts it.
 type SlowBench = (Bench, Arc<Mutex<Vec<ReplyData>>>, Unmount);
 
+/// `None` where nothing can be mounted.
 fn slow_bench(config: &EngineConfig) -> Option<SlowBench> {
     let dir = tempfile::tempdir().expect("tempdir");
     let src = dir.path().join("src");
@@ -130,75 +138,79 @@ impl Drop for Unmount {
 
 #[test]
 fn a_slow_source_is_asked_for_many_files_at_once() {
-    let Some((b, _, unmount)) = slow_bench(&config()) else {
-        return;
-    };
-    let since = Instant::now();
-    let mut waiting = Vec::new();
-    for i in 0..1000 {
-        let (job, heard) = b.job(&i.to_string(), Span::Whole, Priority::Background);
-        b.engine.submit(job).expect("submitted");
-        waiting.push(heard);
-    }
-    for (i, heard) in waiting.iter().enumerate() {
-        ok(wait(heard));
-        let copy = std::fs::read(b.dst(&i.to_string())).expect("read");
-        assert!(copy == noise(FILE_BYTES, i as u64));
-    }
-    let took = since.elapsed();
-    eprintln!("1000 files, 1 ms per call: {took:?}");
-    // lookup, statx, read, statx, one after the other, would take four seconds and more.
-    assert!(took < Duration::from_secs(4), "{took:?}");
-    drop(b);
-    drop(unmount);
+    in_mounts_of_its_own(|| {
+        let Some((b, _, unmount)) = slow_bench(&config()) else {
+            return;
+        };
+        let since = Instant::now();
+        let mut waiting = Vec::new();
+        for i in 0..1000 {
+            let (job, heard) = b.job(&i.to_string(), Span::Whole, Priority::Background);
+            b.engine.submit(job).expect("submitted");
+            waiting.push(heard);
+        }
+        for (i, heard) in waiting.iter().enumerate() {
+            ok(wait(heard));
+            let copy = std::fs::read(b.dst(&i.to_string())).expect("read");
+            assert!(copy == noise(FILE_BYTES, i as u64));
+        }
+        let took = since.elapsed();
+        eprintln!("1000 files, 1 ms per call: {took:?}");
+        // lookup, statx, read, statx, one after the other, would take four seconds and more.
+        assert!(took < Duration::from_secs(4), "{took:?}");
+        drop(b);
+        drop(unmount);
+    });
 }
 
 #[test]
 fn files_that_hang_hold_up_nobody_else() {
-    let config = EngineConfig {
-        workers: 1,
-        files_in_flight_max: 32,
-        ..config()
-    };
-    let Some((b, hung, unmount)) = slow_bench(&config) else {
-        return;
-    };
-    let mut waiting = Vec::new();
-    // More than the background may have in flight; and some that somebody waits for.
-    for i in 0..40 {
-        let priority = if i < 4 {
-            Priority::Demand
-        } else {
-            Priority::Background
+    in_mounts_of_its_own(|| {
+        let config = EngineConfig {
+            workers: 1,
+            files_in_flight_max: 32,
+            ..config()
         };
-        let (job, heard) = b.job(&(HANGS + i).to_string(), Span::Whole, priority);
-        b.engine.submit(job).expect("submitted");
-        waiting.push(heard);
-    }
-    for i in 0..50 {
-        ok(b.run(&i.to_string(), Span::Whole, Priority::Demand));
-    }
-    // The server dies; every job hears of it.
-    while !waiting.is_empty() {
-        for reply in hung.lock().drain(..) {
-            reply.error(fuser::Errno::EIO);
+        let Some((b, hung, unmount)) = slow_bench(&config) else {
+            return;
+        };
+        let mut waiting = Vec::new();
+        // More than the background may have in flight; and some that somebody waits for.
+        for i in 0..40 {
+            let priority = if i < 4 {
+                Priority::Demand
+            } else {
+                Priority::Background
+            };
+            let (job, heard) = b.job(&(HANGS + i).to_string(), Span::Whole, priority);
+            b.engine.submit(job).expect("submitted");
+            waiting.push(heard);
         }
-        waiting.retain(|heard| match heard.recv_timeout(Duration::from_millis(5)) {
-            Ok(heard) => {
-                let outcome = heard.outcome.expect("done");
-                assert!(matches!(
-                    outcome,
-                    Err(Error::Call {
-                        call: "read",
-                        errno: Errno::IO,
-                        ..
-                    })
-                ));
-                false
+        for i in 0..50 {
+            ok(b.run(&i.to_string(), Span::Whole, Priority::Demand));
+        }
+        // The server dies; every job hears of it.
+        while !waiting.is_empty() {
+            for reply in hung.lock().drain(..) {
+                reply.error(fuser::Errno::EIO);
             }
-            Err(_) => true,
-        });
-    }
-    drop(b);
-    drop(unmount);
+            waiting.retain(|heard| match heard.recv_timeout(Duration::from_millis(5)) {
+                Ok(heard) => {
+                    let outcome = heard.outcome.expect("done");
+                    assert!(matches!(
+                        outcome,
+                        Err(Error::Call {
+                            call: "read",
+                            errno: Errno::IO,
+                            ..
+                        })
+                    ));
+                    false
+                }
+                Err(_) => true,
+            });
+        }
+        drop(b);
+        drop(unmount);
+    });
 }
