@@ -36,6 +36,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         &mut |event| match event {
             Event::Line(line) => println!("{line}"),
             Event::Error(error) => eprintln!("{error}"),
+            Event::LeftOut(_) => {}
         },
     )?;
     eprintln!(

@@ -5,6 +5,7 @@
 
 mod file;
 mod filters;
+mod keep;
 mod mount;
 mod refused;
 mod steer;
@@ -16,6 +17,7 @@ use clap::{Args, Parser, Subcommand};
 
 pub use file::{ConfigFile, MountFile, SyncFile};
 pub use filters::Filters;
+pub use keep::KeepArgs;
 pub use mount::{Level, Mount, rate, size};
 pub use refused::Refused;
 pub use steer::{Pull, Set, Status, Steer, Upgrade, Wait};

@@ -3,6 +3,7 @@
 //! `cli` parses the text, the constructors here check what one value says about another, and
 //! everything below only reads the fields.
 
+mod keep;
 mod shard;
 
 use std::ffi::OsString;
@@ -12,6 +13,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+pub use keep::Keep;
 pub use shard::Shard;
 
 /// Files up to this many bytes are hydrated inside open(2); larger ones are pulled by range.
@@ -343,6 +345,8 @@ pub struct SyncConfig {
     pub recursive: bool,
     /// Access times are compared, and told when they differ.
     pub atimes: bool,
+    /// What is kept of each entry, and which kinds are copied at all.
+    pub keep: Keep,
     /// Do not descend into other file systems mounted below src.
     pub one_file_system: bool,
     /// Which part of the tree is this process's; `None`: all of it.
@@ -420,6 +424,7 @@ impl SyncConfig {
             from0: false,
             recursive: false,
             atimes: false,
+            keep: Keep::ALL,
             one_file_system: false,
             shard: None,
             fsync: Fsync::End,
@@ -449,6 +454,9 @@ impl SyncConfig {
         }
         if self.shard.is_some() && self.verify {
             return Err("--verify with --shard would compare what others still copy".into());
+        }
+        if self.keep != Keep::ALL && (self.verify || self.manifest.is_some()) {
+            return Err("--verify and --manifest are of whole copies: not with --no-...".into());
         }
         if self.manifest.is_some() {
             if self.dry_run {

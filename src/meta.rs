@@ -434,6 +434,11 @@ pub fn is_copied(name: &CStr, mark: MarkName) -> bool {
         || name == COMPRESSION
 }
 
+/// True for the two POSIX ACLs.
+pub fn is_acl(name: &CStr) -> bool {
+    name == ACCESS_ACL || name == DEFAULT_ACL
+}
+
 /// Sets an xattr of a copy. btrfs' compression property is kept where both sides know it: another
 /// file system without it is no loss.
 pub fn set_copied_xattr(target: Target<'_>, name: &CStr, value: &[u8]) -> Result<(), Errno> {

@@ -26,6 +26,7 @@ mod depth;
 mod dir;
 mod file;
 mod flow;
+mod keep;
 mod link;
 mod proof;
 mod record;
@@ -520,8 +521,7 @@ impl Work<'_, '_> {
         }
         let mut xattrs = Vec::new();
         for name in names {
-            if crate::meta::is_copied(&name, MarkName::Trusted)
-                && name.as_c_str() != MarkName::User.as_cstr()
+            if self.counts(&name)
                 && let Some(value) = xattr::get(target, &name).on("getxattr", Side::Src, path)?
             {
                 xattrs.push((name, value));

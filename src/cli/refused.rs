@@ -31,11 +31,10 @@ const WHOLE_FILES: &str = "whole files are copied, no differences; leave it out"
 const SELECT: &str = "not available; write --filter rules, or a list for --files-from";
 const EXACT: &str = "times are compared to the nanosecond; --size-only ignores them";
 const LINES: &str = "the lines are rsync's own \"%i %n%L\"; -i prints them";
-const KEEPS: &str = "a copy keeps everything; take it away from DST afterwards";
 const KEPT: &str = "all times are kept; leave it out";
 
 /// Option, short form, value, why not and what to do instead.
-const OPTIONS: [(&str, Option<char>, Takes, &str); 85] = [
+const OPTIONS: [(&str, Option<char>, Takes, &str); 62] = [
     ("compress", Some('z'), Nothing, NO_NETWORK),
     ("compress-choice", None, Value, NO_NETWORK),
     ("compress-level", None, Value, NO_NETWORK),
@@ -130,34 +129,6 @@ const OPTIONS: [(&str, Option<char>, Takes, &str); 85] = [
         Nothing,
         "Linux cannot set the time of birth; leave it out",
     ),
-    (
-        "queue-depth",
-        None,
-        Value,
-        "sync has threads and no queue: --jobs says how many",
-    ),
-    ("no-perms", None, Nothing, KEEPS),
-    ("no-p", None, Nothing, KEEPS),
-    ("no-times", None, Nothing, KEEPS),
-    ("no-t", None, Nothing, KEEPS),
-    ("no-owner", None, Nothing, KEEPS),
-    ("no-o", None, Nothing, KEEPS),
-    ("no-group", None, Nothing, KEEPS),
-    ("no-g", None, Nothing, KEEPS),
-    ("no-links", None, Nothing, KEEPS),
-    ("no-l", None, Nothing, KEEPS),
-    ("no-devices", None, Nothing, KEEPS),
-    ("no-specials", None, Nothing, KEEPS),
-    ("no-D", None, Nothing, KEEPS),
-    ("no-acls", None, Nothing, KEEPS),
-    ("no-A", None, Nothing, KEEPS),
-    ("no-xattrs", None, Nothing, KEEPS),
-    ("no-X", None, Nothing, KEEPS),
-    ("no-hard-links", None, Nothing, KEEPS),
-    ("no-H", None, Nothing, KEEPS),
-    ("no-sparse", None, Nothing, KEEPS),
-    ("no-S", None, Nothing, KEEPS),
-    ("no-numeric-ids", None, Nothing, KEEPS),
     ("no-recursive", None, Nothing, ROOTS),
     ("no-r", None, Nothing, ROOTS),
     (

@@ -5,13 +5,13 @@ use std::time::Duration;
 
 use clap::{ArgAction, Args, ValueEnum};
 
-use super::{EXIT_CODES, Filters, Refused, SyncFile, rate};
+use super::{EXIT_CODES, Filters, KeepArgs, Refused, SyncFile, rate};
 use crate::config::{Cache, Fsync, Reflink, Shard, SyncConfig};
 
 pub(super) const ABOUT: &str = "\
 Copies the tree of SRC to DST: data, holes, owner, mode, times, xattrs, ACLs, capabilities, hard \
-links, symlinks, devices. All of that is always on, so rsync's letters for it are accepted and say \
-what is done anyway: `mirrorfs sync -aHAX SRC DST` works.
+links, symlinks, devices. All of that is on, so rsync's letters for it are accepted and say what is \
+done anyway: `mirrorfs sync -aHAX SRC DST` works. `--no-owner` and the like turn one thing off.
 
 SRC and DST are the roots of the two trees; a slash at the end never matters. A file that is equal \
 in size and mtime is not copied again. Files appear in DST complete or not at all.";
@@ -117,7 +117,13 @@ pub struct Sync {
     pub from0: bool,
 
     /// Threads that copy, at the most; unless given as many as SRC and DST are fast with
-    #[arg(short = 'j', long, value_name = "N", help_heading = "How it is copied")]
+    #[arg(
+        short = 'j',
+        long,
+        alias = "queue-depth",
+        value_name = "N",
+        help_heading = "How it is copied"
+    )]
     pub jobs: Option<usize>,
     /// What may be copied in a second
     ///
@@ -196,6 +202,9 @@ pub struct Sync {
     )]
     pub config: Option<PathBuf>,
 
+    /// What is not kept. Before what turns it on: clap takes each option's words out of its matches.
+    #[command(flatten)]
+    pub keep: KeepArgs,
     /// What is done anyway.
     #[command(flatten)]
     pub always: AlwaysOn,
@@ -204,9 +213,9 @@ pub struct Sync {
     pub refused: Refused,
 }
 
-/// rsync's letters for what `sync` always does.
+/// rsync's letters for what `sync` does anyway.
 #[derive(Debug, Args)]
-#[command(next_help_heading = "Always on, accepted as rsync writes it")]
+#[command(next_help_heading = "On unless turned off, accepted as rsync writes it")]
 pub struct AlwaysOn {
     /// Everything below
     #[arg(short = 'a', long)]
@@ -345,7 +354,8 @@ impl Sync {
         config.from0 = self.from0;
         config.recursive = self.always.recursive;
         config.existing = self.existing;
-        config.atimes = self.always.atimes;
+        config.keep = self.keep.0;
+        config.atimes = self.always.atimes && config.keep.atimes;
         config.log_file = self.log_file;
         config.error_file = self.error_file;
         config.manifest = self.manifest;
@@ -430,6 +440,7 @@ fn not_remote(path: &std::path::Path) -> Result<(), String> {
 mod tests {
     use super::*;
     use crate::cli::{Cli, Command};
+    use crate::config::Keep;
     use clap::Parser;
 
     fn sync(args: &str) -> Result<SyncConfig, String> {
@@ -450,6 +461,20 @@ mod tests {
         assert_eq!(config.verbose, 2);
         assert!(!config.checksum);
         assert_eq!(sync("-aj3 a b").expect("parses").jobs, Some(3));
+    }
+
+    #[test]
+    fn the_last_word_says_what_is_kept() {
+        let kept = |words: &str| sync(words).expect(words).keep;
+        assert_eq!(kept("-aHAXS a b"), Keep::ALL);
+        assert_eq!(kept("--no-o --no-t --no-links -a a b"), Keep::ALL);
+        let some = kept("-aHAX --no-D --specials --no-p --no-owner --no-g -g a b");
+        assert!(some.specials && some.group && some.acls);
+        assert!(!some.devices && !some.perms && !some.owner);
+        assert!(kept("--no-perms -A a b").perms);
+        assert!(!kept("-D --no-specials a b").specials);
+        assert!(sync("--no-xattrs --verify a b").is_err());
+        assert!(sync("--no-l --manifest=m a b").is_err());
     }
 
     #[test]

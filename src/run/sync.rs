@@ -14,6 +14,7 @@ use super::rate::Rate;
 use super::records::Records;
 use super::{Failure, Outcome, exit, out, preflight};
 use crate::config::{LogLevel, Shard, SyncConfig};
+use crate::error::Printable;
 use crate::progress::Progress;
 use crate::sync::{Event, SyncReport};
 use crate::sys::host;
@@ -62,6 +63,11 @@ pub(super) fn run(config: SyncConfig) -> Outcome {
                 }
                 records.line(&text);
             }
+            Event::LeftOut(path) if !job.quiet => out::say(&format!(
+                "skipping non-regular file \"{}\"",
+                Printable(path.as_os_str())
+            )),
+            Event::LeftOut(_) => {}
             Event::Error(error) => {
                 out::complain(&error.message);
                 records.failed(&error);

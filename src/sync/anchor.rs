@@ -129,6 +129,9 @@ impl Work<'_, '_> {
 
     /// An existing dst inode was met under a name of a src inode: false when it stands for another.
     pub(super) fn may_stand(&self, dir: &Dir, now: &Stat, src: &Stat) -> Result<bool> {
+        if !self.job.config.keep.hard_links {
+            return Ok(true); // A change gives it an inode of its own.
+        }
         let shared = self.job.shards.as_ref().is_some_and(|s| s.round.is_some());
         if !shared {
             return Ok(self.job.groups.may_stand_for(now, src.key));

@@ -146,6 +146,7 @@ impl Work<'_, '_> {
         match self.job.config.reflink {
             Reflink::Never => false,
             Reflink::Always => true,
+            Reflink::Auto if !self.job.config.keep.holes => false,
             Reflink::Auto => size >= CLONE_MIN && self.job.clone.load(Relaxed) != NO,
         }
     }
@@ -156,12 +157,9 @@ impl Work<'_, '_> {
         let always = match self.job.config.reflink {
             Reflink::Never => return Ok(false),
             Reflink::Always => true,
-            Reflink::Auto if size < CLONE_MIN => return Ok(false),
+            Reflink::Auto if !self.may_clone(size) => return Ok(false),
             Reflink::Auto => false,
         };
-        if self.job.clone.load(Relaxed) == NO && !always {
-            return Ok(false);
-        }
         let path = t.at();
         let cloned = copy::clone_file(t.src.as_fd(), t.dst.as_fd())
             .and_then(|done| match always && !done {

@@ -35,15 +35,17 @@ pub(super) struct Dir {
     /// This run has made it: what is not ours cannot be in it, and nobody looks inside.
     pub(super) fresh: bool,
     /// What src's directory is.
-    meta: Meta,
+    pub(super) meta: Meta,
     /// What dst's directory was before anything was made in it.
-    before: Stat,
+    pub(super) before: Stat,
     /// What of it counts.
     pub(super) selection: Selection,
     /// What src does not have may be removed.
     sweeps: bool,
     /// What new inodes in it are born with.
     pub(super) born: Born,
+    /// What new inodes may have of their permissions, where src's are not kept.
+    pub(super) default_perm: u32,
     /// It has a default ACL that new inodes inherit.
     pub(super) inherits: bool,
     /// src is a server that may go by paths.
@@ -199,7 +201,9 @@ impl Work<'_, '_> {
         } else {
             u32::MAX
         };
+        let default_perm = self.default_perm(dst.as_fd(), path)?;
         Ok(Dir {
+            default_perm,
             pair: roots.pair(path.clone(), src, dst),
             served: self.job.served.is(meta.stat.key.dev),
             fresh,
@@ -498,23 +502,26 @@ impl Work<'_, '_> {
             if self.job.config.dry_run {
                 return Ok(());
             }
-            if dir.inherits {
+            if self.drops_acl(dir) {
                 // Made in a directory with a default ACL, it inherited one.
                 let dropped = crate::meta::drop_inherited_acl(Target::Open(fd), &dir.meta);
                 dropped.on("removexattr", Side::Dst, path)?;
             }
-            let refused = stamp::fresh(fd, &dir.meta, dir.born);
+            let want = self.wanted_dir(dir, path)?;
+            let refused = stamp::fresh(fd, &want, dir.born);
             self.refused(path, refused);
         } else {
             let now = stat_fd(fd).on("statx", Side::Dst, path)?;
             let now = self.dst_meta(fd, now, path)?;
+            let want = self.wanted(&dir.meta, &now.0);
             let flags = self.job.src_flags && now.1;
             // +i and +a were cleared when it was opened: compared with the rest, set below.
-            let mut changes = stamp::changes(&dir.meta, &now.0, flags, root);
+            let mut changes = stamp::changes(&want, &now.0, flags, root);
             changes.flags &= (dir.meta.flags ^ now.0.flags) & !LATE_FLAGS != 0;
             // What this run did in it has changed its time too: that is nobody's news.
+            let kept = self.job.config.keep.times;
             let told = Changes {
-                time: dir.meta.stat.mtime != dir.before.mtime,
+                time: kept && dir.meta.stat.mtime != dir.before.mtime,
                 ..changes
             };
             if told.any() {
@@ -527,7 +534,7 @@ impl Work<'_, '_> {
                 return Ok(());
             }
             if changes.any() {
-                let refused = stamp::amend(fd, &dir.meta, &now.0);
+                let refused = stamp::amend(fd, &want, &now.0);
                 self.refused(path, refused);
             }
         }
@@ -548,8 +555,7 @@ impl Work<'_, '_> {
         let target = Target::Open(fd);
         let mut xattrs = Vec::new();
         for name in xattr::list(target).on("listxattr", Side::Dst, path)? {
-            if crate::meta::is_copied(&name, crate::mark::MarkName::Trusted)
-                && name.as_c_str() != crate::mark::MarkName::User.as_cstr()
+            if self.counts(&name)
                 && let Some(value) = xattr::get(target, &name).on("getxattr", Side::Dst, path)?
             {
                 xattrs.push((name, value));

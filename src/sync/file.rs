@@ -1,5 +1,6 @@
 //! File: one regular file: new, replaced by a complete new one, or amended in its metadata.
 
+use std::borrow::Cow;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
@@ -159,20 +160,23 @@ impl Work<'_, '_> {
             dst = Some(file);
         }
         let Some(file) = dst.filter(|_| same) else {
+            let keep = config.keep;
             let mut changes = Changes {
                 data: config.checksum || self.job.record.doubts(&now),
                 size,
-                time,
+                time: time && keep.times,
+                now: !keep.times,
                 atime: config.atimes && now.atime != meta.stat.atime,
-                mode: now.perm() != meta.stat.perm(),
-                owner: now.uid != meta.stat.uid,
-                group: now.gid != meta.stat.gid,
+                mode: keep.perms && now.perm() != meta.stat.perm(),
+                owner: keep.owner && now.uid != meta.stat.uid,
+                group: keep.group && now.gid != meta.stat.gid,
                 ..Changes::default()
             };
             if self.job.lines {
                 let at = Target::At(dir.pair.dst.as_fd(), name);
                 let was = self.named_meta(at, &path, &now)?;
-                let all = stamp::changes(&meta, &was, false, self.job.uid == 0);
+                let want = self.wanted(&meta, &was);
+                let all = stamp::changes(&want, &was, false, self.job.uid == 0);
                 (changes.acl, changes.xattr) = (all.acl, all.xattr);
             }
             let what = What::Changed(changes);
@@ -180,7 +184,8 @@ impl Work<'_, '_> {
         };
         let (was, flags) = self.dst_meta(file.as_fd(), now, &path)?;
         let root = self.job.uid == 0;
-        let mut changes = stamp::changes(&meta, &was, flags && self.job.src_flags, root);
+        let want = self.wanted(&meta, &was);
+        let mut changes = stamp::changes(&want, &was, flags && self.job.src_flags, root);
         changes.atime = config.atimes && now.atime != meta.stat.atime;
         if !changes.any() || now.nlink < 2 {
             self.prove_equal(buffers, &path, (&src, &meta), read, settled)?;
@@ -190,6 +195,7 @@ impl Work<'_, '_> {
         }
         if now.nlink > 1 {
             // Other names may be somebody else's: whoever could plant a link here would get its file.
+            drop(want);
             let what = What::Changed(changes);
             return self.create(buffers, dir, name, src, meta, group, Some(now), what);
         }
@@ -209,7 +215,7 @@ impl Work<'_, '_> {
             let cleared = stamp::clear_flags(file.as_fd(), LATE_FLAGS);
             cleared.on("FS_IOC_SETFLAGS", Side::Dst, &path)?;
         }
-        let refused = stamp::amend(file.as_fd(), &meta, &was);
+        let refused = stamp::amend(file.as_fd(), &want, &was);
         self.refused(&path, refused);
         self.late_flags_of(dir, name, &file, &meta)?;
         Ok(Step::Done(now.key))
@@ -245,8 +251,8 @@ impl Work<'_, '_> {
         let recorded =
             meta.stat.size == 0 || self.job.record.begin(root, self.job.round(), sync)?;
         let temp = (!dir.is_ours() || now.is_some()).then(|| self.job.temp_name());
-        let (dst, born) = self.born(dir, temp.as_ref().unwrap_or(name), &meta)?;
-        let sparse = meta.stat.is_sparse();
+        let (dst, born) = self.born(dir, temp.as_ref().unwrap_or(name), &meta, now.as_ref())?;
+        let sparse = meta.stat.is_sparse() && self.job.config.keep.holes;
         let size = meta.stat.size;
         let proves = self.job.proof.is_some();
         let settled = proves && manifest::is_settled(&meta.stat);
@@ -288,8 +294,14 @@ impl Work<'_, '_> {
     }
 
     /// An empty file in dst, and what it has of owner and mode already.
-    fn born(&self, dir: &Dir, name: &Name, meta: &Meta) -> Result<(OwnedFd, Born)> {
-        let perm = meta.stat.perm();
+    fn born(
+        &self,
+        dir: &Dir,
+        name: &Name,
+        meta: &Meta,
+        was: Option<&Stat>,
+    ) -> Result<(OwnedFd, Born)> {
+        let perm = self.new_perm(dir, &meta.stat, was);
         // Not while the wrong owner could be let in by setuid, and not through an umask or an ACL.
         let direct = perm & (0o7000 | self.job.umask) == 0 && !dir.inherits;
         let mode = Mode::from_raw_mode(if direct { perm } else { 0o600 });
@@ -313,7 +325,7 @@ impl Work<'_, '_> {
     fn sealed(&self, t: &Transfer) -> Result<FileKey> {
         let path = t.at();
         let dst = t.dst.as_fd();
-        if t.dir.inherits {
+        if self.drops_acl(&t.dir) {
             let dropped = crate::meta::drop_inherited_acl(Target::Open(dst), &t.meta);
             dropped.on("removexattr", Side::Dst, path)?;
         }
@@ -325,7 +337,7 @@ impl Work<'_, '_> {
         if changed {
             // What was read is better than nothing; but it must not pass the next run's quick
             // check, so it keeps the time of this copy.
-            let mut meta = t.meta.clone();
+            let mut meta = self.wanted_file(t)?.into_owned();
             meta.stat.mtime = stat_fd(dst).on("statx", Side::Dst, path)?.mtime;
             let refused = stamp::fresh(dst, &meta, t.born);
             let path = path.path();
@@ -335,7 +347,8 @@ impl Work<'_, '_> {
             };
             self.fail(&path, &changed);
         } else {
-            let refused = stamp::fresh(dst, &t.meta, t.born);
+            let want = self.wanted_file(t)?;
+            let refused = stamp::fresh(dst, &want, t.born);
             if !refused.is_empty() {
                 self.refused(&path.path(), refused);
             }
@@ -355,6 +368,16 @@ impl Work<'_, '_> {
             Some(_) => Ok(stat_fd(dst).on("statx", Side::Dst, path)?.key),
             None => Ok(t.meta.stat.key),
         }
+    }
+
+    /// What the new inode is to have.
+    fn wanted_file<'t>(&self, t: &'t Transfer) -> Result<Cow<'t, Meta>> {
+        if self.job.config.keep.has_all_metadata() {
+            return Ok(Cow::Borrowed(&t.meta));
+        }
+        let now = stat_fd(t.dst.as_fd()).on("statx", Side::Dst, t.at())?;
+        let (has, _) = self.dst_meta(t.dst.as_fd(), now, &t.at().path())?;
+        Ok(self.wanted_new(&t.dir, &t.meta, has, t.now.as_ref()))
     }
 
     /// +i and +a: now, or when all names are there.

@@ -41,7 +41,7 @@ impl Work<'_, '_> {
         stat: &Stat,
         make: impl FnOnce(&mut Buffers, Option<FileKey>) -> Result<Step>,
     ) -> Result<Step> {
-        if stat.nlink < 2 {
+        if stat.nlink < 2 || !self.job.config.keep.hard_links {
             return make(buffers, None);
         }
         let claim = self.job.groups.claim(stat.key, stat.nlink, || Parked {
@@ -236,7 +236,8 @@ impl Work<'_, '_> {
         let was = self.named_meta(dst, &path, now)?;
         Ok(Changes {
             size: stat.is_file() && stat.size != now.size,
-            ..stamp::changes(&meta, &was, false, self.job.uid == 0)
+            now: !self.job.config.keep.times,
+            ..stamp::changes(&self.wanted(&meta, &was), &was, false, self.job.uid == 0)
         })
     }
 

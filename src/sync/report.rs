@@ -25,6 +25,8 @@ pub enum Event {
     Line(Line),
     /// One entry failed; the rest goes on.
     Error(SyncError),
+    /// One entry is of a kind that is not copied (`--no-links`, `--no-D`).
+    LeftOut(PathBuf),
 }
 
 /// One line of rsync's `%i %n%L`.
@@ -310,6 +312,8 @@ pub(super) struct Changes {
     pub(super) data: bool,
     pub(super) size: bool,
     pub(super) time: bool,
+    /// It gets the time of the copy (`--no-times`).
+    pub(super) now: bool,
     /// Only where somebody asks for it (`-U`).
     pub(super) atime: bool,
     pub(super) mode: bool,
@@ -329,10 +333,11 @@ impl Changes {
     /// The nine letters after type and update: `cstpoguax`.
     pub(super) fn letters(&self) -> String {
         let on = |is: bool, letter: char| if is { letter } else { '.' };
+        let time = if self.now { 'T' } else { 't' };
         [
             on(self.data, 'c'),
             on(self.size, 's'),
-            on(self.time, 't'),
+            on(self.time || self.now, time),
             on(self.mode, 'p'),
             on(self.owner, 'o'),
             on(self.group, 'g'),

@@ -1,5 +1,6 @@
 //! Special: symlinks, fifos, sockets and devices: made complete, replaced when they differ.
 
+use std::borrow::Cow;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
@@ -10,7 +11,7 @@ use super::data::Buffers;
 use super::dir::Dir;
 use super::link::Step;
 use super::report::{AsRsync, Changes};
-use super::{What, Work, stamp};
+use super::{Event, What, Work, stamp};
 use crate::error::{Context, Error, Result, Side};
 use crate::meta::Meta;
 use crate::sys::name::{Name, RelPath};
@@ -27,6 +28,7 @@ impl Work<'_, '_> {
                 FileType::Directory => Err(Error::SrcChanged {
                     path: dir.path(&name).to_path(),
                 }),
+                kind if !self.is_kept(kind) => Ok(self.left_out(&dir.path(&name), kind)),
                 _ => self.grouped(buffers, dir, &name, &stat, |_, group| {
                     self.one_special(dir, &name, stat, group)
                 }),
@@ -89,9 +91,11 @@ impl Work<'_, '_> {
                 }
                 what = What::Changed(changes);
             } else if now.kind() == stat.kind() {
+                let kept = self.job.config.keep.times;
                 what = What::Changed(Changes {
                     data: true,
-                    time: now.mtime != stat.mtime,
+                    time: kept && now.mtime != stat.mtime,
+                    now: !kept,
                     ..Changes::default()
                 });
             }
@@ -121,11 +125,12 @@ impl Work<'_, '_> {
             &path,
         )?;
         let dst = dir.pair.dst.as_fd();
-        if dir.inherits && target.is_none() {
+        if self.drops_acl(dir) && target.is_none() {
             let dropped = crate::meta::drop_inherited_acl(Target::At(dst, new), &meta);
             dropped.on("removexattr", Side::Dst, &path)?;
         }
-        let refused = meta.apply_at(dst, new);
+        let want = self.wanted_special(dir, new, &meta, now.as_ref())?;
+        let refused = want.apply_at(dst, new);
         self.refused(&path, refused);
         if temp.is_some() {
             self.publish(dir, new, name, now.as_ref())?;
@@ -174,7 +179,8 @@ impl Work<'_, '_> {
         now: &Stat,
     ) -> Result<(Meta, Changes)> {
         let was = self.named_meta(dst, path, now)?;
-        let mut changes = stamp::changes(meta, &was, false, self.job.uid == 0);
+        let want = self.wanted(meta, &was);
+        let mut changes = stamp::changes(&want, &was, false, self.job.uid == 0);
         let symlink = now.kind() == FileType::Symlink;
         changes.atime = self.job.config.atimes && !symlink && now.atime != meta.stat.atime;
         Ok((was, changes))
@@ -189,7 +195,7 @@ impl Work<'_, '_> {
             unread: Vec::new(),
         };
         for attr in xattr::list(dst).on("listxattr", Side::Dst, path)? {
-            if crate::meta::is_copied(&attr, crate::mark::MarkName::Trusted)
+            if self.counts(&attr)
                 && let Some(value) = xattr::get(dst, &attr).on("getxattr", Side::Dst, path)?
             {
                 was.xattrs.push((attr, value));
@@ -214,17 +220,45 @@ impl Work<'_, '_> {
         if self.job.config.dry_run {
             return Ok(Step::Done(was.stat.key));
         }
+        let want = self.wanted(meta, was);
         for (attr, _) in &was.xattrs {
-            if meta.xattr(attr).is_none() {
+            if want.xattr(attr).is_none() {
                 match xattr::remove(dst, attr) {
                     Ok(()) | Err(Errno::NODATA) => {}
                     Err(e) => return Err(e).on("removexattr", Side::Dst, &path),
                 }
             }
         }
-        let refused = meta.apply_at(dir.pair.dst.as_fd(), name);
+        let refused = want.apply_at(dir.pair.dst.as_fd(), name);
         self.refused(&path, refused);
         Ok(Step::Done(was.stat.key))
+    }
+
+    /// What a new inode is to have.
+    fn wanted_special<'m>(
+        &self,
+        dir: &Dir,
+        new: &Name,
+        meta: &'m Meta,
+        was: Option<&Stat>,
+    ) -> Result<Cow<'m, Meta>> {
+        if self.job.config.keep.has_all_metadata() {
+            return Ok(Cow::Borrowed(meta));
+        }
+        let (dst, path) = (dir.pair.dst.as_fd(), dir.path(new));
+        let now = stat_at(dst, new.as_cstr()).on("statx", Side::Dst, &path)?;
+        let has = self.named_meta(Target::At(dst, new), &path, &now)?;
+        Ok(self.wanted_new(dir, meta, has, was))
+    }
+
+    /// A kind of entries that is not copied; what dst has under the name stays.
+    fn left_out(&self, path: &RelPath, kind: FileType) -> Step {
+        match kind {
+            FileType::Symlink => self.job.totals.symlinks.add(1),
+            _ => self.job.totals.specials.add(1),
+        }
+        self.crew.tell(Event::LeftOut(path.to_path()));
+        self.skipped()
     }
 
     fn make(

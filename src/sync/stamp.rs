@@ -6,7 +6,7 @@ use std::os::fd::BorrowedFd;
 use rustix::io::Errno;
 
 use super::report::Changes;
-use crate::meta::{Born, COPIED_FLAGS, LATE_FLAGS, Meta, Refused};
+use crate::meta::{Born, COPIED_FLAGS, LATE_FLAGS, Meta, Refused, is_acl};
 use crate::sys::copy;
 use crate::sys::xattr::{self, Target};
 
@@ -22,7 +22,6 @@ pub(super) fn fresh(fd: BorrowedFd<'_>, meta: &Meta, born: Born) -> Vec<Refused>
 /// What differs between a src inode and the dst inode of the same name, data aside.
 pub(super) fn changes(src: &Meta, dst: &Meta, dst_flags: bool, root: bool) -> Changes {
     let symlink = src.stat.kind() == rustix::fs::FileType::Symlink;
-    let is_acl = |name: &std::ffi::CStr| name.to_bytes().starts_with(b"system.posix_acl");
     let differs = |acl: bool| {
         let of = |m: &Meta| {
             let mut all: Vec<_> = m
@@ -45,6 +44,7 @@ pub(super) fn changes(src: &Meta, dst: &Meta, dst_flags: bool, root: bool) -> Ch
         data: false,
         size: false,
         time: src.stat.mtime != dst.stat.mtime,
+        now: false,
         atime: false,
         mode: !symlink && src.stat.perm() & !lent != dst.stat.perm(),
         owner: root && src.stat.uid != dst.stat.uid,

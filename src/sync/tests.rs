@@ -62,6 +62,7 @@ fn sync(config: &SyncConfig) -> (SyncReport, Vec<String>) {
     let report = run(config, Arc::default(), &stop, &mut |event| match event {
         Event::Line(line) => lines.push(line.to_string()),
         Event::Error(error) => lines.push(error.to_string()),
+        Event::LeftOut(path) => lines.push(format!("left out {}", path.display())),
     });
     lines.sort();
     (report.expect("sync"), lines)

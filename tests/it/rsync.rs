@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::Command;
 
@@ -265,6 +266,85 @@ fn options_mean_what_rsync_means() {
     ] {
         full.compare(args);
     }
+}
+
+#[test]
+fn what_is_not_kept_is_what_rsync_does_not_keep() {
+    if !can_compare() {
+        return;
+    }
+    let empty = Bench::new(SRC, "");
+    let full = Bench::new(SRC, DST);
+    let inherits = Bench::new(
+        SRC,
+        "mkdir d; chmod 2770 d; setfacl -d -m u:5:rwx,g::rx,o::- . d; setfattr -n user.kept -v 1 d",
+    );
+    for args in [
+        // With -X rsync sets SRC's mode all the same where an xattr differs.
+        &["--no-perms", "--no-acls", "--no-xattrs"][..],
+        &["--no-p", "--no-A", "--no-X", "--no-times"],
+        &["--no-times"],
+        &["--no-t", "--size-only"],
+        &["--no-t", "-c"],
+        &["--no-owner"],
+        &["--no-o", "--no-group"],
+        &["--no-g", "-u"],
+        &["--no-acls"],
+        &["--no-xattrs"],
+        &["--no-X", "--no-A", "-I"],
+        &["--no-hard-links"],
+        &["--no-links"],
+        &["--no-D", "--no-l"],
+        &["--no-devices"],
+        &["--no-specials"],
+        &["--no-D", "--specials"],
+        &["-a", "--no-o", "--no-owner", "--owner"],
+        &["--no-o", "--no-t", "-a"],
+        &["--no-numeric-ids", "--no-S"],
+        &[
+            "--no-p", "--no-t", "--no-o", "--no-g", "--no-A", "--no-X", "--no-H", "--no-l",
+            "--no-D",
+        ],
+    ] {
+        let args = [&["-r", "--delete"], args].concat();
+        empty.compare(&args);
+        full.compare(&args);
+        inherits.compare(&args);
+    }
+}
+
+#[test]
+fn what_is_left_out_is_told_and_what_is_not_kept_lends_nobody_s_rights() {
+    if !need(rustix::process::geteuid().is_root(), "root") {
+        return;
+    }
+    let scratch = Scratch::new();
+    let (src, dst) = (scratch.dir("src"), scratch.dir("dst"));
+    build(
+        &src,
+        "echo x > new; echo x > there; chown 7:8 new there; chmod 6755 new there
+         ln -s new link; mkfifo pipe; truncate -s 1M hole",
+    );
+    build(&dst, "cp -a ../src/there .; chown 0:0 there");
+    let mut command = mirrorfs();
+    command.args([
+        "sync", "-aH", "--no-o", "--no-g", "--no-l", "--no-D", "--no-S",
+    ]);
+    let said = run(command.args([&src, &dst])).expect_code(0);
+    let mut lines: Vec<&str> = said.out.lines().collect();
+    lines.sort_unstable();
+    let skipping = |name: &str| format!("skipping non-regular file \"{name}\"");
+    assert_eq!(lines, [skipping("link"), skipping("pipe")]);
+    for name in ["new", "there"] {
+        let stat = fs::symlink_metadata(dst.join(name)).unwrap();
+        let is = (stat.uid(), stat.gid(), stat.mode() & 0o7777);
+        assert_eq!(is, (0, 0, 0o755), "{name}");
+    }
+    let hole = fs::symlink_metadata(dst.join("hole")).unwrap();
+    assert!(hole.blocks() >= 2048, "{} blocks", hole.blocks());
+    assert!(!dst.join("link").exists() && !dst.join("pipe").exists());
+    let quiet = run(command.arg("-q")).expect_code(0);
+    assert_eq!(quiet.out, "");
 }
 
 #[test]
