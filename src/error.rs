@@ -68,6 +68,12 @@ pub enum Error {
         /// The path in dst.
         path: PathBuf,
     },
+    /// A run of `sync` that did not end may have left a part of src's file here, or somebody has changed
+    /// it since; nobody can say which.
+    MayBePart {
+        /// The path in dst.
+        path: PathBuf,
+    },
     /// Filter rules of a directory cannot be read: nobody knows what they say.
     Rules {
         /// Whose directory.
@@ -94,6 +100,7 @@ impl Error {
             Error::SrcPending { .. } => Errno::IO,
             Error::Unseen { .. } => Errno::IO,
             Error::WrongType { .. } => Errno::IO,
+            Error::MayBePart { .. } => Errno::EXIST,
             Error::Rules { .. } => Errno::INVAL,
             Error::Stopped => Errno::NOTCONN,
             Error::Usage(_) => Errno::INVAL,
@@ -106,7 +113,7 @@ impl Error {
         match self {
             Error::Call { side, .. } => *side,
             Error::SrcChanged { .. } | Error::SrcPending { .. } | Error::Unseen { .. } => Side::Src,
-            Error::WrongType { .. } => Side::Dst,
+            Error::WrongType { .. } | Error::MayBePart { .. } => Side::Dst,
             Error::Rules { side, .. } => *side,
             Error::Stopped | Error::Usage(_) | Error::Unusable(_) => Side::Host,
         }
@@ -120,6 +127,7 @@ impl Error {
             Error::SrcPending { .. } => "pending",
             Error::Unseen { .. } => "unseen",
             Error::WrongType { .. } => "type",
+            Error::MayBePart { .. } => "part",
             Error::Rules { .. } => "rules",
             Error::Stopped => "stopped",
             Error::Usage(_) => "usage",
@@ -215,6 +223,11 @@ impl fmt::Display for Error {
                     Printable(path.as_os_str())
                 )
             }
+            Error::MayBePart { path } => write!(
+                f,
+                "\"{}\": dst: a part of it that an earlier run has left, or changed since; left as it is",
+                Printable(path.as_os_str())
+            ),
             Error::Rules { side, path, why } => write!(
                 f,
                 "{side} \"{}\": filter rules: {why}; left as it is",

@@ -116,9 +116,10 @@ impl From<Error> for Failure {
                 side: Side::Host, ..
             } => exit::FAILURE,
             Error::SrcChanged { .. } => exit::VANISHED,
-            Error::WrongType { .. } | Error::Rules { .. } | Error::Unseen { .. } => {
-                exit::SOME_FAILED
-            }
+            Error::WrongType { .. }
+            | Error::MayBePart { .. }
+            | Error::Rules { .. }
+            | Error::Unseen { .. } => exit::SOME_FAILED,
             Error::Stopped => exit::INTERRUPTED,
         };
         Failure::new(exit, error.to_string())

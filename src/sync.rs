@@ -382,11 +382,13 @@ impl<'a> Job<'a> {
         }
         let c = self.config;
         let chooses = !c.filters.is_empty() || c.files_from.is_some() || c.one_file_system;
-        let looked = !c.update && !c.ignore_existing && !chooses;
-        let whole = looked && report.failed == 0 && !report.interrupted && !report.dst_full;
+        let ended = report.failed == 0 && !report.interrupted && !report.dst_full;
+        let judged = ended && !chooses && !c.existing;
+        let whole = judged && !c.update && !c.ignore_existing;
         let end = record::End {
             durable: synced.is_ok() && c.fsync != Fsync::Never,
             carefree: c.fsync == Fsync::Never,
+            judged,
             whole,
         };
         let root = self.roots.dst.as_fd();

@@ -22,7 +22,7 @@ use crate::sys::dir::Entry;
 use crate::sys::name::Name;
 use crate::sys::stat::{FileKey, Stat, stat_fd};
 use crate::sys::xattr::Target;
-use crate::sys::{copy, fd};
+use crate::sys::{copy, fault, fd};
 
 /// Files up to this size are copied by one read and one write.
 pub(super) const SMALL: usize = 256 << 10;
@@ -359,6 +359,7 @@ impl Work<'_, '_> {
                 self.copied(n); // Else it counts as copied already.
             }
             self.pace(n);
+            fault::point("sync-piece");
             data.start += n;
             if self.crew.hungry() || self.stopping() {
                 break;

@@ -24,7 +24,7 @@ use crate::meta::{Born, LATE_FLAGS, Meta};
 use crate::sys::name::Name;
 use crate::sys::stat::{FileKey, Stat, fd_changed_since, stat_fd};
 use crate::sys::xattr::Target;
-use crate::sys::{copy, fd};
+use crate::sys::{copy, fault, fd};
 
 impl Work<'_, '_> {
     /// Copies one file, or sees that nothing is to be done.
@@ -99,8 +99,7 @@ impl Work<'_, '_> {
                 return self.create(buffers, dir, name, src, meta, group, None, What::New);
             };
             if self.job.config.ignore_existing {
-                self.prove_nothing(&dir.path(name), stat.kind());
-                return Ok(self.left_alone(now.key));
+                return self.leave_alone(dir, name, &now, &stat);
             }
             if !now.is_file() {
                 if now.is_dir() {
@@ -120,7 +119,24 @@ impl Work<'_, '_> {
         Step::Skipped
     }
 
-    fn left_alone(&self, key: FileKey) -> Step {
+    /// What dst has stays (`-u`, `--ignore-existing`), unless an earlier run may have left it half done.
+    pub(super) fn leave_alone(
+        &self,
+        dir: &Dir,
+        name: &Name,
+        now: &Stat,
+        src: &Stat,
+    ) -> Result<Step> {
+        let path = dir.path(name);
+        if now.kind() == src.kind() && self.job.record.may_be_part(now, src) {
+            let path = path.to_path();
+            return Err(Error::MayBePart { path });
+        }
+        self.prove_nothing(&path, src.kind());
+        Ok(self.left_alone(now.key))
+    }
+
+    pub(super) fn left_alone(&self, key: FileKey) -> Step {
         self.job.totals.skipped.add(1);
         self.placed();
         Step::Done(key)
@@ -141,20 +157,21 @@ impl Work<'_, '_> {
         let config = self.job.config;
         let path = dir.path(name);
         if config.update && now.mtime > meta.stat.mtime {
-            self.prove_nothing(&path, meta.stat.kind());
-            return Ok(self.left_alone(now.key));
+            return self.leave_alone(dir, name, &now, &meta.stat);
         }
         let size = now.size != meta.stat.size;
         let time = now.mtime != meta.stat.mtime;
         let alone = self.may_stand(dir, &now, &meta.stat)?;
         let looks_same = !size && (!time || config.size_only || config.checksum);
+        let half = config.size_only && self.job.record.may_be_part(&now, &meta.stat);
+        let reads = config.checksum || half || self.job.record.doubts(&now);
         let settled = self.job.proof.is_some() && manifest::is_settled(&meta.stat);
         let mut dst = None;
         let mut read = None;
         let mut same = alone && looks_same && !config.ignore_times;
         if same {
             let file = fd::open_src(dir.pair.dst.as_fd(), name).on("openat", Side::Dst, &path)?;
-            if config.checksum || self.job.record.doubts(&now) {
+            if reads {
                 (same, read) = self.same_bytes(buffers, &src, &file, &path, meta.stat.size)?;
             }
             dst = Some(file);
@@ -162,7 +179,7 @@ impl Work<'_, '_> {
         let Some(file) = dst.filter(|_| same) else {
             let keep = config.keep;
             let mut changes = Changes {
-                data: config.checksum || self.job.record.doubts(&now),
+                data: reads,
                 size,
                 time: time && keep.times,
                 now: !keep.times,
@@ -248,10 +265,11 @@ impl Work<'_, '_> {
         }
         let root = self.job.roots.dst.as_fd();
         let sync = self.job.config.fsync != Fsync::Never;
-        let recorded =
-            meta.stat.size == 0 || self.job.record.begin(root, self.job.round(), sync)?;
-        let temp = (!dir.is_ours() || now.is_some()).then(|| self.job.temp_name());
+        let recorded = self.job.record.begin(root, self.job.round(), sync)?;
+        let direct = recorded && dir.is_ours() && now.is_none();
+        let temp = (!direct).then(|| self.job.temp_name());
         let (dst, born) = self.born(dir, temp.as_ref().unwrap_or(name), &meta, now.as_ref())?;
+        fault::point("sync-made");
         let sparse = meta.stat.is_sparse() && self.job.config.keep.holes;
         let size = meta.stat.size;
         let proves = self.job.proof.is_some();
@@ -325,11 +343,12 @@ impl Work<'_, '_> {
     fn sealed(&self, t: &Transfer) -> Result<FileKey> {
         let path = t.at();
         let dst = t.dst.as_fd();
+        fault::point("sync-copied");
         if self.drops_acl(&t.dir) {
             let dropped = crate::meta::drop_inherited_acl(Target::Open(dst), &t.meta);
             dropped.on("removexattr", Side::Dst, path)?;
         }
-        if !t.recorded && self.job.config.fsync != Fsync::Never {
+        if !t.recorded && t.meta.stat.size > 0 && self.job.config.fsync != Fsync::Never {
             // Nothing would tell the next run that these bytes may be lost.
             fd::fdatasync(dst).on("fdatasync", Side::Dst, path)?;
         }
@@ -353,6 +372,7 @@ impl Work<'_, '_> {
                 self.refused(&path.path(), refused);
             }
         }
+        fault::point("sync-stamped");
         if self.job.config.fsync == Fsync::File {
             fd::fsync(dst).on("fsync", Side::Dst, path)?;
         }

@@ -174,13 +174,12 @@ impl Work<'_, '_> {
             }
             if now.key == stand_in.key {
                 self.prove_link(&path, kind, group);
-            } else if self.job.config.ignore_existing {
-                self.prove_nothing(&path, kind);
+                return Ok(self.left_alone(stand_in.key));
             }
-            if now.key == stand_in.key || self.job.config.ignore_existing {
-                self.job.totals.skipped.add(1);
-                self.placed();
-                return Ok(Step::Done(stand_in.key));
+            if self.job.config.ignore_existing {
+                let src = stat_at(dir.pair.src.as_fd(), name.as_cstr());
+                let src = src.on("statx", Side::Src, &path)?;
+                return self.leave_alone(dir, name, &now, &src);
             }
             if now.is_dir() {
                 self.remove_other_type(dir, name)?;

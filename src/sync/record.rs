@@ -10,6 +10,11 @@
 //! has changed since byte by byte. A record of the same boot and mount is of a run that was killed:
 //! what it wrote is in the page cache, and only becomes durable together with ours.
 //!
+//! A run that was killed may have left a part of a file under its own name (`Dir::is_ours`), with the
+//! time of the copy. The quick check sees that; who asked for another look (`-u`, `--ignore-existing`,
+//! `--size-only`) would not. While there is a record such a look asks `may_be_part` first. Where there
+//! can be no record files get their names when they are complete.
+//!
 //! This costs nothing for each file; to write out and wait for one would cost more than its copy.
 //! The record is made before the files in the same journal, and synced itself; so it is never later
 //! than they are. Where this run can have none (dst's root is not writable for us, or another run is
@@ -40,6 +45,8 @@ pub(super) struct Record {
     ours: Option<String>,
     /// What changed since then may have lost its bytes.
     doubt: Option<Time>,
+    /// What changed since then a run that did not end may have left half done.
+    left: Option<Time>,
     /// An earlier run has left it.
     found: bool,
     state: Mutex<State>,
@@ -66,6 +73,8 @@ pub(super) struct End {
     pub(super) durable: bool,
     /// Nobody asked for that (`--fsync never`).
     pub(super) carefree: bool,
+    /// Every file of src was looked at.
+    pub(super) judged: bool,
     /// Every file of src was compared or copied.
     pub(super) whole: bool,
 }
@@ -79,6 +88,7 @@ impl Record {
         let mut record = Record {
             ours,
             doubt: None,
+            left: None,
             found: false,
             state: Mutex::new(State::Absent),
             shard: None,
@@ -99,12 +109,12 @@ impl Record {
             Err(Errno::NOENT) => return Ok(record),
             Err(e) => return Err(e).on("openat2", Side::Dst, &path),
         };
-        let before = record.doubt;
+        let before = (record.doubt, record.left);
         record.doubt_since(&file)?;
         let ours = host::try_lock_if_any(file.as_fd()).is_ok();
         if ours && stat_fd(file.as_fd()).on("statx", Side::Dst, &path)?.nlink == 0 {
             // Whoever was at work has just ended.
-            record.doubt = before;
+            (record.doubt, record.left) = before;
             return Ok(record);
         }
         record.found = true;
@@ -124,15 +134,16 @@ impl Record {
         }
     }
 
-    /// Doubts what has changed since a record was made, unless that was in this boot and mount.
+    /// Doubts what has changed since a record was made; its bytes, unless that was in this boot and mount.
     fn doubt_since(&mut self, record: &OwnedFd) -> Result<()> {
         let path = path();
+        let since = beginning(&stat_fd(record.as_fd()).on("statx", Side::Dst, &path)?);
+        let earliest = |was: Option<Time>| Some(was.map_or(since, |earlier| earlier.min(since)));
+        self.left = earliest(self.left);
         let mut text = [0; 256];
         let len = fd::pread_all(record.as_fd(), &mut text, 0).on("read", Side::Dst, &path)?;
         if self.ours.as_deref().map(str::as_bytes) != Some(&text[..len]) {
-            let stat = stat_fd(record.as_fd()).on("statx", Side::Dst, &path)?;
-            let since = beginning(&stat);
-            self.doubt = Some(self.doubt.map_or(since, |earlier| earlier.min(since)));
+            self.doubt = earliest(self.doubt);
         }
         Ok(())
     }
@@ -142,14 +153,22 @@ impl Record {
         self.doubt.is_some_and(|since| file.ctime >= since)
     }
 
-    /// Before the first file: from here on a cut leaves the record. False: dst does not take it.
+    /// True for a dst inode that a run which did not end may have left half done: it has not got src's
+    /// times, which come last, nor lost them to a change after that (then its access time is older
+    /// than itself).
+    pub(super) fn may_be_part(&self, now: &Stat, src: &Stat) -> bool {
+        let stamped = now.mtime == src.mtime || now.atime < now.btime;
+        !stamped && self.left.is_some_and(|since| now.ctime >= since)
+    }
+
+    /// Before the first entry: from here on a cut leaves the record. False: dst does not take it.
     pub(super) fn begin(
         &self,
         root: BorrowedFd<'_>,
         round: Option<&Round>,
         sync: bool,
     ) -> Result<bool> {
-        // Every file comes here; only the first waits for the disk, and those who come meanwhile.
+        // Every entry that is made comes here; only the first waits for the disk, and those who come meanwhile.
         let mut state = match self.begun.load(Acquire) {
             true => return Ok(*self.lock() != State::Refused),
             false => self.lock(),
@@ -231,7 +250,7 @@ impl Record {
             let emptied = file.and_then(|f| rustix::fs::ftruncate(f, 0));
             return emptied.on("ftruncate", Side::Dst, path());
         }
-        let settled = self.doubt.is_none() || end.whole;
+        let settled = self.left.is_none() || end.judged && (self.doubt.is_none() || end.whole);
         if !settled || (end.carefree && self.found) {
             return Ok(());
         }

@@ -12,8 +12,10 @@ use super::dir::Dir;
 use super::link::Step;
 use super::report::{AsRsync, Changes};
 use super::{Event, What, Work, stamp};
+use crate::config::Fsync;
 use crate::error::{Context, Error, Result, Side};
 use crate::meta::Meta;
+use crate::sys::fault;
 use crate::sys::name::{Name, RelPath};
 use crate::sys::stat::{FileKey, Stat, stat_at};
 use crate::sys::xattr::{self, Target};
@@ -71,8 +73,7 @@ impl Work<'_, '_> {
         let mut what = What::New;
         if let Some(now) = &now {
             if self.job.config.ignore_existing {
-                self.prove_nothing(&path, stat.kind());
-                return Ok(self.unchanged(now.key));
+                return self.leave_alone(dir, name, now, &stat);
             }
             if now.is_dir() {
                 self.remove_other_type(dir, name)?;
@@ -83,7 +84,7 @@ impl Work<'_, '_> {
                     self.prove(&path, &meta, target.as_deref());
                 }
                 if !changes.any() {
-                    return Ok(self.unchanged(now.key));
+                    return Ok(self.left_alone(now.key));
                 }
                 // Other names may be somebody else's: as with files, those get an inode of their own.
                 if now.nlink < 2 {
@@ -113,7 +114,11 @@ impl Work<'_, '_> {
             return Ok(Step::Done(stat.key));
         }
         let now = now.filter(|n| !n.is_dir());
-        let temp = (now.is_some() || !dir.is_ours()).then(|| self.job.temp_name());
+        let sync = self.job.config.fsync != Fsync::Never;
+        let root = self.job.roots.dst.as_fd();
+        let direct = self.job.record.begin(root, self.job.round(), sync)?;
+        let direct = direct && dir.is_ours() && now.is_none();
+        let temp = (!direct).then(|| self.job.temp_name());
         let new = temp.as_ref().unwrap_or(name);
         self.make(dir, new, &stat, target.as_deref()).on(
             if target.is_some() {
@@ -124,6 +129,7 @@ impl Work<'_, '_> {
             Side::Dst,
             &path,
         )?;
+        fault::point("sync-made");
         let dst = dir.pair.dst.as_fd();
         if self.drops_acl(dir) && target.is_none() {
             let dropped = crate::meta::drop_inherited_acl(Target::At(dst, new), &meta);
@@ -141,12 +147,6 @@ impl Work<'_, '_> {
             Some(_) => self.key_of(dir, name).map(Step::Done),
             None => Ok(Step::Done(stat.key)),
         }
-    }
-
-    fn unchanged(&self, key: FileKey) -> Step {
-        self.job.totals.skipped.add(1);
-        self.placed();
-        Step::Done(key)
     }
 
     /// dst has the same link target or device, in an inode that stands for no other.

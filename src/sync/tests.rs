@@ -343,6 +343,7 @@ fn a_run_beside_another_leaves_the_record_to_it() {
     let durable = record::End {
         durable: true,
         carefree: false,
+        judged: true,
         whole: true,
     };
     late.end(dst, durable).expect("not its own");

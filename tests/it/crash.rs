@@ -362,10 +362,10 @@ fn an_exit_at_each_point_of_the_end_loses_nothing() {
 #[test]
 fn every_fault_point_is_exited_at() {
     // `perm` in rootless.rs, `shard` in shards.rs, `extra` in adopt.rs, `mixed` in mixed.rs,
-    // `unseen` in unseen.rs, `salvage` in salvage.rs.
+    // `unseen` in unseen.rs, `salvage` in salvage.rs, `sync` in killed.rs.
     let tested = [
         "ahead", "populate", "carry", "publish", "hydrate", "rename", "dir", "finish", "perm",
-        "shard", "mixed", "extra", "unseen", "salvage", "own",
+        "shard", "mixed", "extra", "unseen", "salvage", "own", "sync",
     ];
     for point in POINTS {
         assert!(

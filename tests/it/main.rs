@@ -24,6 +24,7 @@ mod full;
 mod hostile;
 mod huge;
 mod keeper;
+mod killed;
 mod messages;
 mod mixed;
 mod mixed_src;

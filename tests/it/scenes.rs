@@ -51,6 +51,7 @@ scenes! {
     prefetch::a_trace_that_cannot_be_used_is_one_line_and_nothing_is_mounted,
     full::an_xattr_that_found_no_room_is_not_left_out_and_one_that_never_fits_is_in_the_ledger,
     full::sync_into_a_read_only_target_stops_with_one_line,
+    killed::what_a_killed_sync_has_left_passes_for_no_file,
     badsource::finish_waives_what_was_given_up_by_path_and_nothing_else,
     unseen::what_is_given_up_of_them_is_missing_and_nothing_else,
     badsource::the_background_leaves_what_hangs_and_comes_back_for_it,
