@@ -62,23 +62,11 @@ pub fn split() -> Result<Split> {
         }
         std::thread::sleep(Duration::from_micros(500));
     }
-    let mut args = CloneArgs {
+    let args = with_tid(CloneArgs {
         flags: libc::CLONE_FILES as u64,
         exit_signal: libc::SIGCHLD as u64,
         ..CloneArgs::default()
-    };
-    // As glibc's own fork: its word for the thread's number is the child's from the start.
-    #[cfg(target_env = "gnu")]
-    {
-        const PR_GET_TID_ADDRESS: libc::c_int = 40;
-        let mut address = 0u64;
-        // SAFETY: prctl writes one pointer to `address`.
-        let known = unsafe { libc::prctl(PR_GET_TID_ADDRESS, &raw mut address) };
-        if known == 0 && address != 0 {
-            args.flags |= (libc::CLONE_CHILD_SETTID | libc::CLONE_CHILD_CLEARTID) as u64;
-            args.child_tid = address;
-        }
-    }
+    });
     // SAFETY: without CLONE_VM and with no stack of its own the child goes on here with a copy of this
     // process, as after fork(2); the process is single-threaded (the function's contract), so no lock can
     // be held by a thread that the child lacks. The kernel reads `args`, and writes the child's number to
@@ -94,6 +82,26 @@ pub fn split() -> Result<Split> {
         0 => Ok(Split::Worker),
         pid => Ok(Split::Keeper(pid as i32)),
     }
+}
+
+/// As glibc's own fork: its word for the thread's number is the child's from the start.
+#[cfg(target_env = "gnu")]
+fn with_tid(mut args: CloneArgs) -> CloneArgs {
+    const PR_GET_TID_ADDRESS: libc::c_int = 40;
+    let mut address = 0u64;
+    // SAFETY: prctl writes one pointer to `address`.
+    let known = unsafe { libc::prctl(PR_GET_TID_ADDRESS, &raw mut address) };
+    if known == 0 && address != 0 {
+        args.flags |= (libc::CLONE_CHILD_SETTID | libc::CLONE_CHILD_CLEARTID) as u64;
+        args.child_tid = address;
+    }
+    args
+}
+
+/// musl keeps that number where nobody is told.
+#[cfg(not(target_env = "gnu"))]
+fn with_tid(args: CloneArgs) -> CloneArgs {
+    args
 }
 
 /// What the keeper passes on.
