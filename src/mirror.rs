@@ -198,7 +198,7 @@ pub struct Mirror {
     moves: Mutex<()>,
     /// How often something marked was moved: a walker's finding is void when it changed.
     epoch: AtomicU64,
-    mark_locks: [Mutex<()>; 64],
+    mark_locks: perms::MarkLocks,
     /// What users ask for, from the first look at it to its answer.
     requests: Gate,
     keep: kept::Keep,
@@ -321,7 +321,7 @@ impl Mirror {
             native: config.native,
             moves: Mutex::new(()),
             epoch: AtomicU64::new(0),
-            mark_locks: [const { Mutex::new(()) }; 64],
+            mark_locks: perms::MarkLocks::default(),
             requests: Gate::new(Place::Requests),
             keep: kept::Keep::default(),
             marks: Gate::new(Place::Marks),
@@ -546,7 +546,7 @@ impl Mirror {
 
     /// Serialises reading, changing and writing back a mark.
     fn lock_mark(&self, ino: Ino) -> MutexGuard<'_, ()> {
-        self.mark_locks[(ino % 64) as usize].lock()
+        self.mark_locks.lock(ino)
     }
 }
 

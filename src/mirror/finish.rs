@@ -23,7 +23,7 @@ use super::Mirror;
 use super::control::{self, CONTROL, Control, Identity};
 use super::ledger::{self, Ledger, LedgerEntry};
 use super::native;
-use super::perms::Perms;
+use super::perms::{MarkLocks, Perms};
 use super::salvage::rest;
 pub use super::salvage::rest::Rest;
 use crate::crew::Crew;
@@ -123,6 +123,7 @@ pub fn finish_offline(dst: &Path, accept_loss: bool) -> Result<Vec<Rest>> {
         control: &control,
         ledger: &ledger,
         mark,
+        locks: None,
         removed: RefCell::default(),
     }
     .run(accept_loss)
@@ -147,6 +148,7 @@ impl Mirror {
             control: &self.control,
             ledger: &self.ledger,
             mark,
+            locks: Some(&self.mark_locks),
             removed: RefCell::default(),
         };
         finisher.check_accepted(accept_loss)?;
@@ -170,6 +172,8 @@ struct Finisher<'a> {
     control: &'a Control,
     ledger: &'a Ledger,
     mark: MarkName,
+    /// With a daemon: users change marked inodes under them (perms.rs).
+    locks: Option<&'a MarkLocks>,
     /// What was given up, and is not there any more.
     removed: RefCell<HashSet<u64>>,
 }
@@ -217,12 +221,13 @@ impl Finisher<'_> {
             return Err(changed(mixed.len(), first));
         }
         self.give_up(pending, &entries)?;
-        self.unmark_own(&own)?;
         let perms = Perms {
             root: self.root,
             notes: self.control.perms.as_fd(),
             mark: self.mark,
+            locks: self.locks,
         };
+        self.unmark_own(&own, &perms)?;
         perms.replay()?;
         let rests: Vec<Rest> = remains
             .into_iter()
@@ -235,7 +240,7 @@ impl Finisher<'_> {
                 path,
             )?;
             perms
-                .take_mark(opened.as_fd())
+                .take_mark_alone(opened.as_fd())
                 .on("removexattr", Side::Dst, path)?;
         }
         native::remove_index(self.control.dir.as_fd(), self.mark)?;
@@ -256,11 +261,11 @@ impl Finisher<'_> {
     }
 
     /// Users' own files that the walker did not come to.
-    fn unmark_own(&self, own: &[RelPath]) -> Result<()> {
+    fn unmark_own(&self, own: &[RelPath], perms: &Perms<'_>) -> Result<()> {
         for path in own {
             let opened = fd::open_beneath(self.root, path, OFlags::PATH | OFlags::NOFOLLOW);
             let opened = opened.on("open", Side::Dst, path)?;
-            let removed = self.mark.remove(Target::Fd(opened.as_fd()));
+            let removed = perms.take_mark_alone(opened.as_fd());
             removed.on("removexattr", Side::Dst, path)?;
         }
         Ok(())

@@ -11,19 +11,20 @@
 //!   replay()     a start: what was noted and not forgotten is done
 //!
 //! The mark's removal and the chmod are two calls; what a crash between them leaves is the note,
-//! `.mirrorfs/perms/PERM-INODE`, with the path in it. All of it happens under the inode's mark lock.
+//! `.mirrorfs/perms/PERM-INODE`, with the path in it. All of it happens under the inode's mark lock, by
+//! `finish` too: a user may chmod what it takes a mark off.
 //! With CAP_DAC_OVERRIDE nothing is added and nothing noted.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
-use parking_lot::MutexGuard;
+use parking_lot::{Mutex, MutexGuard};
 use rustix::fs::{AtFlags, FileType, Mode, OFlags};
 use rustix::io::Errno;
 
 use super::Mirror;
-use super::node::{Ino, Node};
+use super::node::{Ino, Node, ROOT};
 use crate::error::{Context, Result, Side};
 use crate::mark::{Mark, MarkName};
 use crate::meta::{self, Meta};
@@ -36,6 +37,23 @@ use crate::sys::{caps, dir, fault, fd};
 const DIR_BITS: u32 = 0o700;
 const FILE_BITS: u32 = 0o600;
 
+/// Serialise reading, changing and writing back a mark: by inode number.
+#[derive(Debug)]
+pub struct MarkLocks([Mutex<()>; 64]);
+
+impl Default for MarkLocks {
+    fn default() -> MarkLocks {
+        MarkLocks([const { Mutex::new(()) }; 64])
+    }
+}
+
+impl MarkLocks {
+    /// That of an inode.
+    pub fn lock(&self, ino: Ino) -> MutexGuard<'_, ()> {
+        self.0[(ino % 64) as usize].lock()
+    }
+}
+
 /// The permissions' book of a dst.
 #[derive(Debug)]
 pub struct Perms<'a> {
@@ -45,6 +63,8 @@ pub struct Perms<'a> {
     pub notes: BorrowedFd<'a>,
     /// Which xattr is the mark.
     pub mark: MarkName,
+    /// A daemon's: users are served.
+    pub locks: Option<&'a MarkLocks>,
 }
 
 /// True when modes bind this daemon. Marks of root's own are not bound by modes either.
@@ -60,8 +80,23 @@ fn bits(kind: FileType) -> u32 {
     }
 }
 
-impl Perms<'_> {
-    /// Takes the mark off an inode; its permissions come true.
+impl<'a> Perms<'a> {
+    /// The mark lock of an inode of dst, by dst's number. Without a daemon there is nobody else.
+    pub fn lock(&self, ino: u64) -> Result<Option<MutexGuard<'a, ()>>, Errno> {
+        let Some(locks) = self.locks else {
+            return Ok(None);
+        };
+        let is_root = stat::stat_fd(self.root)?.key.ino == ino;
+        Ok(Some(locks.lock(if is_root { ROOT } else { ino })))
+    }
+
+    /// As `take_mark`, by who has no lock yet.
+    pub fn take_mark_alone(&self, inode: BorrowedFd<'_>) -> Result<(), Errno> {
+        let _guard = self.lock(stat::stat_fd(inode)?.key.ino)?;
+        self.take_mark(inode)
+    }
+
+    /// Takes the mark off an inode; its permissions come true. Under its mark lock.
     pub fn take_mark(&self, inode: BorrowedFd<'_>) -> Result<(), Errno> {
         let target = Target::Fd(inode);
         let perm = match self.mark {
@@ -96,17 +131,30 @@ impl Perms<'_> {
     pub fn replay(&self) -> Result<()> {
         let at = ".mirrorfs/perms";
         for entry in dir::list(self.notes).on("getdents64", Side::Dst, at)? {
-            self.replay_one(&entry.name).on("chmod", Side::Dst, at)?;
-            self.forget(Some(&entry.name)).on("unlink", Side::Dst, at)?;
+            let _guard = match parse(&entry.name) {
+                Some((_, ino)) => self.lock(ino).on("statx", Side::Dst, ".")?,
+                None => None,
+            };
+            if self.replay_one(&entry.name).on("chmod", Side::Dst, at)? {
+                self.forget(Some(&entry.name)).on("unlink", Side::Dst, at)?;
+            }
         }
         Ok(())
     }
 
-    fn replay_one(&self, name: &Name) -> Result<(), Errno> {
+    /// False: whoever made the note has ended meanwhile.
+    fn replay_one(&self, name: &Name) -> Result<bool, Errno> {
+        let file = match fd::open_at(self.notes, name, OFlags::RDONLY) {
+            Err(Errno::NOENT) => return Ok(false),
+            other => other?,
+        };
+        self.replay_note(name, &file).map(|()| true)
+    }
+
+    fn replay_note(&self, name: &Name, file: &OwnedFd) -> Result<(), Errno> {
         let Some((perm, ino)) = parse(name) else {
             return Ok(());
         };
-        let file = fd::open_at(self.notes, name, OFlags::RDONLY)?;
         let mut path = vec![0; 1 << 16];
         let len = fd::pread_all(file.as_fd(), &mut path, 0)?;
         let Some(path) = RelPath::from_bytes(&path[..len]) else {
@@ -181,6 +229,7 @@ impl Mirror {
             root: self.dst.as_fd(),
             notes: self.control.perms.as_fd(),
             mark: self.mark,
+            locks: Some(&self.mark_locks),
         }
     }
 
@@ -326,6 +375,7 @@ mod tests {
             root: root.as_fd(),
             notes: notes.as_fd(),
             mark: MarkName::User,
+            locks: None,
         };
         std::fs::write(tree.path().join("dst/a"), "x").expect("write");
         let file = open("dst/a");

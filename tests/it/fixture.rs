@@ -688,7 +688,12 @@ pub(crate) struct Hold {
 
 impl Hold {
     pub(crate) fn at(w: &World, point: &str) -> Hold {
-        let (fault, file) = (format!("{point}:1"), w.scratch_path("hold"));
+        Hold::by(w.scratch_path("hold"), point)
+    }
+
+    /// With a file of this path, beside which the daemon makes another.
+    pub(crate) fn by(file: PathBuf, point: &str) -> Hold {
+        let fault = format!("{point}:1");
         File::create(&file).unwrap();
         Hold { fault, file }
     }

@@ -40,6 +40,7 @@ mod quiet;
 mod raw;
 mod ring;
 mod rootless;
+mod rootless_finish;
 mod rsync;
 mod salvage;
 mod salvage_kept;

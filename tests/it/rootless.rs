@@ -33,7 +33,7 @@ const USER: u32 = 65_534;
 const OTHER: u32 = 54_322;
 const MARK: &str = "user.mirrorfs";
 
-fn can_run() -> bool {
+pub(crate) fn can_run() -> bool {
     let named = fs::read_to_string("/etc/passwd").is_ok_and(|t| t.contains(":65534:"));
     can_mount()
         && need(find_program("fusermount3").is_some(), "fusermount3 (fuse3)")
@@ -41,28 +41,28 @@ fn can_run() -> bool {
 }
 
 /// Runs something as the user, with his umask 022.
-fn as_him<T: Send>(act: impl FnOnce() -> T + Send) -> T {
+pub(crate) fn as_him<T: Send>(act: impl FnOnce() -> T + Send) -> T {
     as_user(USER, USER, 0o022, act)
 }
 
 /// A user's src, dst and mount point.
-struct Home {
-    src: PathBuf,
-    dst: PathBuf,
+pub(crate) struct Home {
+    pub(crate) src: PathBuf,
+    pub(crate) dst: PathBuf,
     at: PathBuf,
-    run_dir: PathBuf,
+    pub(crate) run_dir: PathBuf,
     program: PathBuf,
     scratch: Scratch,
     _fs: Option<LoopFs>,
 }
 
 impl Home {
-    fn new() -> Home {
+    pub(crate) fn new() -> Home {
         Home::made(Scratch::new(), None)
     }
 
     /// With both trees on a new file system of this kind.
-    fn on(kind: &str) -> Home {
+    pub(crate) fn on(kind: &str) -> Home {
         let fs = LoopFs::new(kind);
         Home::made(Scratch::new(), Some(fs))
     }
@@ -104,7 +104,7 @@ impl Home {
     }
 
     /// Everything in src becomes the user's.
-    fn give_src(&self) {
+    pub(crate) fn give_src(&self) {
         let all = format!("{USER}:{USER}");
         run(Command::new("chown")
             .args(["-R", "-h", &all])
@@ -123,7 +123,7 @@ impl Home {
         command
     }
 
-    fn command(&self) -> Command {
+    pub(crate) fn command(&self) -> Command {
         self.command_as(USER)
     }
 
@@ -132,7 +132,7 @@ impl Home {
     }
 
     /// `mount -f` by this command; returns when the mount is usable.
-    fn mount_by(&self, mut command: Command, args: &[&str]) -> Mount<'_> {
+    pub(crate) fn mount_by(&self, mut command: Command, args: &[&str]) -> Mount<'_> {
         let log = self.scratch.path().join("log");
         let file = File::options().create(true).append(true).open(&log);
         let file = file.unwrap();
@@ -207,7 +207,7 @@ fn open_dev_fuse(scratch: &Scratch) {
 }
 
 /// A user's mount by `mirrorfs mount -f`.
-struct Mount<'a> {
+pub(crate) struct Mount<'a> {
     home: &'a Home,
     child: Option<Child>,
     since: Instant,
@@ -215,7 +215,7 @@ struct Mount<'a> {
 }
 
 impl Mount<'_> {
-    fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.home.at.join(name)
     }
 
@@ -250,14 +250,14 @@ impl Mount<'_> {
     }
 
     /// Waits until only what is in the ledger is pending.
-    fn wait_settled(&self, errors: u64) {
+    pub(crate) fn wait_settled(&self, errors: u64) {
         wait_until("the rest", LIMIT, || {
             let status = self.status();
             status["errors"] == errors && status["state"] == "DEGRADED"
         });
     }
 
-    fn finish(mut self, args: &[&str], code: i32) {
+    pub(crate) fn finish(mut self, args: &[&str], code: i32) {
         self.ask("finish", args).expect_code(code);
         assert!(fuse_mount_at(&self.home.at).is_none(), "still mounted");
         let ended = self.end(Duration::from_secs(30));

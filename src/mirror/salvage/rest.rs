@@ -131,7 +131,8 @@ impl Remains {
             .on("utimensat", Side::Dst, path)?;
         fd::fsync(file).on("fsync", Side::Dst, path)?;
         fault::point("salvage-given");
-        perms.take_mark(file).on("removexattr", Side::Dst, path)?;
+        let taken = perms.take_mark_alone(file);
+        taken.on("removexattr", Side::Dst, path)?;
         let rest = Rest {
             path: Printable(path.as_ref().as_os_str()).to_string(),
             ino: self.ino,
