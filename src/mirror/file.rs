@@ -240,7 +240,8 @@ impl Mirror {
     }
 
     /// copy_file_range(2) between two open files; the first is hydrated first. EOPNOTSUPP: the kernel
-    /// is to read and write, because the bytes of a large file come, or go, range by range.
+    /// is to read and write, because the bytes of a large file come, or go, range by range; and src cannot give
+    /// some of another's.
     pub fn copy_range(
         self: &Arc<Self>,
         from: (Arc<Node>, Arc<OwnedFd>, u64),
@@ -251,8 +252,11 @@ impl Mirror {
         let (node, src, src_offset) = from;
         let by_range = |node: &Node| {
             let large = |i: SrcInfo| i.size > self.large_file_bytes;
-            let behind = node.is_pending_file() && self.mixes;
-            behind && self.source.recall(node.ino).is_none_or(large)
+            let ranged = || {
+                self.spoiled.contains(node.ino)
+                    || self.mixes && self.source.recall(node.ino).is_none_or(large)
+            };
+            node.is_pending_file() && ranged()
         };
         let (to_node, to, to_offset) = to;
         if by_range(&node) || by_range(&to_node) {
@@ -262,7 +266,7 @@ impl Mirror {
         let mirror = Arc::clone(self);
         self.when_hydrated(&to_node, Need::Write, move |ready| match ready {
             Ok(()) => mirror.copy_range_here((node, src, src_offset), to, len, then),
-            Err(e) => then(Err(user_errno(&e))),
+            Err(e) => then(Err(copy_errno(&e))),
         });
     }
 
@@ -274,7 +278,7 @@ impl Mirror {
         then: impl FnOnce(Result<usize, Errno>) + Send + 'static,
     ) {
         self.when_hydrated(&node, Need::Read, move |ready| {
-            then(ready.map_err(|e| user_errno(&e)).and_then(|()| {
+            then(ready.map_err(|e| copy_errno(&e)).and_then(|()| {
                 let copy = || copy::copy_range(src.as_fd(), src_offset, to.0.as_fd(), to.1, len);
                 caps::without_fsetid(copy)
             }));
@@ -325,5 +329,14 @@ pub fn user_errno(error: &Error) -> Errno {
     match error.side() {
         Side::Src => Errno::IO,
         Side::Dst | Side::Host => error.errno(),
+    }
+}
+
+/// What copy_file_range(2) says of a file that cannot be had whole: who reads and writes instead meets what
+/// is wrong where it is.
+fn copy_errno(error: &Error) -> Errno {
+    match error.is_bad_read() {
+        true => Errno::OPNOTSUPP,
+        false => user_errno(error),
     }
 }

@@ -189,6 +189,66 @@ pub(crate) fn both_names_of_a_bad_file_have_what_can_be_read() {
     expect_whole(&bad, &w, w.mount());
 }
 
+/// copy_file_range(2) until nothing is left, or it fails: where, and why.
+fn copied(from: &File, to: &File, range: std::ops::Range<u64>) -> (u64, Option<i32>) {
+    let (mut a, mut b) = (range.start, range.start);
+    while a < range.end {
+        let left = (range.end - a) as usize;
+        match rustix::fs::copy_file_range(from, Some(&mut a), to, Some(&mut b), left) {
+            Ok(0) => break,
+            Ok(_) => {}
+            Err(e) => return (a, Some(e.raw_os_error())),
+        }
+    }
+    (a, None)
+}
+
+#[test]
+pub(crate) fn copy_file_range_gives_what_can_be_read_of_a_bad_file_and_fails_at_the_exact_place() {
+    const OF: &[Bad<'_>] = &[("small", SMALL, &[100])];
+    for known in [true, false] {
+        let Some((bad, w)) = world_of(OF) else {
+            return;
+        };
+        let m = match known {
+            true => w.mount(),
+            false => w.mount_lazy(),
+        };
+        if known {
+            wait_told(&m, OF);
+        }
+        let (from, to) = (rw(&m, "small"), File::create_new(m.path("copy")).unwrap());
+        let (size, page) = (SMALL as u64, PAGE as u64);
+        let bad_page = (100 * page, Some(libc::EIO));
+        assert_eq!(copied(&from, &to, 0..size), bad_page, "known: {known}");
+        let behind = 101 * page..size;
+        assert_eq!(copied(&from, &to, behind), (size, None), "known: {known}");
+        let mut want = content(SMALL);
+        want[100 * PAGE..101 * PAGE].fill(0);
+        assert!(fs::read(m.path("copy")).unwrap() == want, "known: {known}");
+        // And into it: the bytes that are missing.
+        let (patch, mut want) = (bytes(5, PAGE), content(SMALL));
+        want[100 * PAGE..101 * PAGE].copy_from_slice(&patch);
+        let other = rw(&m, "copy");
+        other.write_all_at(&patch, 100 * page).unwrap();
+        let all = 100 * page..101 * page;
+        assert_eq!(copied(&other, &from, all), (101 * page, None), "{known}");
+        assert!(fs::read(m.path("small")).unwrap() == want, "known: {known}");
+        drop((from, to, other));
+        if !known {
+            run(mirrorfs().arg("resume").arg(&m.at)).expect_code(0);
+        }
+        wait_until("an empty ledger", LIMIT, || {
+            retry(&m);
+            thread::sleep(Duration::from_millis(100));
+            m.status()["errors"] == 0
+        });
+        m.finish();
+        assert!(fs::read(w.dst.join("small")).unwrap() == want);
+        drop(bad);
+    }
+}
+
 pub(crate) fn rw(m: &Mounted, name: &str) -> File {
     let mut options = OpenOptions::new();
     options.read(true).write(true).open(m.path(name)).unwrap()
