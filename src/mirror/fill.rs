@@ -90,7 +90,6 @@ impl Mirror {
         }
         let task = move || {
             mirror.fill_steps(&held);
-            mirror.keep_pulled_if_due(&held);
             mirror.let_go(&held);
         };
         self.engine.pool().run(Priority::Demand, Box::new(task));
@@ -166,6 +165,9 @@ impl Mirror {
             if let Some(mixed) = &mut state.mixed {
                 mixed.fill.looked = data.end;
                 mixed.unsaved = true;
+                if mixed.apart {
+                    self.keep_soon(hydration);
+                }
             }
             other
         };
@@ -371,6 +373,9 @@ impl Mirror {
             state.present.insert(range);
             if let Some(mixed) = &mut state.mixed {
                 mixed.unsaved = true;
+                if mixed.apart {
+                    self.keep_soon(hydration);
+                }
             }
         }
         Ok(())

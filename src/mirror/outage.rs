@@ -174,7 +174,7 @@ impl Mirror {
         let mut ask_pause = ASK.0;
         let mut open: Vec<Receiver<Result<()>>> = Vec::new();
         while !self.outage.stopped.load(Ordering::Relaxed) {
-            self.patience.expire();
+            self.tick();
             self.engine.pool().relieve();
             self.leave_hung();
             let away = self.src_is_away();
@@ -195,12 +195,18 @@ impl Mirror {
                     let until = Instant::now() + ask_pause;
                     while Instant::now() < until && !self.outage.stopped.load(Ordering::Relaxed) {
                         std::thread::sleep(tick.min(ASK.0));
-                        self.patience.expire();
+                        self.tick();
                     }
                     ask_pause = (ask_pause * 2).min(ASK.1);
                 }
             }
         }
+    }
+
+    /// What is not to wait for an answer of src.
+    fn tick(self: &Arc<Self>) {
+        self.patience.expire();
+        self.keep_what_came();
     }
 
     /// A file whose copy does not come forward is in the ledger, and no pass of the walker waits for it.
@@ -277,7 +283,7 @@ impl Mirror {
                     errno: rustix::io::Errno::TIMEDOUT,
                 });
             }
-            self.patience.expire();
+            self.tick();
             std::thread::sleep(Duration::from_millis(5));
         }
     }

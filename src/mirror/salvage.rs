@@ -18,13 +18,14 @@ pub(super) mod rest;
 use std::collections::HashMap;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
 use self::gate::Gate;
 use super::Mirror;
+use super::hydrate::Hydration;
 use super::node::{Ino, Node, Origin};
 use super::populate::no_origin;
 use super::ranged::ReadDone;
@@ -45,6 +46,8 @@ const OPEN_MAX: usize = 512;
 pub(super) struct Spoiled {
     found: Mutex<HashMap<Ino, Instant>>,
     pub(super) gate: Gate,
+    /// More is here than their record says (pulled.rs).
+    unkept: Mutex<HashMap<Ino, Weak<Hydration>>>,
     /// Of those that are kept, as many more as are open.
     open: Arc<()>,
 }

@@ -1,10 +1,15 @@
 //! What is kept of files that src cannot give whole: how many are open, and when it is on record.
 
-use std::fs;
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
 use std::thread;
+use std::time::{Duration, Instant};
 
 use crate::fixture::{LIMIT, Mounted, wait_until};
-use crate::salvage::{Bad, FAIL, expect_salvaged, expect_whole, wait_told, world_of};
+use crate::raw;
+use crate::salvage::{
+    Bad, FAIL, LARGE, PAGE, content, expect_salvaged, expect_whole, wait_told, world_of,
+};
 
 /// Files of dst, and their maps, that the daemon has open.
 fn open_files(m: &Mounted) -> Vec<String> {
@@ -49,4 +54,65 @@ fn few_of_many_bad_files_are_open_and_all_are_there() {
     }
     bad.come_back();
     expect_whole(&bad, &w, m);
+}
+
+/// Some of a file has come, and all that is still asked for hangs, or src is away; then the daemon is killed.
+fn kept_when_nothing_more_comes(src_dies: bool) {
+    const OF: Bad<'_> = ("large", LARGE, &[5]);
+    // What was read beside the bad page, and what is read together with what hangs, may come or not.
+    const SURE: std::ops::Range<usize> = (1 << 20) / PAGE..(9 << 19) / PAGE;
+    let Some((mut bad, w)) = world_of(&[OF]) else {
+        return;
+    };
+    bad.tell("add path=large op=read off=6M-13M hang");
+    let m = w.mount();
+    let hangs = || {
+        let all = bad.tell("list");
+        let rule = all.lines().find(|l| l.ends_with("hang"));
+        !rule.unwrap().contains("acted 0")
+    };
+    wait_until("a read that hangs", LIMIT, hangs);
+    if src_dies {
+        bad.die();
+    }
+    let records = || {
+        let maps = fs::read_dir(w.dst.join(".mirrorfs/maps")).unwrap();
+        let names = maps.map(|e| e.unwrap().file_name().into_string().unwrap());
+        names.filter(|n| n.ends_with(".pulled")).count()
+    };
+    let end = Instant::now() + Duration::from_secs(8);
+    while records() == 0 && Instant::now() < end {
+        thread::sleep(Duration::from_millis(50));
+    }
+    let kept = records();
+    raw::kill(m.pid, libc::SIGKILL);
+    // It has ended when nothing of it hangs.
+    bad.die();
+    m.kill();
+    assert_eq!(kept, 1, "records");
+    bad.come_back();
+    let m = w.mount_with(&[FAIL, &["--no-background"]].concat(), &[]);
+    bad.die();
+    let (file, all) = (File::open(m.path("large")).unwrap(), content(LARGE));
+    for page in SURE {
+        let mut got = vec![0; PAGE];
+        let read = file.read_exact_at(&mut got, (page * PAGE) as u64);
+        assert!(read.is_ok(), "page {page}: {read:?}");
+        assert!(got == all[page * PAGE..][..PAGE], "page {page}");
+    }
+    drop(file);
+    raw::kill(m.pid, libc::SIGKILL);
+    m.kill();
+    bad.come_back();
+    expect_whole(&bad, &w, w.mount());
+}
+
+#[test]
+fn what_has_come_of_a_bad_file_is_on_record_while_the_rest_hangs() {
+    kept_when_nothing_more_comes(false);
+}
+
+#[test]
+fn what_has_come_of_a_bad_file_is_on_record_while_src_is_away() {
+    kept_when_nothing_more_comes(true);
 }

@@ -18,17 +18,18 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use super::super::Mirror;
-use super::super::hydrate::{Hydration, Stage};
+use super::super::hydrate::{Hydration, Stage, State};
 use super::super::mixed::Ground;
 use super::super::node::Ino;
+use crate::engine::job::Priority;
 use crate::error::{Context, Result, Side};
 use crate::ranges::RangeSet;
 use crate::sys::name::Name;
 use crate::sys::stat::Time;
 use crate::sys::{fault, fd};
 
-/// While much comes it is written so often.
-const PAUSE: Duration = Duration::from_secs(5);
+/// While something comes it is written so often; who looks whether it is time does so every second.
+const PAUSE: Duration = Duration::from_secs(4);
 
 /// What a record says.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -113,16 +114,43 @@ fn name_of(ino: Ino, what: &str) -> Result<Name, Errno> {
 }
 
 impl Mirror {
-    /// As `keep_pulled`, when it is time, for a file with bytes that src cannot read.
-    pub(in crate::mirror) fn keep_pulled_if_due(&self, hydration: &Hydration) {
-        let due = {
-            let state = hydration.state.lock();
-            let mixed = state.mixed.as_deref();
-            mixed.is_some_and(|m| m.fill.is_odd() && m.unsaved && m.saved.elapsed() >= PAUSE)
-        };
-        if due {
+    /// More is here than the record of a file with bytes that src cannot read says: it is written when it is
+    /// time, also when nothing more comes, because all that is still asked for hangs.
+    pub(in crate::mirror) fn keep_soon(&self, hydration: &Arc<Hydration>) {
+        let mut unkept = self.spoiled.unkept.lock();
+        unkept.insert(hydration.file.ino, Arc::downgrade(hydration));
+    }
+
+    /// By the thread that watches src: those whose time has come, on pool threads.
+    pub(in crate::mirror) fn keep_what_came(self: &Arc<Self>) {
+        if self.spoiled.gate.is_shut() {
+            return; // `finish` has seen to them.
+        }
+        let unkept = std::mem::take(&mut *self.spoiled.unkept.lock());
+        let there = unkept.into_values().filter_map(|h| h.upgrade());
+        for hydration in there {
+            let time = hydration.state.lock().unkept_for();
+            match time {
+                None => {}
+                Some(time) if time < PAUSE => self.keep_soon(&hydration),
+                Some(_) => {
+                    let (mirror, held) = (Arc::clone(self), Arc::clone(&hydration));
+                    let task = move || mirror.keep_now(&held);
+                    self.engine.pool().run(Priority::Demand, Box::new(task));
+                }
+            }
+        }
+    }
+
+    fn keep_now(&self, hydration: &Arc<Hydration>) {
+        if !self.spoiled.gate.is_shut() {
             self.keep_pulled(hydration);
         }
+        // It has failed, or something has come meanwhile.
+        if hydration.state.lock().unkept_for().is_some() {
+            self.keep_soon(hydration);
+        }
+        self.let_go(hydration);
     }
 
     /// As `keep_pulled`, before somebody is told. ext4 and xfs have one journal: with the record's name all that
@@ -211,6 +239,15 @@ impl Mirror {
             mixed.stale = false;
         }
         Ok(())
+    }
+}
+
+impl State {
+    /// For how long something has been here that a record is to say and does not, or not for long.
+    fn unkept_for(&self) -> Option<Duration> {
+        let mixed = self.mixed.as_deref().filter(|m| m.unsaved && m.apart)?;
+        let odd = mixed.fill.is_odd() || mixed.ground.salvage_of().is_some();
+        (odd && self.stage == Stage::Mixed).then(|| mixed.saved.elapsed())
     }
 }
 
