@@ -148,7 +148,7 @@ impl CopyPlan {
             Event::Start => self.ask(Action::Open { noatime: true }, out),
             Event::Opened => {
                 self.phase = Phase::Before;
-                self.ask(Action::StatSrc, out);
+                self.ask(Action::StatSrc { fresh: false }, out);
             }
             Event::SrcStat(stat) if self.phase == Phase::After => self.compare(stat, out),
             Event::SrcStat(stat) => self.measure(stat, out),
@@ -433,7 +433,8 @@ impl CopyPlan {
 
     fn look_again(&mut self, out: &mut Vec<Action>) {
         self.phase = Phase::After;
-        self.ask(Action::StatSrc, out);
+        let fresh = self.before.is_some_and(|before| before.is_asked_again());
+        self.ask(Action::StatSrc { fresh }, out);
     }
 
     fn compare(&mut self, after: Stat, out: &mut Vec<Action>) {
@@ -481,7 +482,7 @@ impl CopyPlan {
                 self.ask(Action::Open { noatime: false }, out);
             }
             Action::Open { .. } => self.fail("openat2", Side::Src, errno),
-            Action::StatSrc => self.fail("statx", Side::Src, errno),
+            Action::StatSrc { .. } => self.fail("statx", Side::Src, errno),
             Action::StatDst => self.fail("statx", Side::Dst, errno),
             // Reading and writing will say what is really wrong, if anything is.
             Action::Clone => self.copy(out),

@@ -36,7 +36,7 @@ impl Worker {
     pub(super) fn perform(&mut self, slot: usize, action: Action) -> Option<Event> {
         match action {
             Action::Open { noatime } => self.open(slot, noatime),
-            Action::StatSrc => self.stat_src(slot),
+            Action::StatSrc { fresh } => self.stat_src(slot, fresh),
             Action::StatDst => self.stat_dst(slot),
             Action::Clone => {
                 let size = self.files[slot].as_ref()?.size;
@@ -170,7 +170,7 @@ impl Worker {
         };
         match action {
             Action::Open { .. } => self.meter(slot).ring(Kind::Open, took),
-            Action::StatSrc => self.meter(slot).ring(Kind::Stat, took),
+            Action::StatSrc { .. } => self.meter(slot).ring(Kind::Stat, took),
             _ => {}
         }
         if let Err(errno) = result
@@ -179,7 +179,7 @@ impl Worker {
             return self.perform(slot, action).map(|event| (slot, event));
         }
         let event = match (action, result) {
-            (Action::StatSrc, Ok(Reply::Stat(stat))) => Event::SrcStat(stat),
+            (Action::StatSrc { .. }, Ok(Reply::Stat(stat))) => Event::SrcStat(stat),
             (Action::Open { .. }, Ok(Reply::Fd(fd))) => {
                 self.files[slot].as_mut()?.src = Some(Arc::new(fd));
                 Event::Opened
@@ -341,20 +341,24 @@ impl Worker {
         Some(event)
     }
 
-    fn stat_src(&mut self, slot: usize) -> Option<Event> {
+    fn stat_src(&mut self, slot: usize, fresh: bool) -> Option<Event> {
+        let action = Action::StatSrc { fresh };
         let ring = self.way(slot, Kind::Stat, Opcode::Statx) == Way::Ring;
         let Some(src) = self.files[slot].as_ref()?.src.clone() else {
-            return Some(Event::Failed(Action::StatSrc, Errno::BADF));
+            return Some(Event::Failed(action, Errno::BADF));
         };
         if ring {
-            return self.control(slot, Action::StatSrc, fstat(src));
+            return self.control(slot, action, fstat(src, fresh));
         }
         let since = Instant::now();
-        let stat = sys::stat::stat_fd(src.as_fd());
+        let stat = match fresh {
+            true => sys::stat::stat_fd_fresh(src.as_fd()),
+            false => sys::stat::stat_fd(src.as_fd()),
+        };
         self.meter(slot).direct(Kind::Stat, since.elapsed());
         Some(match stat {
             Ok(stat) => Event::SrcStat(stat),
-            Err(errno) => Event::Failed(Action::StatSrc, errno),
+            Err(errno) => Event::Failed(action, errno),
         })
     }
 
@@ -536,10 +540,11 @@ fn fdatasync(fd: Arc<OwnedFd>) -> Op {
     }
 }
 
-fn fstat(fd: Arc<OwnedFd>) -> Op {
+fn fstat(fd: Arc<OwnedFd>, fresh: bool) -> Op {
     Op::Statx {
         dir: fd,
         path: None,
+        fresh,
     }
 }
 

@@ -136,7 +136,7 @@ impl Mirror {
         let path = &hydration.path;
         let found = self.open_origin(hydration).and_then(|(dir, name)| {
             let file = fd::open_src(dir.fd.as_fd(), &name).on("open", Side::Src, path)?;
-            stat::stat_fd(file.as_fd()).on("statx", Side::Src, path)
+            stat::stat_fd_fresh(file.as_fd()).on("statx", Side::Src, path)
         });
         // The jobs will say what is wrong.
         let Ok(src) = found else { return };
@@ -191,7 +191,7 @@ impl Mirror {
         let ours = ours.on("lseek", Side::Dst, path)?;
         let start = ours.map_or(theirs.start, |ours| ours.start);
         // After the look: what was changed before it is seen.
-        let src = stat::stat_fd(file.as_fd()).on("statx", Side::Src, path)?;
+        let src = stat::stat_fd_fresh(file.as_fd()).on("statx", Side::Src, path)?;
         Ok((start.clamp(gap.start, gap.end)..theirs.end, src))
     }
 

@@ -163,7 +163,7 @@ impl Mirror {
                 }
             }
         }
-        let after = stat::stat_fd(file.as_fd()).on("statx", Side::Src, &path)?;
+        let after = stat::stat_fd_after(file.as_fd(), &before).on("statx", Side::Src, &path)?;
         match after.changed_since(&before) {
             true => Err(changed()),
             false => Ok(bytes),

@@ -20,7 +20,7 @@ use crate::meta::{Born, Meta};
 use crate::sys::cache::Aligned;
 use crate::sys::dir::Entry;
 use crate::sys::name::Name;
-use crate::sys::stat::{FileKey, Stat, stat_fd};
+use crate::sys::stat::{FileKey, Stat, stat_fd_fresh};
 use crate::sys::xattr::Target;
 use crate::sys::{copy, fault, fd};
 
@@ -349,7 +349,7 @@ impl Work<'_, '_> {
                 None => self.piece(buffers, t, &data)?,
             };
             if n == 0 {
-                let now = stat_fd(t.src.as_fd()).on("statx", Side::Src, path())?;
+                let now = stat_fd_fresh(t.src.as_fd()).on("statx", Side::Src, path())?;
                 return match now.size < range.end {
                     true => Ok(range.end), // src shrank: seal() sees it.
                     false => self.ends_early(t),

@@ -100,11 +100,20 @@ impl Stat {
         (self.size, self.mtime, self.ctime) != (earlier.size, earlier.mtime, earlier.ctime)
     }
 
+    /// Whether the look after its bytes were read goes past what the kernel has cached of it (NFS, FUSE).
+    pub fn is_asked_again(&self) -> bool {
+        self.size > ASK_BYTES
+    }
+
     /// `(major << 8 | minor)` as the FUSE protocol and mknod(2) want it (new_encode_dev).
     pub fn rdev_encoded(&self) -> u64 {
         rustix::fs::makedev(self.rdev.0, self.rdev.1)
     }
 }
+
+/// After a copy of a larger file a server is asked what it is now, whatever is cached of it: one question
+/// more is little beside its bytes. To ext4, xfs, btrfs and tmpfs it makes no difference.
+const ASK_BYTES: u64 = 64 << 10;
 
 /// What every statx asks for.
 pub(crate) fn want() -> StatxFlags {
@@ -113,17 +122,45 @@ pub(crate) fn want() -> StatxFlags {
 
 /// The inode behind an open fd (O_PATH too).
 pub fn stat_fd(fd: BorrowedFd<'_>) -> Result<Stat> {
-    rustix::fs::statx(fd, c"", AtFlags::EMPTY_PATH, want()).map(|x| from_statx(&x))
+    stat_as(fd, None, false)
 }
 
 /// As [`stat_fd`], and a server is asked, whatever is cached of it.
 pub fn stat_fd_fresh(fd: BorrowedFd<'_>) -> Result<Stat> {
-    let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_FORCE_SYNC;
-    rustix::fs::statx(fd, c"", flags, want()).map(|x| from_statx(&x))
+    stat_as(fd, None, true)
 }
 
-/// [`Stat::changed_since`] of an open inode, by the shorter fstat(2).
+/// [`stat_fd`], [`stat_fd_fresh`] or [`stat_at`].
+pub(crate) fn stat_as(dir: BorrowedFd<'_>, name: Option<&CStr>, fresh: bool) -> Result<Stat> {
+    let (name, flags) = match name {
+        None => (c"", AtFlags::EMPTY_PATH),
+        Some(name) => (name, AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT),
+    };
+    let flags = flags | sync_flag(fresh);
+    rustix::fs::statx(dir, name, flags, want()).map(|x| from_statx(&x))
+}
+
+/// Whether a server is asked, whatever is cached.
+pub(crate) fn sync_flag(fresh: bool) -> AtFlags {
+    match fresh {
+        true => AtFlags::STATX_FORCE_SYNC,
+        false => AtFlags::empty(),
+    }
+}
+
+/// As [`stat_fd`], after the bytes of an inode were read that was like this before.
+pub fn stat_fd_after(fd: BorrowedFd<'_>, earlier: &Stat) -> Result<Stat> {
+    match earlier.is_asked_again() {
+        true => stat_fd_fresh(fd),
+        false => stat_fd(fd),
+    }
+}
+
+/// [`Stat::changed_since`] of an open inode after its bytes were read; of a small one by the shorter fstat(2).
 pub fn fd_changed_since(fd: BorrowedFd<'_>, earlier: &Stat) -> Result<bool> {
+    if earlier.is_asked_again() {
+        return stat_fd_fresh(fd).map(|now| now.changed_since(earlier));
+    }
     let s = rustix::fs::fstat(fd)?;
     let same = |t: Time, sec: i64, nsec: u64| t.sec == sec && u64::from(t.nsec) == nsec;
     Ok(s.st_size as u64 != earlier.size
@@ -133,8 +170,7 @@ pub fn fd_changed_since(fd: BorrowedFd<'_>, earlier: &Stat) -> Result<bool> {
 
 /// The inode that `name` in `dir` is; a symlink is not followed, an automount not triggered.
 pub fn stat_at(dir: BorrowedFd<'_>, name: &CStr) -> Result<Stat> {
-    let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT;
-    rustix::fs::statx(dir, name, flags, want()).map(|x| from_statx(&x))
+    stat_as(dir, Some(name), false)
 }
 
 /// The inode at an absolute path, symlinks followed, as the kernel remembers it: no server is asked.

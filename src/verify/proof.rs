@@ -27,7 +27,7 @@ use crate::manifest::{Became, Digest, Entry, Index, Scope};
 use crate::meta::CAPABILITY;
 use crate::progress::Counter;
 use crate::sys::name::RelPath;
-use crate::sys::stat::{Stat, Time, stat_at, stat_fd};
+use crate::sys::stat::{Stat, Time, stat_at, stat_fd_after};
 use crate::sys::xattr::Target;
 use crate::sys::{fd, host};
 
@@ -269,7 +269,7 @@ impl Proof<'_> {
         if file.failed.load(Relaxed) || digest == Some(want) {
             return;
         }
-        match stat_fd(file.fd.as_fd()) {
+        match stat_fd_after(file.fd.as_fd(), &file.stat) {
             Err(e) => return to.unreadable(&file.path, "statx", e),
             Ok(now) if now.changed_since(&file.stat) => {
                 return to.tell(&file.path, Kind::Changed, "while it was read");

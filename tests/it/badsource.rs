@@ -47,9 +47,21 @@ impl BadSrc {
     /// Mounts the view. Rules come after `--rule`.
     #[track_caller]
     pub(crate) fn start(&mut self, rules: &[&str]) {
+        self.start_with(rules, &[]);
+    }
+
+    /// As `start`, and the kernel may cache names and attributes for an hour.
+    #[track_caller]
+    pub(crate) fn start_cached(&mut self, rules: &[&str]) {
+        self.start_with(rules, &["--cache", "3600"]);
+    }
+
+    #[track_caller]
+    fn start_with(&mut self, rules: &[&str], more: &[&str]) {
         let script = kit("badsrc.py").unwrap();
         let mut command = Command::new("python3");
         command.arg(script).arg(&self.real).arg(&self.at);
+        command.args(more);
         command.arg("--ctl").arg(&self.ctl);
         for rule in rules {
             command.args(["--rule", rule]);

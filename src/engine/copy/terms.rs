@@ -34,8 +34,8 @@ pub(in crate::engine) struct Offer {
 pub(in crate::engine) enum Action {
     /// Open src by name; with or without O_NOATIME.
     Open { noatime: bool },
-    /// statx of the open src.
-    StatSrc,
+    /// statx of the open src; `fresh`: a server is asked, whatever is cached.
+    StatSrc { fresh: bool },
     /// dst's size, and what the pair of file systems can do.
     StatDst,
     /// FICLONE.

@@ -126,7 +126,7 @@ impl World {
                 self.opened = true;
                 Event::Opened
             }
-            Action::StatSrc => Event::SrcStat(self.stat()),
+            Action::StatSrc { .. } => Event::SrcStat(self.stat()),
             Action::StatDst => {
                 let size = self.dst.len() as u64;
                 Event::DstStat {

@@ -92,11 +92,9 @@ pub(super) fn call(op: Op) -> Outcome {
 fn plain(op: Op) -> sys::Result<Reply> {
     let done = match op {
         Op::Open { dir, path, how, .. } => return open(dir.as_fd(), &path, how).map(Reply::Fd),
-        Op::Statx { dir, path: None } => return sys::stat::stat_fd(dir.as_fd()).map(Reply::Stat),
-        Op::Statx {
-            dir,
-            path: Some(path),
-        } => return sys::stat::stat_at(dir.as_fd(), &path).map(Reply::Stat),
+        Op::Statx { dir, path, fresh } => {
+            return sys::stat::stat_as(dir.as_fd(), path.as_deref(), fresh).map(Reply::Stat);
+        }
         Op::Splice {
             from,
             mut from_offset,

@@ -110,7 +110,7 @@ pub(super) fn prepare(op: Op, fixed: bool) -> (Held, squeue::Entry) {
             how,
             slot,
         } => open(dir, path, how, slot),
-        Op::Statx { dir, path } => statx(dir, path),
+        Op::Statx { dir, path, fresh } => statx(dir, path, fresh),
         Op::Read {
             file,
             mut buffer,
@@ -357,7 +357,7 @@ fn open(dir: Arc<OwnedFd>, path: CString, how: How, slot: Option<Slot>) -> (Held
     (held, entry)
 }
 
-fn statx(dir: Arc<OwnedFd>, path: Option<CString>) -> (Held, squeue::Entry) {
+fn statx(dir: Arc<OwnedFd>, path: Option<CString>, fresh: bool) -> (Held, squeue::Entry) {
     // SAFETY: the kernel's struct is plain integers; all zeros is a value.
     let block = Box::new(unsafe { MaybeUninit::<Statx>::zeroed().assume_init() });
     let block = Lent::from(block);
@@ -369,6 +369,7 @@ fn statx(dir: Arc<OwnedFd>, path: Option<CString>) -> (Held, squeue::Entry) {
             AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT,
         ),
     };
+    let flags = flags | sys::stat::sync_flag(fresh);
     let entry = opcode::Statx::new(Fd(dir.as_raw_fd()), name, block.as_ptr().cast())
         .flags(flags.bits().cast_signed())
         .mask(sys::stat::want().bits())

@@ -83,11 +83,12 @@ pub enum Op {
         how: How,
         slot: Option<Slot>,
     },
-    /// statx of an open file (no path), or of a path whose last name is not followed.
-    /// [`Reply::Stat`].
+    /// statx of an open file (no path), or of a path whose last name is not followed; `fresh`: a server is
+    /// asked, whatever is cached of it (AT_STATX_FORCE_SYNC). [`Reply::Stat`].
     Statx {
         dir: Arc<OwnedFd>,
         path: Option<CString>,
+        fresh: bool,
     },
     /// Reads into `buffer[range]`; fewer bytes than asked for is no error, 0 is the end of the file.
     /// On what has no offsets (a pipe) `offset` means nothing. [`Reply::Count`]. `once`: leaves no

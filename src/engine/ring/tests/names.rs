@@ -60,15 +60,22 @@ fn a_name_of_src_is_opened_as_the_system_call_does() {
 
 #[test]
 fn statx_sees_what_the_system_call_sees() {
-    tells("stat\nstat\nstat\nENOENT\nENOTDIR", |rig| {
+    tells("stat\nstat\nstat\nstat\nENOENT\nENOTDIR", |rig| {
         let file = rig.file("f", b"hello");
         symlink("f", rig.path("link")).expect("symlink");
         let at = |dir: Arc<OwnedFd>, path: Option<&str>| Op::Statx {
             dir,
             path: path.map(c),
+            fresh: false,
+        };
+        let fresh = Op::Statx {
+            dir: Arc::clone(&file),
+            path: None,
+            fresh: true,
         };
         let root = rig.root();
         for (op, plain) in [
+            (fresh, sys::stat::stat_fd_fresh(file.as_fd())),
             (
                 at(Arc::clone(&file), None),
                 sys::stat::stat_fd(file.as_fd()),

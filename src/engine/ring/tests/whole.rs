@@ -76,7 +76,8 @@ fn a_ring_that_is_dropped_lets_nobody_write_into_freed_memory() {
         rig.ring.push(2, write, start);
         for _ in 0..50 {
             let (dir, path) = (rig.root(), Some(c("f")));
-            rig.ring.push(3, Op::Statx { dir, path }, start);
+            let fresh = false;
+            rig.ring.push(3, Op::Statx { dir, path, fresh }, start);
         }
         rig.ring.enter(false).expect("enter");
         let path = rig.path("f");
@@ -145,7 +146,8 @@ fn more_operations_than_the_queues_hold_all_come_back() {
                 0 => Start::Here,
                 _ => Start::Elsewhere,
             };
-            rig.ring.push(token, Op::Statx { dir, path: None }, start);
+            let (path, fresh) = (None, false);
+            rig.ring.push(token, Op::Statx { dir, path, fresh }, start);
         }
         let mut tokens: Vec<u64> = (0..total).map(|_| rig.wait().token).collect();
         tokens.sort_unstable();
