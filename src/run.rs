@@ -26,6 +26,7 @@ mod reading;
 mod records;
 mod report;
 mod saver;
+mod serve;
 mod signals;
 mod status;
 mod steer;

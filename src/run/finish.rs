@@ -9,7 +9,7 @@ use super::control::make_run_dir;
 use super::counts::Counts;
 use super::front::file_name;
 use super::manifest::Unended;
-use super::mount::refused;
+use super::serve::refused;
 use super::varlink::Request;
 use super::{Outcome, client, exit, out, preflight};
 use crate::mirror::{LedgerEntry, Rest};

@@ -15,8 +15,9 @@ use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, NoLabelSet}
 use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::{Registry, Unit};
 
+use super::counts::Counts;
 use super::out::quoted;
-use super::report::State;
+use super::report::{Report, State};
 use super::watch::Watch;
 use super::web;
 use crate::fuse::request_name;
@@ -155,173 +156,12 @@ impl Collector for Scrape {
             return Ok(());
         };
         let report = watch.report();
-        let c = &report.counts;
-        let counters: [(&str, &str, Option<Unit>, u64); 11] = [
-            (
-                "entries_seen",
-                "Entries of SRC that were seen",
-                None,
-                c.entries_seen,
-            ),
-            (
-                "entries_placed",
-                "Entries that have their name in DST",
-                None,
-                c.entries_placed,
-            ),
-            (
-                "files_seen",
-                "Files of SRC that were seen",
-                None,
-                c.files_seen,
-            ),
-            (
-                "files_pulled",
-                "Files complete and durable in DST",
-                None,
-                c.files_pulled,
-            ),
-            (
-                "seen",
-                "Bytes of SRC's files that were seen",
-                Some(Unit::Bytes),
-                c.bytes_seen,
-            ),
-            (
-                "pulled",
-                "Bytes complete and durable in DST",
-                Some(Unit::Bytes),
-                c.bytes_pulled,
-            ),
-            (
-                "demand_files",
-                "Files pulled because somebody waited",
-                None,
-                c.demand_files,
-            ),
-            (
-                "demand",
-                "Bytes pulled because somebody waited",
-                Some(Unit::Bytes),
-                c.demand_bytes,
-            ),
-            (
-                "prefetched_files",
-                "Files pulled because their neighbours were opened, or by a trace",
-                None,
-                c.prefetched_files,
-            ),
-            (
-                "prefetch_hits",
-                "Of those, files that were opened then",
-                None,
-                c.prefetch_hits,
-            ),
-            (
-                "dirs_populated",
-                "Directories that were given their entries",
-                None,
-                watch.progress().dirs_populated.get(),
-            ),
-        ];
-        for (name, help, unit, value) in counters {
+        for (name, help, unit, value) in counters(&watch, &report.counts) {
             let mut metric =
                 encoder.encode_descriptor(name, help, unit.as_ref(), MetricType::Counter)?;
             metric.encode_counter::<NoLabelSet, _, u64>(&value, None)?;
         }
-        let free = report.dst_free.map(|n| n as f64);
-        let limit = report
-            .bwlimit
-            .filter(|_| !report.bwlimit_lifted)
-            .unwrap_or(0);
-        let gauges: [(&str, &str, Option<Unit>, Option<f64>); 15] = [
-            (
-                "left",
-                "Bytes known to be left",
-                Some(Unit::Bytes),
-                Some(c.bytes_left as f64),
-            ),
-            (
-                "expected",
-                "Bytes in all, as far as is known",
-                Some(Unit::Bytes),
-                Some(c.bytes_total as f64),
-            ),
-            (
-                "entries_expected",
-                "Entries in all, as far as is known",
-                None,
-                Some(c.entries_total as f64),
-            ),
-            (
-                "walk_done",
-                "1 when every directory was seen: totals are final",
-                None,
-                Some(f64::from(u8::from(c.walk_done))),
-            ),
-            (
-                "rate",
-                "Bytes per second over the last half minute",
-                Some(Unit::Bytes),
-                Some(c.bytes_per_s as f64),
-            ),
-            (
-                "eta",
-                "Time until all is pulled, while it can be told",
-                Some(Unit::Seconds),
-                c.eta_s.map(|s| s as f64),
-            ),
-            (
-                "bwlimit",
-                "The background's limit per second; 0: none",
-                Some(Unit::Bytes),
-                Some(limit as f64),
-            ),
-            (
-                "waiting",
-                "Accesses that wait for SRC now",
-                None,
-                Some(c.waiting as f64),
-            ),
-            (
-                "longest_wait",
-                "How long the longest of them waits",
-                Some(Unit::Seconds),
-                Some(c.longest_wait_ms.unwrap_or(0) as f64 / 1e3),
-            ),
-            (
-                "errors",
-                "Failures in the ledger",
-                None,
-                Some(c.errors as f64),
-            ),
-            (
-                "stuck",
-                "1 when whole passes changed nothing",
-                None,
-                Some(f64::from(u8::from(report.stuck))),
-            ),
-            ("dst_free", "Free in DST", Some(Unit::Bytes), free),
-            (
-                "manifest_read",
-                "Read of SRC for the manifest, in the end",
-                Some(Unit::Bytes),
-                Some(report.manifest_read.unwrap_or(0) as f64),
-            ),
-            (
-                "manifest_found",
-                "To be read for it, as far as is known",
-                Some(Unit::Bytes),
-                Some(report.manifest_found.unwrap_or(0) as f64),
-            ),
-            (
-                "start_time",
-                "When the daemon started, since 1970",
-                Some(Unit::Seconds),
-                Some(report.since_unix as f64),
-            ),
-        ];
-        for (name, help, unit, value) in gauges {
+        for (name, help, unit, value) in gauges(&report) {
             let Some(value) = value else { continue };
             let mut metric =
                 encoder.encode_descriptor(name, help, unit.as_ref(), MetricType::Gauge)?;
@@ -331,6 +171,178 @@ impl Collector for Scrape {
         encode_state(&mut encoder, report.state)?;
         encode_waits(&mut encoder, &watch.progress().waits.histogram())
     }
+}
+
+/// Name, help, unit, value.
+type Metric<V> = (&'static str, &'static str, Option<Unit>, V);
+
+/// What only grows.
+fn counters(watch: &Watch, c: &Counts) -> [Metric<u64>; 11] {
+    [
+        (
+            "entries_seen",
+            "Entries of SRC that were seen",
+            None,
+            c.entries_seen,
+        ),
+        (
+            "entries_placed",
+            "Entries that have their name in DST",
+            None,
+            c.entries_placed,
+        ),
+        (
+            "files_seen",
+            "Files of SRC that were seen",
+            None,
+            c.files_seen,
+        ),
+        (
+            "files_pulled",
+            "Files complete and durable in DST",
+            None,
+            c.files_pulled,
+        ),
+        (
+            "seen",
+            "Bytes of SRC's files that were seen",
+            Some(Unit::Bytes),
+            c.bytes_seen,
+        ),
+        (
+            "pulled",
+            "Bytes complete and durable in DST",
+            Some(Unit::Bytes),
+            c.bytes_pulled,
+        ),
+        (
+            "demand_files",
+            "Files pulled because somebody waited",
+            None,
+            c.demand_files,
+        ),
+        (
+            "demand",
+            "Bytes pulled because somebody waited",
+            Some(Unit::Bytes),
+            c.demand_bytes,
+        ),
+        (
+            "prefetched_files",
+            "Files pulled because their neighbours were opened, or by a trace",
+            None,
+            c.prefetched_files,
+        ),
+        (
+            "prefetch_hits",
+            "Of those, files that were opened then",
+            None,
+            c.prefetch_hits,
+        ),
+        (
+            "dirs_populated",
+            "Directories that were given their entries",
+            None,
+            watch.progress().dirs_populated.get(),
+        ),
+    ]
+}
+
+/// What is so now; `None`: it cannot be told.
+fn gauges(report: &Report) -> [Metric<Option<f64>>; 15] {
+    let c = &report.counts;
+    let free = report.dst_free.map(|n| n as f64);
+    let limit = report
+        .bwlimit
+        .filter(|_| !report.bwlimit_lifted)
+        .unwrap_or(0);
+    [
+        (
+            "left",
+            "Bytes known to be left",
+            Some(Unit::Bytes),
+            Some(c.bytes_left as f64),
+        ),
+        (
+            "expected",
+            "Bytes in all, as far as is known",
+            Some(Unit::Bytes),
+            Some(c.bytes_total as f64),
+        ),
+        (
+            "entries_expected",
+            "Entries in all, as far as is known",
+            None,
+            Some(c.entries_total as f64),
+        ),
+        (
+            "walk_done",
+            "1 when every directory was seen: totals are final",
+            None,
+            Some(f64::from(u8::from(c.walk_done))),
+        ),
+        (
+            "rate",
+            "Bytes per second over the last half minute",
+            Some(Unit::Bytes),
+            Some(c.bytes_per_s as f64),
+        ),
+        (
+            "eta",
+            "Time until all is pulled, while it can be told",
+            Some(Unit::Seconds),
+            c.eta_s.map(|s| s as f64),
+        ),
+        (
+            "bwlimit",
+            "The background's limit per second; 0: none",
+            Some(Unit::Bytes),
+            Some(limit as f64),
+        ),
+        (
+            "waiting",
+            "Accesses that wait for SRC now",
+            None,
+            Some(c.waiting as f64),
+        ),
+        (
+            "longest_wait",
+            "How long the longest of them waits",
+            Some(Unit::Seconds),
+            Some(c.longest_wait_ms.unwrap_or(0) as f64 / 1e3),
+        ),
+        (
+            "errors",
+            "Failures in the ledger",
+            None,
+            Some(c.errors as f64),
+        ),
+        (
+            "stuck",
+            "1 when whole passes changed nothing",
+            None,
+            Some(f64::from(u8::from(report.stuck))),
+        ),
+        ("dst_free", "Free in DST", Some(Unit::Bytes), free),
+        (
+            "manifest_read",
+            "Read of SRC for the manifest, in the end",
+            Some(Unit::Bytes),
+            Some(report.manifest_read.unwrap_or(0) as f64),
+        ),
+        (
+            "manifest_found",
+            "To be read for it, as far as is known",
+            Some(Unit::Bytes),
+            Some(report.manifest_found.unwrap_or(0) as f64),
+        ),
+        (
+            "start_time",
+            "When the daemon started, since 1970",
+            Some(Unit::Seconds),
+            Some(report.since_unix as f64),
+        ),
+    ]
 }
 
 /// One series for each kind of request that came.
