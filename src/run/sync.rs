@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
+use crossbeam_channel::{Receiver, RecvTimeoutError};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGUSR2};
 
 use super::counts::Counts;
@@ -43,41 +44,10 @@ pub(super) fn run(config: SyncConfig) -> Outcome {
     let mut signals =
         signal_hook::iterator::Signals::new([SIGINT, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2])
             .map_err(fail)?;
-
-    let (done_in, done) = crossbeam_channel::bounded(1);
-    let (job, counters) = (config.clone(), progress.clone());
     let stop = Arc::new(AtomicBool::new(false));
-    let stopping = Arc::clone(&stop);
     let throttle = Arc::new(Throttle::default());
     throttle.set_limit(config.bwlimit);
-    let pace = Arc::clone(&throttle);
-    let mut records = Records::open(&config)?;
-    let copy = move || {
-        let mut tell = |event: Event| match event {
-            Event::Line(line) => {
-                let text = line.to_string();
-                if job.itemize {
-                    out::say(&text);
-                } else if job.verbose > 0 {
-                    out::say(line.named(&text));
-                }
-                records.line(&text);
-            }
-            Event::LeftOut(path) if !job.quiet => out::say(&format!(
-                "skipping non-regular file \"{}\"",
-                Printable(path.as_os_str())
-            )),
-            Event::LeftOut(_) => {}
-            Event::Error(error) => {
-                out::complain(&error.message);
-                records.failed(&error);
-            }
-        };
-        let result = crate::sync::run_throttled(&job, counters, &stopping, &pace, &mut tell);
-        let _ = done_in.send(result); // Gone only after a second signal.
-    };
-    let thread = std::thread::Builder::new().name("sync".into());
-    thread.spawn(copy).map_err(fail)?;
+    let done = start(&config, &progress, &stop, &throttle)?;
 
     let begin = Instant::now();
     let mut late = false;
@@ -86,8 +56,8 @@ pub(super) fn run(config: SyncConfig) -> Outcome {
     let result = loop {
         match done.recv_timeout(TICK) {
             Ok(result) => break result,
-            Err(crossbeam_channel::RecvTimeoutError::Timeout) => {}
-            Err(crossbeam_channel::RecvTimeoutError::Disconnected) => {
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => {
                 return Err(Failure::new(exit::FAILURE, "sync: the copy died"));
             }
         }
@@ -128,6 +98,47 @@ pub(super) fn run(config: SyncConfig) -> Outcome {
         }
         (outcome, _) => outcome,
     }
+}
+
+/// Starts the copy on a thread of its own; what it says is printed there.
+fn start(
+    config: &SyncConfig,
+    progress: &Arc<Progress>,
+    stop: &Arc<AtomicBool>,
+    throttle: &Arc<Throttle>,
+) -> Result<Receiver<crate::error::Result<SyncReport>>, Failure> {
+    let (done_in, done) = crossbeam_channel::bounded(1);
+    let (job, counters) = (config.clone(), Arc::clone(progress));
+    let (stopping, pace) = (Arc::clone(stop), Arc::clone(throttle));
+    let mut records = Records::open(config)?;
+    let copy = move || {
+        let mut tell = |event: Event| match event {
+            Event::Line(line) => {
+                let text = line.to_string();
+                if job.itemize {
+                    out::say(&text);
+                } else if job.verbose > 0 {
+                    out::say(line.named(&text));
+                }
+                records.line(&text);
+            }
+            Event::LeftOut(path) if !job.quiet => out::say(&format!(
+                "skipping non-regular file \"{}\"",
+                Printable(path.as_os_str())
+            )),
+            Event::LeftOut(_) => {}
+            Event::Error(error) => {
+                out::complain(&error.message);
+                records.failed(&error);
+            }
+        };
+        let result = crate::sync::run_throttled(&job, counters, &stopping, &pace, &mut tell);
+        let _ = done_in.send(result); // Gone only after a second signal.
+    };
+    let thread = std::thread::Builder::new().name("sync".into());
+    let started = thread.spawn(copy);
+    started.map_err(|e| Failure::new(exit::FAILURE, format!("sync: {e}")))?;
+    Ok(done)
 }
 
 /// The log says what SIGUSR2 has done.

@@ -177,25 +177,8 @@ impl Work<'_, '_> {
             dst = Some(file);
         }
         let Some(file) = dst.filter(|_| same) else {
-            let keep = config.keep;
-            let mut changes = Changes {
-                data: reads,
-                size,
-                time: time && keep.times,
-                now: !keep.times,
-                atime: config.atimes && now.atime != meta.stat.atime,
-                mode: keep.perms && now.perm() != meta.stat.perm(),
-                owner: keep.owner && now.uid != meta.stat.uid,
-                group: keep.group && now.gid != meta.stat.gid,
-                ..Changes::default()
-            };
-            if self.job.lines {
-                let at = Target::At(dir.pair.dst.as_fd(), name);
-                let was = self.named_meta(at, &path, &now)?;
-                let want = self.wanted(&meta, &was);
-                let all = stamp::changes(&want, &was, false, self.job.uid == 0);
-                (changes.acl, changes.xattr) = (all.acl, all.xattr);
-            }
+            let differs = (reads, size, time);
+            let changes = self.replaced(dir, name, &meta, &now, differs)?;
             let what = What::Changed(changes);
             return self.create(buffers, dir, name, src, meta, group, Some(now), what);
         };
@@ -236,6 +219,37 @@ impl Work<'_, '_> {
         self.refused(&path, refused);
         self.late_flags_of(dir, name, &file, &meta)?;
         Ok(Step::Done(now.key))
+    }
+
+    /// What is said of a file that another one replaces; `differs`: bytes, size, time.
+    fn replaced(
+        &self,
+        dir: &Dir,
+        name: &Name,
+        meta: &Meta,
+        now: &Stat,
+        (data, size, time): (bool, bool, bool),
+    ) -> Result<Changes> {
+        let keep = self.job.config.keep;
+        let mut changes = Changes {
+            data,
+            size,
+            time: time && keep.times,
+            now: !keep.times,
+            atime: self.job.config.atimes && now.atime != meta.stat.atime,
+            mode: keep.perms && now.perm() != meta.stat.perm(),
+            owner: keep.owner && now.uid != meta.stat.uid,
+            group: keep.group && now.gid != meta.stat.gid,
+            ..Changes::default()
+        };
+        if self.job.lines {
+            let at = Target::At(dir.pair.dst.as_fd(), name);
+            let was = self.named_meta(at, &dir.path(name), now)?;
+            let want = self.wanted(meta, &was);
+            let all = stamp::changes(&want, &was, false, self.job.uid == 0);
+            (changes.acl, changes.xattr) = (all.acl, all.xattr);
+        }
+        Ok(changes)
     }
 
     /// A new file, under its own name or a temporary one; large ones are finished elsewhere.

@@ -1,6 +1,7 @@
 //! Special: symlinks, fifos, sockets and devices: made complete, replaced when they differ.
 
 use std::borrow::Cow;
+use std::ffi::CStr;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
@@ -19,6 +20,13 @@ use crate::sys::fault;
 use crate::sys::name::{Name, RelPath};
 use crate::sys::stat::{FileKey, Stat, stat_at};
 use crate::sys::xattr::{self, Target};
+
+/// What becomes of what dst has under a name.
+enum There {
+    Stays(Step),
+    /// Something new takes the name.
+    Goes(What),
+}
 
 impl Work<'_, '_> {
     /// Copies one entry that is neither file nor directory.
@@ -70,38 +78,83 @@ impl Work<'_, '_> {
             let text = <std::ffi::OsStr as std::os::unix::ffi::OsStrExt>::from_bytes(t.to_bytes());
             format!(" -> {}", AsRsync(text))
         });
-        let mut what = What::New;
-        if let Some(now) = &now {
-            if self.job.config.ignore_existing {
-                return self.leave_alone(dir, name, now, &stat);
+        let what = match &now {
+            None => What::New,
+            Some(now) => {
+                match self.special_there(dir, name, &meta, target.as_deref(), now, &note)? {
+                    There::Stays(step) => return Ok(step),
+                    There::Goes(what) => what,
+                }
             }
-            if now.is_dir() {
-                self.remove_other_type(dir, name)?;
-            } else if self.is_same(dir, name, &meta, target.as_deref(), now)? {
-                let at = Target::At(dir.pair.dst.as_fd(), name);
-                let (was, changes) = self.special_changes(at, &path, &meta, now)?;
-                if !changes.any() || now.nlink < 2 {
-                    self.prove(&path, &meta, target.as_deref());
-                }
-                if !changes.any() {
-                    return Ok(self.left_alone(now.key));
-                }
-                // Other names may be somebody else's: as with files, those get an inode of their own.
-                if now.nlink < 2 {
-                    return self.amend_special(dir, name, &meta, &was, (changes, &note));
-                }
-                what = What::Changed(changes);
-            } else if now.kind() == stat.kind() {
-                let kept = self.job.config.keep.times;
-                what = What::Changed(Changes {
-                    data: true,
-                    time: kept && now.mtime != stat.mtime,
-                    now: !kept,
-                    ..Changes::default()
-                });
-            }
+        };
+        self.make_special(dir, name, &meta, target.as_deref(), now, what, &note)?;
+        match group {
+            Some(_) if !self.job.config.dry_run => self.key_of(dir, name).map(Step::Done),
+            _ => Ok(Step::Done(stat.key)),
         }
-        self.line('c', stat.kind(), &path, what, &note);
+    }
+
+    /// dst has something under the name.
+    fn special_there(
+        &self,
+        dir: &Dir,
+        name: &Name,
+        meta: &Meta,
+        target: Option<&CStr>,
+        now: &Stat,
+        note: &str,
+    ) -> Result<There> {
+        let path = dir.path(name);
+        let stat = &meta.stat;
+        if self.job.config.ignore_existing {
+            return self.leave_alone(dir, name, now, stat).map(There::Stays);
+        }
+        if now.is_dir() {
+            self.remove_other_type(dir, name)?;
+            return Ok(There::Goes(What::New));
+        }
+        if self.is_same(dir, name, meta, target, now)? {
+            let at = Target::At(dir.pair.dst.as_fd(), name);
+            let (was, changes) = self.special_changes(at, &path, meta, now)?;
+            if !changes.any() || now.nlink < 2 {
+                self.prove(&path, meta, target);
+            }
+            if !changes.any() {
+                return Ok(There::Stays(self.left_alone(now.key)));
+            }
+            // Other names may be somebody else's: as with files, those get an inode of their own.
+            if now.nlink < 2 {
+                let amended = self.amend_special(dir, name, meta, &was, (changes, note));
+                return amended.map(There::Stays);
+            }
+            return Ok(There::Goes(What::Changed(changes)));
+        }
+        let kept = self.job.config.keep.times;
+        Ok(There::Goes(match now.kind() == stat.kind() {
+            true => What::Changed(Changes {
+                data: true,
+                time: kept && now.mtime != stat.mtime,
+                now: !kept,
+                ..Changes::default()
+            }),
+            false => What::New,
+        }))
+    }
+
+    /// A new inode, complete before it has its name where somebody could mistake it.
+    #[allow(clippy::too_many_arguments)] // One entry's whole state; a struct would be used once.
+    fn make_special(
+        &self,
+        dir: &Dir,
+        name: &Name,
+        meta: &Meta,
+        target: Option<&CStr>,
+        now: Option<Stat>,
+        what: What,
+        note: &str,
+    ) -> Result<()> {
+        let path = dir.path(name);
+        self.line('c', meta.stat.kind(), &path, what, note);
         let count = || {
             self.placed();
             match what {
@@ -111,7 +164,7 @@ impl Work<'_, '_> {
         };
         if self.job.config.dry_run {
             count();
-            return Ok(Step::Done(stat.key));
+            return Ok(());
         }
         let now = now.filter(|n| !n.is_dir());
         let sync = self.job.config.fsync != Fsync::Never;
@@ -120,7 +173,7 @@ impl Work<'_, '_> {
         let direct = direct && dir.is_ours() && now.is_none();
         let temp = (!direct).then(|| self.job.temp_name());
         let new = temp.as_ref().unwrap_or(name);
-        self.make(dir, new, &stat, target.as_deref()).on(
+        self.make(dir, new, &meta.stat, target).on(
             if target.is_some() {
                 "symlinkat"
             } else {
@@ -132,21 +185,18 @@ impl Work<'_, '_> {
         fault::point("sync-made");
         let dst = dir.pair.dst.as_fd();
         if self.drops_acl(dir) && target.is_none() {
-            let dropped = crate::meta::drop_inherited_acl(Target::At(dst, new), &meta);
+            let dropped = crate::meta::drop_inherited_acl(Target::At(dst, new), meta);
             dropped.on("removexattr", Side::Dst, &path)?;
         }
-        let want = self.wanted_special(dir, new, &meta, now.as_ref())?;
+        let want = self.wanted_special(dir, new, meta, now.as_ref())?;
         let refused = want.apply_at(dst, new);
         self.refused(&path, refused);
         if temp.is_some() {
             self.publish(dir, new, name, now.as_ref())?;
         }
-        self.prove(&path, &meta, target.as_deref());
+        self.prove(&path, meta, target);
         count();
-        match group {
-            Some(_) => self.key_of(dir, name).map(Step::Done),
-            None => Ok(Step::Done(stat.key)),
-        }
+        Ok(())
     }
 
     /// dst has the same link target or device, in an inode that stands for no other.
@@ -155,7 +205,7 @@ impl Work<'_, '_> {
         dir: &Dir,
         name: &Name,
         meta: &Meta,
-        target: Option<&std::ffi::CStr>,
+        target: Option<&CStr>,
         now: &Stat,
     ) -> Result<bool> {
         let alone = self.may_stand(dir, now, &meta.stat)?;
@@ -266,7 +316,7 @@ impl Work<'_, '_> {
         dir: &Dir,
         name: &Name,
         stat: &Stat,
-        target: Option<&std::ffi::CStr>,
+        target: Option<&CStr>,
     ) -> Result<(), Errno> {
         match target {
             Some(target) => rustix::fs::symlinkat(target, &dir.pair.dst, name.as_cstr()),
