@@ -28,7 +28,7 @@ DEAD = (errno.ENOTCONN, errno.ECONNABORTED, errno.ECANCELED, errno.EIO, errno.ES
 # Where a daemon of a mount that is kept may be killed: a point of src/sys/fault.rs, and at which passage.
 KILL_AT = os.environ.get('KILL_AT', ' '.join('%s:%d' % (p, n) for n in (1, 1, 2, 5, 17) for p in (
     'act-begun act-done open-written create-written left-taken hydrate-begin hydrate-landed hydrate-durable hydrate-unmarked '
-    'ahead-placed own-made own-marked populate-before-mark populate-after-mark publish-durable publish-marked dir-unmark '
+    'ahead-placed own-made own-marked own-linked populate-before-mark populate-after-mark publish-durable publish-marked dir-unmark '
     'rename-origin rename-done carry-written mixed-map mixed-marked mixed-mature mixed-claimed mixed-written mixed-synced '
     'mixed-promoted mixed-cut mixed-punched salvage-map salvage-marked salvage-synced salvage-kept salvage-owned').split()))
 libc = ctypes.CDLL(None, use_errno=True)

@@ -189,6 +189,9 @@ impl Mirror {
         name: &Name,
         what: &Make,
     ) -> Result<(Found, Option<OwnedFd>)> {
+        if let Make::Own(..) = what {
+            self.expect_own(parent, name)?;
+        }
         let found = self.child(parent, name)?;
         found.node.ctime().is_users();
         let opened = match what {

@@ -167,9 +167,13 @@ impl Mirror {
                 };
                 rustix::fs::mknodat(&dir, at, kind, perm(*mode), *rdev).map(|()| None)
             }
-            Make::File(mode, flags) | Make::Own(mode, flags) => {
+            Make::File(mode, flags) => {
                 let flags = *flags | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
                 rustix::fs::openat(&dir, at, flags, perm(*mode)).map(Some)
+            }
+            Make::Own(mode, flags) => {
+                let flags = *flags | OFlags::TMPFILE | OFlags::CLOEXEC;
+                rustix::fs::openat(&dir, c".", flags, perm(*mode)).map(Some)
             }
         };
         let create = || caps::with_fsetid(make);
@@ -178,7 +182,7 @@ impl Mirror {
             .and_then(|made| made)
             .on("create", Side::Dst, shown)?;
         if let (Make::Own(..), Some(file)) = (what, &made) {
-            self.mark_own(dir.as_fd(), name, file.as_fd())?;
+            self.name_own(dir.as_fd(), name, file.as_fd())?;
         }
         let found = self.child_in(&dir_node, dir.as_fd(), name)?;
         // Whoever has it open from now on may change it without a word to us.

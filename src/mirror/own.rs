@@ -5,7 +5,8 @@
 //!
 //!   make_own()    only what is above the directory must be certain (D5, D6)
 //!   make_once()   the name is claimed, so that nobody places it; the directory's mark says that users have
-//!                 made files in it, durably; the file is made, and carries a mark of its own
+//!                 made files in it, durably; the file is made without a name (O_TMPFILE), gets a mark of its
+//!                 own, and then its name
 //!   disown()      the walker takes that mark off, in the directory that is L by then
 //!
 //! The file is no part of what a crash makes anew: no populate places anything over an inode with this mark, and
@@ -16,7 +17,7 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
-use rustix::fs::{AtFlags, OFlags};
+use rustix::fs::OFlags;
 use rustix::io::Errno;
 
 use super::Mirror;
@@ -175,21 +176,32 @@ impl Mirror {
         Ok(())
     }
 
-    /// What was just made is a user's own; on failure it is as if it had not been made.
-    pub(super) fn mark_own(
+    /// What was just made, and has no name yet, is a user's own. Only then does it get its name: who comes
+    /// after a kill in between finds all of it, or nothing.
+    pub(super) fn name_own(
         &self,
         dir: BorrowedFd<'_>,
         name: &Name,
         file: BorrowedFd<'_>,
     ) -> Result<()> {
+        let shown = || name.as_os_str();
         fault::point("own-made");
         let set = self.mark.set(Target::Open(file), &Mark::own());
-        if set.is_err() {
-            let gone = rustix::fs::unlinkat(dir, name.as_cstr(), AtFlags::empty());
-            gone.on("unlink", Side::Dst, name.as_os_str())?;
-        }
+        set.on("setxattr", Side::Dst, shown())?;
         fault::point("own-marked");
-        set.on("setxattr", Side::Dst, name.as_os_str())
+        let named = fd::link_fd(file, dir, name.as_cstr());
+        named.on("create", Side::Dst, shown())?;
+        fault::point("own-linked");
+        Ok(())
+    }
+
+    /// For a request that comes again (`--keep-mount`) and had begun to make a file of a user's own: under the
+    /// name is what it made, or else src's, which shows it only now.
+    pub(super) fn expect_own(&self, parent: Ino, name: &Name) -> Result<()> {
+        match self.has_own(parent, name) {
+            true => Ok(()),
+            false => Err(Errno::EXIST).on("create", Side::Dst, name.as_os_str()),
+        }
     }
 
     /// Whether a name of a directory that is P is a user's own file.

@@ -10,6 +10,7 @@ pub const POINTS: &[&str] = &[
     "own-named",
     "own-made",
     "own-marked",
+    "own-linked",
     "populate-before-child",
     "populate-after-child",
     "carry-written",

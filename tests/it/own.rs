@@ -3,7 +3,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
-use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -13,9 +13,10 @@ use std::time::{Duration, UNIX_EPOCH};
 use crate::compare::{self, Ignore};
 use crate::crash::FAULT_EXIT;
 use crate::fixture::{
-    LIMIT, Mounted, World, bytes, is_marked, is_unpopulated, mirrorfs, run, wait_until,
+    LIMIT, Mounted, World, as_user, bytes, is_marked, is_unpopulated, mirrorfs, run, wait_until,
 };
 use crate::huge::{MANY, count, name, world};
+use crate::keeper::KEEP;
 use crate::nasty::{At, acl};
 use crate::raw;
 use crate::upgrade::upgrade;
@@ -161,6 +162,8 @@ fn an_exit_while_a_file_of_one_s_own_is_made_loses_nothing() {
             ("own-made", 3),
             ("own-marked", 1),
             ("own-marked", 4),
+            ("own-linked", 1),
+            ("own-linked", 4),
         ] {
             let Some(w) = world(kind, 3000) else { return };
             let plain = plain_copy(&w);
@@ -209,6 +212,42 @@ fn a_name_that_src_shows_only_later_takes_no_file_of_a_user_away() {
     assert_eq!(fs::read(w.dst.join("huge/mine")).unwrap(), b"a user's");
 }
 
+/// The daemon is killed while it makes the file, another one goes on with the request, and then src shows the
+/// name.
+#[test]
+fn a_file_of_one_s_own_that_a_killed_daemon_was_making_is_a_user_s() {
+    for point in ["own-made", "own-marked", "own-linked"] {
+        let Some(w) = world("ext4", 3000) else { return };
+        let killed = w.scratch_path("killed");
+        let fault = format!("{point}:1");
+        let env = [
+            ("MIRRORFS_FAULT", fault.as_str()),
+            ("MIRRORFS_FAULT_KILL", killed.to_str().unwrap()),
+        ];
+        let args = [KEEP, &["--no-background"]].concat();
+        let m = w.mount_with(&args, &env);
+        let raw = w.dst.join("huge");
+        let mut file = File::create_new(m.path("huge/mine")).unwrap();
+        assert!(killed.exists(), "{point} was not passed");
+        file.write_all(b"a user's").unwrap();
+        file.sync_all().unwrap();
+        drop(file);
+        assert_eq!(m.unmount(), 20);
+        assert!(is_unpopulated(&raw), "{point}: it was too late");
+        fs::write(w.src.join("huge/mine"), b"src's, which must not change").unwrap();
+        let m = w.mount();
+        assert_eq!(
+            fs::read(m.path("huge/mine")).unwrap(),
+            b"a user's",
+            "{point}"
+        );
+        wait_until("the ledger tells of it", LIMIT, || {
+            m.errors().contains("huge/mine")
+        });
+        assert_eq!(count(&m.path("huge")), 3001);
+    }
+}
+
 #[test]
 fn a_new_file_inherits_what_its_directory_gives() {
     let Some(w) = world("ext4", 3000) else { return };
@@ -230,6 +269,33 @@ fn a_new_file_inherits_what_its_directory_gives() {
     }
     resume_and_finish(m);
     expect_like(&w, &plain);
+}
+
+#[test]
+fn a_new_file_has_its_directory_s_group_and_its_maker_s_umask() {
+    for kind in ["ext4", "xfs", "btrfs"] {
+        let Some(w) = world(kind, 3000) else { return };
+        let huge = w.src.join("huge");
+        std::os::unix::fs::chown(&huge, None, Some(1234)).unwrap();
+        fs::set_permissions(&huge, fs::Permissions::from_mode(0o2777)).unwrap();
+        let plain = plain_copy(&w);
+        let m = w.mount_lazy();
+        for at in [&m.at, &plain] {
+            as_user(4321, 4321, 0o027, || {
+                let huge = at.join("huge");
+                fs::write(huge.join("new"), b"new").unwrap();
+                let mut only_read = OpenOptions::new();
+                only_read.write(true).create_new(true).mode(0o2555);
+                let mut file = only_read.open(huge.join("r")).unwrap();
+                file.write_all(b"by who has made it").unwrap();
+                let again = File::create_new(huge.join("new")).unwrap_err();
+                assert_eq!(again.kind(), io::ErrorKind::AlreadyExists);
+            });
+        }
+        assert!(is_unpopulated(&w.dst.join("huge")), "{kind}: it waited");
+        resume_and_finish(m);
+        expect_like(&w, &plain);
+    }
 }
 
 /// Makes, changes and removes files of one's own, and looks at them, until `over`; how many there were.
