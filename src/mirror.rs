@@ -46,6 +46,7 @@ mod prefetch;
 mod prepare;
 mod proof;
 mod ranged;
+mod readahead;
 mod room;
 mod running;
 mod salvage;

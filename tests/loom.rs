@@ -178,7 +178,7 @@ impl Shared {
         while done.len() < enough {
             let stopping = self.queue.is_closed();
             done.extend(bell.take_results());
-            if let Some(job) = self.queue.pop(true, true) {
+            if let Some(job) = self.queue.pop(Some(Background)) {
                 done.push(job);
                 continue;
             }
@@ -186,7 +186,7 @@ impl Shared {
                 break;
             }
             bell.lie_down(Room::All);
-            let called = self.queue.has(true, true)
+            let called = self.queue.has(Some(Background))
                 || bell.has_results()
                 || self.queue.is_closed() != stopping;
             if !called && done.len() < enough {
@@ -260,9 +260,9 @@ fn demand_overtakes_whatever_waits_at_that_moment() {
             let shared = Arc::clone(&shared);
             move || shared.submit(9, Demand)
         });
-        let first = shared.queue.pop(true, true);
+        let first = shared.queue.pop(Some(Background));
         submitter.join().unwrap();
-        let next = shared.queue.pop(true, true);
+        let next = shared.queue.pop(Some(Background));
         assert!(first == Some(9) || next == Some(9), "{first:?} {next:?}");
     });
 }

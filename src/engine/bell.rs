@@ -18,7 +18,20 @@ const AWAKE: u8 = 0;
 pub(super) enum Room {
     Nothing = 1,
     Demand = 2,
-    All = 3,
+    Ahead = 3,
+    All = 4,
+}
+
+impl Room {
+    /// Down to which lane there is room.
+    pub(super) fn down_to(lane: Option<Priority>) -> Room {
+        match lane {
+            None => Room::Nothing,
+            Some(Priority::Demand) => Room::Demand,
+            Some(Priority::Ahead) => Room::Ahead,
+            Some(Priority::Background) => Room::All,
+        }
+    }
 }
 
 /// One worker's bell, and results of calls that the pool made for it.
@@ -106,10 +119,7 @@ impl<R> Bell<R> {
 /// awake looks at the queue before it sleeps.
 pub(super) fn wake_one<R>(bells: &[Bell<R>], priority: Priority) -> bool {
     fence(SeqCst); // The push before this, and `lie_down`'s store before its second look.
-    let needed = match priority {
-        Priority::Demand => Room::Demand,
-        Priority::Background => Room::All,
-    };
+    let needed = Room::down_to(Some(priority));
     bells
         .iter()
         .any(|b| b.state.load(SeqCst) >= needed as u8 && b.ring())

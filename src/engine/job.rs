@@ -14,6 +14,9 @@ use crate::sys::stat::Stat;
 pub enum Priority {
     /// Somebody waits for it: overtakes everything in the background at once.
     Demand,
+    /// Nobody waits for it yet, but whoever reads will come to it: before the background, in its share of
+    /// slots and buffers, and no throttle holds it.
+    Ahead,
     /// Nobody waits for it.
     Background,
 }

@@ -219,7 +219,7 @@ impl Worker {
             return self.read_more(slot, piece); // The chunk has its buffer.
         }
         let priority = self.files[slot].as_ref()?.priority;
-        let lane = if priority == Priority::Demand { 0 } else { 1 };
+        let lane = priority as usize;
         if piece.len <= SMALL_BYTES
             && self.is_free(slot)
             && self.reads[..=lane].iter().all(|lane| lane.is_empty())
@@ -455,7 +455,7 @@ impl Worker {
             Some(src) if !fast => {
                 let what = match priority {
                     Priority::Demand => CLOSE_DEMAND,
-                    Priority::Background => CLOSE_BACKGROUND,
+                    Priority::Ahead | Priority::Background => CLOSE_BACKGROUND,
                 };
                 self.close(slot, src, what);
             }

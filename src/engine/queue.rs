@@ -1,7 +1,8 @@
-//! Queue: one bounded queue with two lanes, from which all workers pull.
+//! Queue: one bounded queue with three lanes, from which all workers pull.
 //!
-//! Demand overtakes whatever waits in the background, and never waits for room: its lane holds at
-//! most what callers are waiting for (outstanding FUSE requests), which the kernel bounds.
+//! Demand overtakes whatever waits in the other lanes, and never waits for room: its lane holds at
+//! most what callers are waiting for (outstanding FUSE requests), which the kernel bounds. Nor does what
+//! is read ahead of them, which is a window for each at most.
 //! Background waits while its lane is full: the only backpressure there is.
 
 use std::collections::VecDeque;
@@ -9,7 +10,7 @@ use std::collections::VecDeque;
 use super::job::Priority;
 use super::sync::{AtomicUsize, Condvar, Mutex, Ordering::Relaxed};
 
-/// Two lanes of `T`.
+/// Three lanes of `T`.
 pub(super) struct Queue<T> {
     lanes: Mutex<Lanes<T>>,
     /// Signalled when the background lane has room again, or the queue was closed.
@@ -17,11 +18,13 @@ pub(super) struct Queue<T> {
     len_max: usize,
     /// How many wait in each lane, readable without the lock.
     demand_len: AtomicUsize,
+    ahead_len: AtomicUsize,
     background_len: AtomicUsize,
 }
 
 struct Lanes<T> {
     demand: VecDeque<T>,
+    ahead: VecDeque<T>,
     background: VecDeque<T>,
     closed: bool,
 }
@@ -33,12 +36,14 @@ impl<T> Queue<T> {
         Queue {
             lanes: Mutex::new(Lanes {
                 demand: VecDeque::new(),
+                ahead: VecDeque::new(),
                 background: VecDeque::with_capacity(len_max),
                 closed: false,
             }),
             room: Condvar::new(),
             len_max,
             demand_len: AtomicUsize::new(0),
+            ahead_len: AtomicUsize::new(0),
             background_len: AtomicUsize::new(0),
         }
     }
@@ -57,23 +62,24 @@ impl<T> Queue<T> {
         }
         match priority {
             Priority::Demand => lanes.demand.push_back(item),
+            Priority::Ahead => lanes.ahead.push_back(item),
             Priority::Background => lanes.background.push_back(item),
         }
         self.publish(&lanes);
         Ok(())
     }
 
-    /// The next item: demand first; of the background only if `background` allows it.
-    pub(super) fn pop(&self, demand: bool, background: bool) -> Option<T> {
-        if !self.has(demand, background) {
+    /// The next item: demand first, and nothing from below the lane `down_to`.
+    pub(super) fn pop(&self, down_to: Option<Priority>) -> Option<T> {
+        if !self.has(down_to) {
             return None;
         }
         let mut lanes = self.lanes.lock();
-        let mut item = None;
-        if demand {
-            item = lanes.demand.pop_front();
+        let mut item = lanes.demand.pop_front();
+        if item.is_none() && down_to >= Some(Priority::Ahead) {
+            item = lanes.ahead.pop_front();
         }
-        if item.is_none() && background {
+        if item.is_none() && down_to >= Some(Priority::Background) {
             item = lanes.background.pop_front();
             // Half empty: then a waiting caller can fill it in one go, not item by item.
             if lanes.background.len() <= self.len_max / 2 {
@@ -85,17 +91,30 @@ impl<T> Queue<T> {
     }
 
     /// True when `pop` with the same arguments would probably find something.
-    pub(super) fn has(&self, demand: bool, background: bool) -> bool {
-        (demand && self.demand_len.load(Relaxed) > 0)
-            || (background && self.background_len.load(Relaxed) > 0)
+    pub(super) fn has(&self, down_to: Option<Priority>) -> bool {
+        let lens = [
+            (Priority::Demand, &self.demand_len),
+            (Priority::Ahead, &self.ahead_len),
+            (Priority::Background, &self.background_len),
+        ];
+        let mut lanes = lens.iter().filter(|(lane, _)| down_to >= Some(*lane));
+        lanes.any(|(_, len)| len.load(Relaxed) > 0)
     }
 
-    /// Takes nothing more in; returns what waited in the background. Demand is still served.
+    /// True when something waits in the background.
+    pub(super) fn has_background(&self) -> bool {
+        self.background_len.load(Relaxed) > 0
+    }
+
+    /// Takes nothing more in; returns what waited, but for demand, which is still served.
     pub(super) fn close(&self) -> Vec<T> {
         let mut lanes = self.lanes.lock();
         lanes.closed = true;
         self.room.notify_all();
-        let dropped = lanes.background.drain(..).collect();
+        let Lanes {
+            ahead, background, ..
+        } = &mut *lanes;
+        let dropped = ahead.drain(..).chain(background.drain(..)).collect();
         self.publish(&lanes);
         dropped
     }
@@ -113,9 +132,13 @@ impl<T> Queue<T> {
     pub(super) fn drain(&self) -> Vec<T> {
         let mut lanes = self.lanes.lock();
         let Lanes {
-            demand, background, ..
+            demand,
+            ahead,
+            background,
+            ..
         } = &mut *lanes;
-        let rest = demand.drain(..).chain(background.drain(..)).collect();
+        let rest = demand.drain(..).chain(ahead.drain(..));
+        let rest = rest.chain(background.drain(..)).collect();
         self.publish(&lanes);
         rest
     }
@@ -127,6 +150,7 @@ impl<T> Queue<T> {
 
     fn publish(&self, lanes: &Lanes<T>) {
         self.demand_len.store(lanes.demand.len(), Relaxed);
+        self.ahead_len.store(lanes.ahead.len(), Relaxed);
         self.background_len.store(lanes.background.len(), Relaxed);
     }
 }

@@ -1,5 +1,6 @@
 //! The engine on real files: what a job promises, with and without a ring, with short transfers.
 
+mod ahead;
 mod queue;
 mod slow;
 

@@ -92,8 +92,8 @@ pub(super) struct Worker {
     free: Vec<usize>,
     background: usize,
     background_max: usize,
-    /// Reads that wait for a buffer or their turn: demand, background.
-    pub(super) reads: [VecDeque<(usize, Piece)>; 2],
+    /// Reads that wait for a buffer or their turn, by lane.
+    pub(super) reads: [VecDeque<(usize, Piece)>; 3],
     pub(super) latencies: HashMap<Device, Latencies>,
     /// Sources that are FUSE file systems.
     pub(super) fuse: HashMap<Device, bool>,
@@ -183,7 +183,7 @@ impl Worker {
             free: (0..slots).rev().collect(),
             background: 0,
             background_max: slots - slots / 4,
-            reads: [VecDeque::new(), VecDeque::new()],
+            reads: [VecDeque::new(), VecDeque::new(), VecDeque::new()],
             latencies: HashMap::new(),
             fuse: HashMap::new(),
             pairs: HashMap::new(),
@@ -249,7 +249,7 @@ impl Worker {
 
     /// A file has ended, and its src is closed.
     pub(super) fn release(&mut self, slot: usize, priority: Priority) {
-        if priority == Priority::Background {
+        if priority != Priority::Demand {
             self.background -= 1;
         }
         self.free.push(slot);
@@ -264,32 +264,36 @@ impl Worker {
         self.index
     }
 
-    /// Which jobs there is room for: demand, background.
-    fn room(&self) -> (bool, bool) {
-        let demand = !self.free.is_empty();
+    /// Down to which lane there is room for a job.
+    fn room(&self) -> Option<Priority> {
+        if self.free.is_empty() {
+            return None;
+        }
         // With reads that wait for a buffer another file would only wait as well.
-        let starved = self.reads.iter().any(|lane| !lane.is_empty());
-        let throttle = &self.shared.throttle;
-        (
-            demand,
-            demand
-                && self.background < self.background_max
-                && !starved
-                && self.index < throttle.jobs()
-                && self.is_open(),
-        )
+        let starved = |lane: Priority| self.reads[..=lane as usize].iter().any(|r| !r.is_empty());
+        if self.background >= self.background_max || starved(Priority::Ahead) {
+            return Some(Priority::Demand);
+        }
+        let all = !starved(Priority::Background)
+            && self.index < self.shared.throttle.jobs()
+            && self.is_open();
+        match all {
+            true => Some(Priority::Background),
+            false => Some(Priority::Ahead),
+        }
     }
 
     fn take_jobs(&mut self) -> bool {
         for taken in 0..TAKE_PER_TURN {
-            let (demand, mut background) = self.room();
-            let more = self.background > 0 && background && self.shared.queue.has(false, true);
+            let mut room = self.room();
+            let background = room == Some(Priority::Background);
+            let more = self.background > 0 && background && self.shared.queue.has_background();
             // A second file is better off with a worker that has none.
             if more && self.shared.anyone_idle() {
                 self.shared.wake_one(Priority::Background);
-                background = false;
+                room = Some(Priority::Ahead);
             }
-            let Some(job) = self.shared.queue.pop(demand, background) else {
+            let Some(job) = self.shared.queue.pop(room) else {
                 return taken > 0;
             };
             self.start(job);
@@ -316,7 +320,7 @@ impl Worker {
             call(&path, || done.done(Err(Error::Stopped)));
             return;
         };
-        if priority == Priority::Background {
+        if priority != Priority::Demand {
             self.background += 1;
         }
         let source = self.device_of(&src_dir);
@@ -371,7 +375,7 @@ impl Worker {
         let file = self.files[slot].as_ref();
         self.is_open()
             || self.shared.queue.is_closed() // The last piece of what ends now.
-            || file.is_none_or(|f| f.priority == Priority::Demand || f.done.wanted())
+            || file.is_none_or(|f| f.priority != Priority::Background || f.done.wanted())
     }
 
     /// Nobody wants the rest of the file.
@@ -391,14 +395,12 @@ impl Worker {
         self.reads[lane].front().copied()
     }
 
-    /// Issues reads for which there are buffers: all of demand, some of the background.
+    /// Issues reads for which there are buffers: all of demand, some of the others.
     fn issue_reads(&mut self) -> bool {
         let mut issued = 0;
-        for (lane, priority) in [Priority::Demand, Priority::Background]
-            .into_iter()
-            .enumerate()
-        {
-            while lane == 0 || issued < READS_PER_TURN {
+        for priority in [Priority::Demand, Priority::Ahead, Priority::Background] {
+            let lane = priority as usize;
+            while priority == Priority::Demand || issued < READS_PER_TURN {
                 let Some((slot, piece)) = self.first_read(lane) else {
                     break;
                 };
@@ -443,14 +445,9 @@ impl Worker {
 
     /// Sleeps until an operation completes or somebody rings the bell.
     fn sleep(&mut self, stopping: bool) {
-        let (demand, background) = self.room();
-        let room = match (demand, background) {
-            (_, true) => Room::All,
-            (true, false) => Room::Demand,
-            (false, false) => Room::Nothing,
-        };
-        self.bell().lie_down(room);
-        let called = self.shared.queue.has(demand, background)
+        let room = self.room();
+        self.bell().lie_down(Room::down_to(room));
+        let called = self.shared.queue.has(room)
             || self.bell().has_results()
             || self.shared.calls.load(SeqCst) != self.calls
             || self.shared.queue.is_closed() != stopping;

@@ -108,7 +108,7 @@ impl Crowd {
     /// Counts one more helper, unless there are enough.
     fn enter(&self, priority: Priority) -> bool {
         let max = match priority {
-            Priority::Background => HELPERS.0,
+            Priority::Ahead | Priority::Background => HELPERS.0,
             Priority::Demand => HELPERS.1,
         };
         let more = |now| (now < max).then_some(now + 1);

@@ -27,6 +27,7 @@ use super::node::{Ino, Node, Origin, Phase};
 use super::populate::Waiter;
 use super::proof::Hashed;
 use super::ranged::RangeJob;
+use super::readahead::Readahead;
 use super::source::SrcDir;
 use super::whole::Whole;
 use crate::engine::job::{Copied, CopyJob, Durability, Priority, Span};
@@ -114,6 +115,7 @@ pub(super) struct State {
     /// Nothing of it is to stay in the page cache.
     pub(super) passes: bool,
     pub(super) next_range: u64,
+    pub(super) readahead: Readahead,
     /// Its mark was read: whether an earlier daemon has left it mixed is known.
     pub(super) looked: bool,
     /// It may become mixed; not after that has failed.
@@ -248,6 +250,7 @@ impl Hydrations {
             bytes: 0,
             passes: false,
             next_range: 0,
+            readahead: Readahead::default(),
             looked: false,
             mixes: true,
             leaves: false,
@@ -582,18 +585,5 @@ impl State {
             true => Priority::Demand,
             false => Priority::Background,
         }
-    }
-
-    /// The whole-file job's failure is the file's: no other way to its bytes has been taken since.
-    pub(super) fn is_whole(&self) -> bool {
-        matches!(self.stage, Stage::Queued | Stage::Copying)
-    }
-
-    /// The whole job's outcome, when every job of the file has ended: then it can land.
-    pub(super) fn whole_if_last(&mut self) -> Option<Copied> {
-        if self.stage != Stage::Copying || !self.ranges.is_empty() {
-            return None;
-        }
-        self.whole.take()
     }
 }

@@ -246,6 +246,7 @@ impl State {
         if start.anew {
             self.forget_pulled();
         }
+        self.drop_idle_jobs(&(0..u64::MAX));
         let info = start.info.filter(|_| !self.present.is_empty());
         let info = info.map(|info| (info.size, info.mtime));
         let mut mixed = Mixed::new(ground, info);

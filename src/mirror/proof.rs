@@ -234,7 +234,7 @@ impl Hashing {
             proof,
             stream: match priority {
                 Priority::Demand => Place::Away(Later::default()),
-                Priority::Background => Place::Here(Box::default()),
+                Priority::Ahead | Priority::Background => Place::Here(Box::default()),
             },
             holes: 0,
             begun: SystemTime::now(),

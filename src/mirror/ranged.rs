@@ -8,6 +8,7 @@ use std::ops::Range;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 use rustix::fs::OFlags;
 use rustix::io::Errno;
@@ -38,20 +39,26 @@ pub(super) struct RangeJob {
     pub(super) readers: Vec<RangeReader>,
     /// Told when its bytes are in dst.
     pub(super) after: Vec<Waiter>,
+    /// In front of who reads in order (readahead.rs); and it was asked for once more, as demand.
+    pub(super) ahead: bool,
+    pub(super) promoted: bool,
     /// Of a mixed file's rest, and in which lane; `None`: for who reads or changes these bytes.
     pub(super) fill: Option<Priority>,
     /// Of bytes that could not be read in a larger piece.
     pub(super) close: bool,
-    /// A worker has it.
+    /// A worker has it, since when; and its first bytes have come.
     pub(super) begun: bool,
+    since: Instant,
+    heard: bool,
     /// dst has lost bytes since it began: what it brings counts for nothing.
     pub(super) void: bool,
 }
 
 impl RangeJob {
-    /// Of the background, and no worker has it: it can be left out.
+    /// Nobody has asked for it, and no worker has it: it can be left out.
     pub(super) fn is_idle(&self) -> bool {
-        self.fill == Some(Priority::Background) && !self.begun && !self.is_waited_for()
+        let unasked = self.ahead || self.fill == Some(Priority::Background);
+        unasked && !self.begun && !self.is_waited_for()
     }
 
     fn is_waited_for(&self) -> bool {
@@ -124,6 +131,10 @@ impl Mirror {
                 drop(state);
                 return then(self.read_here(&file, &hydration.path, range));
             }
+            let joins = self.join_ahead(node, info, (&hydration, state), &range, then);
+            let Some((mut state, then)) = joins else {
+                return;
+            };
             let path = hydration.path.to_path();
             let wait = self.progress.waits.begin(path.clone());
             let then = self.limit(path, then);
@@ -165,9 +176,20 @@ impl Mirror {
         id: u64,
         range: Range<u64>,
     ) {
+        self.ask_range(hydration, id, range, Priority::Demand);
+    }
+
+    /// As `demand_range`, in any lane.
+    pub(super) fn ask_range(
+        self: &Arc<Self>,
+        hydration: &Arc<Hydration>,
+        id: u64,
+        range: Range<u64>,
+        priority: Priority,
+    ) {
         let (mirror, hydration) = (Arc::clone(self), Arc::clone(hydration));
         let at_hand = hydration.state.lock().src.is_some();
-        let go = move || mirror.submit_range(&hydration, id, range, Priority::Demand);
+        let go = move || mirror.submit_range(&hydration, id, range, priority);
         match at_hand {
             true => go(),
             false => self.engine.pool().run(Priority::Demand, Box::new(go)),
@@ -204,6 +226,8 @@ impl Mirror {
                     hydration,
                     id,
                     queued,
+                    priority,
+                    won: false,
                 }),
             })
         });
@@ -218,12 +242,19 @@ impl Mirror {
         id: u64,
         result: Result<()>,
     ) {
+        // Who waits for it asks again, for himself: nobody is told of what nobody has asked for.
+        let unasked = match &result {
+            Ok(()) | Err(Error::Stopped) => false,
+            Err(_) => hydration.state.lock().failed_ahead(id),
+        };
         if let Err(e) = &result
+            && !unasked
             && self.range_later(hydration, id, e)
         {
             return;
         }
         if let Err(e) = &result
+            && !unasked
             && !matches!(e, Error::Stopped)
         {
             match e.is_bad_read() {
@@ -241,7 +272,7 @@ impl Mirror {
             (job, waiting, state.whole_if_last())
         };
         let is_mixed = waiting.is_some();
-        if let (true, Some(job), Err(e)) = (is_mixed, &job, &result) {
+        if let (true, false, Some(job), Err(e)) = (is_mixed, unasked, &job, &result) {
             self.fill_failed(hydration, job, e);
         }
         let (left, after) = job.map(|job| (job.readers, job.after)).unwrap_or_default();
@@ -251,7 +282,8 @@ impl Mirror {
             let is_here = |r: &RangeReader| is_mixed || state.present.contains(&r.range);
             left.iter().map(is_here).collect()
         };
-        after.into_iter().for_each(|w| w(result.clone()));
+        let told = if unasked { Ok(()) } else { result.clone() };
+        after.into_iter().for_each(|w| w(told.clone()));
         let waiting = waiting.unwrap_or_default();
         waiting.into_iter().for_each(|w| w(Ok(())));
         let idle = {
@@ -357,7 +389,7 @@ impl State {
     pub(super) fn new_job(&mut self, range: Range<u64>, fill: Option<Priority>) -> u64 {
         let id = self.next_range;
         self.next_range += 1;
-        self.moved = std::time::Instant::now();
+        self.moved = Instant::now();
         self.ranges.push(RangeJob {
             id,
             range,
@@ -366,12 +398,26 @@ impl State {
             attempts: 0,
             readers: Vec::new(),
             after: Vec::new(),
+            ahead: false,
+            promoted: false,
             fill,
             close: false,
             begun: false,
+            since: Instant::now(),
+            heard: false,
             void: false,
         });
         id
+    }
+
+    /// True for a job that is ahead of who reads: no more is.
+    fn failed_ahead(&mut self, id: u64) -> bool {
+        let job = self.ranges.iter().find(|r| r.id == id);
+        let Some(range) = job.filter(|job| job.ahead).map(|job| job.range.clone()) else {
+            return false;
+        };
+        self.readahead.failed(&range);
+        true
     }
 
     /// A range job has ended. Beside the whole-file job it may have written over its bytes.
@@ -404,6 +450,9 @@ struct Part {
     id: u64,
     /// Of a mixed file's background, and in the engine's queue.
     queued: bool,
+    priority: Priority,
+    /// It has begun.
+    won: bool,
 }
 
 impl Part {
@@ -422,12 +471,17 @@ impl Completion for Part {
         let here = {
             let mut state = self.hydration.state.lock();
             let at = state.ranges.iter().position(|r| r.id == self.id);
+            if at.is_some_and(|at| state.ranges[at].begun) {
+                return false; // It was ahead, and in both lanes.
+            }
             at.map(|at| {
-                state.ranges[at].begun = true;
-                state.moved = std::time::Instant::now();
+                let now = Instant::now();
+                (state.ranges[at].begun, state.ranges[at].since) = (true, now);
+                state.moved = now;
                 state.present.contains(&state.ranges[at].range)
             })
         };
+        self.won = true;
         let Some(here) = here else {
             // A user's change has taken its place.
             self.mirror.fill_on(&self.hydration);
@@ -442,9 +496,13 @@ impl Completion for Part {
     fn data(&mut self, offset: u64, bytes: &[u8]) {
         let ready = {
             let mut state = self.hydration.state.lock();
+            let state = &mut *state;
             let Some(job) = state.ranges.iter_mut().find(|r| r.id == self.id) else {
                 return;
             };
+            if !std::mem::replace(&mut job.heard, true) {
+                state.readahead.note(job.since.elapsed());
+            }
             job.take_bytes(offset, bytes)
         };
         for (reader, bytes) in ready {
@@ -463,20 +521,37 @@ impl Completion for Part {
     }
 
     fn landed(&mut self, range: Range<u64>) {
-        let mut state = self.hydration.state.lock();
-        state.moved = std::time::Instant::now();
-        // M6: of a mixed file it counts when it is known to be of the same src.
-        if state.mixed.is_some() {
-            return;
-        }
-        let job = state.ranges.iter().find(|r| r.id == self.id);
-        if job.is_some_and(|job| !job.void) {
+        let after = {
+            let mut state = self.hydration.state.lock();
+            let state = &mut *state;
+            state.moved = Instant::now();
+            // M6: of a mixed file it counts when it is known to be of the same src.
+            if state.mixed.is_some() {
+                return;
+            }
+            let job = state.ranges.iter_mut().find(|r| r.id == self.id);
+            let Some(job) = job.filter(|job| !job.void) else {
+                return;
+            };
             state.present.insert(range);
-        }
+            match job.ahead {
+                true => std::mem::take(&mut job.after),
+                false => return,
+            }
+        };
+        // They look whether it was theirs.
+        after.into_iter().for_each(|w| w(Ok(())));
     }
 
     fn done(mut self: Box<Self>, outcome: Result<Copied>) {
         self.taken();
+        let promoted = |job: &RangeJob| job.id == self.id && job.promoted;
+        if !self.won && self.priority == Priority::Ahead {
+            let state = self.hydration.state.lock();
+            if state.ranges.iter().any(promoted) {
+                return; // It is demand by now, and still served.
+            }
+        }
         let src = outcome.as_ref().ok().map(|copied| copied.src);
         self.hydration.state.lock().ended_beside(self.id, src);
         let outcome =

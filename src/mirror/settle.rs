@@ -167,6 +167,7 @@ impl Mirror {
     pub fn truncate_pending(self: &Arc<Self>, node: &Arc<Node>, then: Waiter) {
         let (hydration, _) = self.hydrations.join(&FileRef::of(node));
         let mut state = hydration.state.lock();
+        state.drop_idle_jobs(&(0..u64::MAX));
         if state.stage != Stage::Queued || !state.ranges.is_empty() {
             drop(state);
             return self.change_size(node, 0, None, then);

@@ -221,7 +221,8 @@ impl Mirror {
         then: ReadDone,
     ) {
         self.trace_read(node, &range);
-        self.read_range(node, info, range, then);
+        self.read_range(node, info, range.clone(), then);
+        self.read_ahead(node, info, &range);
     }
 
     /// The path by which it was seen last; `None`: a directory above is not known any more.

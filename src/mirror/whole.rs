@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::Mirror;
-use super::hydrate::{Hydration, Stage};
+use super::hydrate::{Hydration, Stage, State};
 use super::proof::Hashing;
 use crate::engine::job::{Completion, Copied, Lent, Priority};
 use crate::error::{Error, Result};
@@ -45,6 +45,7 @@ impl Completion for Whole {
         if won {
             state.stage = Stage::Copying;
             state.beside.clear();
+            state.readahead.whole_at = 0;
             state.hashed = None;
             state.moved = Instant::now();
             drop(state);
@@ -109,6 +110,7 @@ impl Completion for Whole {
 
     fn landed(&mut self, range: Range<u64>) {
         let mut state = self.hydration.state.lock();
+        state.readahead.whole_at = state.readahead.whole_at.max(range.end);
         state.present.insert(range);
         state.moved = Instant::now();
     }
@@ -135,6 +137,26 @@ impl Completion for Whole {
                 }
             }
             Err(e) => self.mirror.whole_failed(&self.hydration, e),
+        }
+    }
+}
+
+impl State {
+    /// The whole-file job's failure is the file's: no other way to its bytes has been taken since.
+    pub(super) fn is_whole(&self) -> bool {
+        matches!(self.stage, Stage::Queued | Stage::Copying)
+    }
+
+    /// The whole job's outcome, when every job of the file has ended: then it can land.
+    pub(super) fn whole_if_last(&mut self) -> Option<Copied> {
+        if self.stage != Stage::Copying || self.whole.is_none() {
+            return None;
+        }
+        // What is ahead of a reader is here now.
+        self.drop_idle_jobs(&(0..u64::MAX));
+        match self.ranges.is_empty() {
+            true => self.whole.take(),
+            false => None,
         }
     }
 }

@@ -70,6 +70,12 @@ over_dev_fuse! {
         a_program_that_cannot_take_over_changes_nothing
         limits_and_a_pause_stay_and_the_daemon_is_the_same_one
     }
+    readahead {
+        a_reader_in_order_has_many_pieces_asked_for_at_once_on_a_slow_source
+        nothing_is_asked_for_ahead_of_who_reads_here_and_there
+        a_bad_block_ahead_hurts_nobody_who_does_not_ask_for_it
+        a_change_while_jobs_ahead_are_in_flight_gives_the_users_bytes
+    }
     badsource {
         who_needs_a_source_that_died_waits_until_it_is_back
         a_file_that_hangs_delays_nobody_who_does_not_wait_for_it

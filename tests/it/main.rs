@@ -38,6 +38,7 @@ mod proof_mount;
 mod proof_xattrs;
 mod quiet;
 mod raw;
+mod readahead;
 mod ring;
 mod rootless;
 mod rootless_finish;

@@ -165,6 +165,16 @@ fn a_slow_source_is_asked_for_many_files_at_once() {
 
 #[test]
 fn files_that_hang_hold_up_nobody_else() {
+    others_are_served_beside(Priority::Background);
+}
+
+#[test]
+fn what_is_read_ahead_and_hangs_holds_up_nobody_who_waits() {
+    others_are_served_beside(Priority::Ahead);
+}
+
+/// Files that hang, more of this lane than may be in flight.
+fn others_are_served_beside(lane: Priority) {
     in_mounts_of_its_own(|| {
         let config = EngineConfig {
             workers: 1,
@@ -175,13 +185,9 @@ fn files_that_hang_hold_up_nobody_else() {
             return;
         };
         let mut waiting = Vec::new();
-        // More than the background may have in flight; and some that somebody waits for.
+        // And some that somebody waits for.
         for i in 0..40 {
-            let priority = if i < 4 {
-                Priority::Demand
-            } else {
-                Priority::Background
-            };
+            let priority = if i < 4 { Priority::Demand } else { lane };
             let (job, heard) = b.job(&(HANGS + i).to_string(), Span::Whole, priority);
             b.engine.submit(job).expect("submitted");
             waiting.push(heard);

@@ -180,7 +180,7 @@ impl State {
         let under_way = match priority {
             Priority::Demand => live,
             // What gave way is still in the queue: it must not grow without end.
-            Priority::Background => begun + mixed.fill.queued,
+            Priority::Ahead | Priority::Background => begun + mixed.fill.queued,
         };
         if !mixed.fill.on || under_way >= JOBS {
             return Step::Nothing;
