@@ -219,6 +219,11 @@ impl Engine {
         }
     }
 
+    /// Somebody has come to what was read ahead of him, and begun.
+    pub fn come_to(&self) {
+        self.shared.call_all();
+    }
+
     /// Threads for calls that may wait on src.
     pub fn pool(&self) -> &Pool {
         &self.pool

@@ -163,7 +163,7 @@ impl Pool {
     }
 
     /// Runs a task on a thread of the pool. Demand returns at once, always, and so does what is ahead of it,
-    /// which goes before the background in the background's lane; background waits
+    /// for which somebody may wait by the time that it runs; background waits
     /// while its lane is full, except on a thread of the engine itself. A task that comes after
     /// the engine was stopped is dropped without being run.
     pub fn run(&self, priority: Priority, task: Task) {
@@ -179,8 +179,7 @@ impl Pool {
             return;
         }
         match priority {
-            Priority::Demand => lanes.demand.push_back(task),
-            Priority::Ahead => lanes.background.push_front(task),
+            Priority::Demand | Priority::Ahead => lanes.demand.push_back(task),
             Priority::Background => lanes.background.push_back(task),
         }
         drop(lanes);

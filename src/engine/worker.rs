@@ -384,8 +384,24 @@ impl Worker {
         file.is_some_and(|f| call(&f.path, || f.done.leaves()) == Some(true))
     }
 
+    /// What is ahead of somebody who has come to it is demand.
+    fn lane_of(&self, slot: usize, priority: Priority) -> Priority {
+        let file = self.files[slot].as_ref();
+        let wanted = priority == Priority::Ahead && file.is_some_and(|f| f.done.wanted());
+        if wanted { Priority::Demand } else { priority }
+    }
+
     /// Behind a closed gate: what somebody waits for goes first, the rest stays.
     fn first_read(&mut self, lane: usize) -> Option<(usize, Piece)> {
+        if lane == Priority::Ahead as usize {
+            let wanted = |at: &usize| {
+                let slot = self.reads[lane][*at].0;
+                self.lane_of(slot, Priority::Ahead) == Priority::Demand
+            };
+            if let Some(at) = (0..self.reads[lane].len()).find(wanted) {
+                self.reads[lane].swap(0, at);
+            }
+        }
         let first = self.reads[lane].front().copied()?;
         if self.is_free(first.0) {
             return Some(first);
@@ -404,7 +420,8 @@ impl Worker {
                 let Some((slot, piece)) = self.first_read(lane) else {
                     break;
                 };
-                let Some(buffer) = self.buffers.take(piece.len, priority) else {
+                let for_whom = self.lane_of(slot, priority);
+                let Some(buffer) = self.buffers.take(piece.len, for_whom) else {
                     break;
                 };
                 self.reads[lane].pop_front();

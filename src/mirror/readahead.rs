@@ -229,8 +229,10 @@ impl Mirror {
         let queued = !job.begun && !std::mem::replace(&mut job.promoted, true);
         let queued = queued.then(|| (job.id, job.range.clone()));
         drop(state);
-        if let Some((id, range)) = queued {
-            self.demand_range(hydration, id, range);
+        match queued {
+            Some((id, range)) => self.demand_range(hydration, id, range),
+            // A worker has it: its reads may wait for a buffer.
+            None => self.engine.come_to(),
         }
         None
     }

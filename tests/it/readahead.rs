@@ -346,3 +346,36 @@ pub(crate) fn nothing_is_asked_for_ahead_while_src_is_away_and_reading_goes_on_w
     m.finish();
     expect_copy(&bad, &w);
 }
+
+#[test]
+pub(crate) fn who_reads_in_order_does_not_wait_for_other_files_that_hang() {
+    const OTHERS: &str = "path=h* op=read off=1M-2M hang";
+    let Some((mut bad, w)) = world(|bad| {
+        fill(bad);
+        for n in 0..20 {
+            bad.write(&format!("h{n:02}"), &bytes(n, 2 * MIB));
+        }
+    }) else {
+        return;
+    };
+    bad.start(&[OTHERS, SLOW]);
+    let m = w.mount_with(&["-o", "large=64K", "--no-background"], &[]);
+    // Their rest follows in the background, which has all of its buffers there.
+    for n in 0..20 {
+        let mut page = [0; 4096];
+        let h = File::open(m.path(format!("h{n:02}"))).unwrap();
+        h.read_exact_at(&mut page, 0).unwrap();
+    }
+    wait_until("other files that hang", LIMIT, || acted(&bad, OTHERS) > 0);
+    let mut hung = 0;
+    while std::mem::replace(&mut hung, acted(&bad, OTHERS)) != hung {
+        std::thread::sleep(2 * NOT_YET);
+    }
+    let (f, all) = (File::open(m.path("f")).unwrap(), bytes(6, SIZE));
+    let read = apart(move || read_on(&f, 0, SIZE - SIZE % MIB, &all));
+    let read = read.recv_timeout(Duration::from_secs(40));
+    let_go(&bad);
+    assert!(read.is_ok(), "he waits for a buffer that others have");
+    m.finish();
+    expect_copy(&bad, &w);
+}
