@@ -27,6 +27,7 @@ mod finish;
 mod found;
 mod hydrate;
 mod kept;
+mod late;
 mod ledger;
 mod links;
 mod mix;

@@ -18,6 +18,7 @@ use rustix::fs::{AtFlags, Mode, OFlags};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
+use super::late;
 use crate::error::{Context, Error, Result, Side};
 use crate::mark::{Mark, MarkName, SHARDS_DIR, SYNC_RECORD};
 use crate::sys::name::Name;
@@ -313,6 +314,7 @@ fn create(ask: &Request<'_>) -> Result<(OwnedFd, OwnedFd, Identity)> {
             )));
         }
     }
+    late::free_fd(ask.dst_root).on("FS_IOC_SETFLAGS", Side::Dst, ask.dst)?;
     let root = Target::Fd(ask.dst_root);
     let probe = Mark {
         populated: true,

@@ -16,15 +16,15 @@ use rustix::io::Errno;
 
 use super::Mirror;
 use super::control::CONTROL;
+use super::late;
 use super::node::ROOT;
 use super::partial::Partial;
 use super::source::SrcDir;
 use crate::error::{Context, Error, Result, Side};
-use crate::meta::LATE_FLAGS;
 use crate::sys::dir::{self, Entry};
 use crate::sys::name::{Name, RelPath};
 use crate::sys::xattr::Target;
-use crate::sys::{copy, fault, fd, stat};
+use crate::sys::{fault, fd, stat};
 
 /// Names of dst that are looked at, at a time.
 const BATCH: usize = 1024;
@@ -152,9 +152,7 @@ fn enter(parent: BorrowedFd<'_>, name: &Name, path: RelPath) -> Result<Open> {
     if stat.mount_root {
         return Err(Errno::BUSY).on("rmdir", Side::Dst, &path);
     }
-    if stat.immutable || stat.append {
-        free(fd.as_fd()).on("FS_IOC_SETFLAGS", Side::Dst, &path)?;
-    }
+    late::free(&stat, fd.as_fd()).on("FS_IOC_SETFLAGS", Side::Dst, &path)?;
     let names = dir::list(fd.as_fd()).on("getdents64", Side::Dst, &path)?;
     let name = name.clone();
     Ok(Open {
@@ -166,22 +164,8 @@ fn enter(parent: BorrowedFd<'_>, name: &Name, path: RelPath) -> Result<Open> {
 }
 
 fn unlink(dir: BorrowedFd<'_>, name: &Name, path: &RelPath) -> Result<()> {
-    let stat = stat::stat_at(dir, name.as_cstr()).on("statx", Side::Dst, path)?;
-    if stat.is_file() && (stat.immutable || stat.append) {
-        let file = fd::open_at(dir, name, OFlags::RDONLY | OFlags::NONBLOCK);
-        let freed = file.and_then(|file| free(file.as_fd()));
-        freed.on("FS_IOC_SETFLAGS", Side::Dst, path)?;
-    }
-    match rustix::fs::unlinkat(dir, name.as_cstr(), AtFlags::empty()) {
+    match late::unlink(dir, name) {
         Ok(()) | Err(Errno::NOENT) => Ok(()),
         Err(e) => Err(e).on("unlink", Side::Dst, path),
-    }
-}
-
-/// Takes away the flags that forbid a removal.
-fn free(fd: BorrowedFd<'_>) -> Result<(), Errno> {
-    match copy::inode_flags(fd)? {
-        Some(now) if now & LATE_FLAGS != 0 => copy::set_inode_flags(fd, now & !LATE_FLAGS),
-        _ => Ok(()),
     }
 }

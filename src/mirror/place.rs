@@ -17,6 +17,7 @@ use super::anchor::Anchor;
 use super::carry::{Carrier, Placed};
 use super::control::CONTROL;
 use super::hydrate::FileRef;
+use super::late;
 use super::links::LinkKey;
 use super::node::ROOT;
 use super::partial::Partial;
@@ -25,8 +26,8 @@ use super::room::cannot_hold;
 use super::source::{SrcDir, SrcInfo};
 use crate::engine::job::Priority;
 use crate::error::{Context, Error, Result, Side};
-use crate::mark::{Mark, MarkName};
-use crate::meta::{self, Born, CAPABILITY, LATE_FLAGS, Meta, Refused};
+use crate::mark::Mark;
+use crate::meta::{self, Born, CAPABILITY, Meta};
 use crate::sys::dir::Entry;
 use crate::sys::handle::Handle;
 use crate::sys::name::{Name, RelPath};
@@ -355,6 +356,7 @@ impl<'a> Placer<'a> {
             Err(Errno::ACCESS) => return Ok(false),
             other => other.on("open", Side::Dst, path)?,
         };
+        late::free(&there, file.as_fd()).on("FS_IOC_SETFLAGS", Side::Dst, path)?;
         self.drop_acl(meta, file.as_fd(), path)?;
         self.partial.note_kept();
         self.mirror.stamp_whole(meta, file.as_fd(), path)?;
@@ -397,6 +399,9 @@ impl<'a> Placer<'a> {
             .on("getxattr", Side::Dst, path)?;
         if mark.is_some_and(|m| m.populated) {
             return self.tell(|| Ok(None));
+        }
+        if !self.partial.is_clean() {
+            late::free_fd(opened.as_fd()).on("FS_IOC_SETFLAGS", Side::Dst, path)?;
         }
         let perm = self.mirror.stamp(&meta, opened.as_fd(), path)?;
         let mark = Mark {
@@ -552,38 +557,10 @@ impl<'a> Placer<'a> {
                 path: path.to_path(),
             });
         }
-        match rustix::fs::unlinkat(self.dst, name.as_cstr(), AtFlags::empty()) {
+        match late::unlink(self.dst, name) {
             Ok(()) | Err(Errno::NOENT) => Ok(()),
             Err(e) => Err(e).on("unlink", Side::Dst, path),
         }
-    }
-
-    /// Notes +i and +a for finish: they would forbid the rest of the migration.
-    pub fn note_late_flags(&self, meta: &Meta, fd: BorrowedFd<'_>) -> Result<()> {
-        let late = meta.flags & LATE_FLAGS;
-        if late == 0 {
-            return Ok(());
-        }
-        let path = self.src.path.as_ref();
-        if self.mirror.mark == MarkName::User {
-            let refused = Refused {
-                what: "flags".to_owned(),
-                errno: Errno::PERM,
-            };
-            self.mirror.refused(path, &refused);
-            return Ok(());
-        }
-        let handle = Handle::of(fd, c"").on("name_to_handle_at", Side::Dst, path)?;
-        let name = format!("{late:x}-{}", handle.to_text());
-        let flags = OFlags::CREATE | OFlags::WRONLY | OFlags::CLOEXEC;
-        rustix::fs::openat(
-            self.mirror.control.flags.as_fd(),
-            name,
-            flags,
-            Mode::from_raw_mode(0o600),
-        )
-        .map(drop)
-        .on("open", Side::Dst, ".mirrorfs/flags")
     }
 
     /// The explicit origin in the directory's own mark: it must survive the change from P to L.

@@ -212,3 +212,162 @@ pub(crate) fn what_delete_could_not_be_told_from_later_is_refused() {
     refused(&["--adopt", "--delete"], 3, "cannot be added later");
     run(Command::new("chattr").arg("-i").arg(w.dst.join("c/fixed"))).expect_code(0);
 }
+
+fn chattr(flag: &str, path: &Path) {
+    run(Command::new("chattr").arg(flag).arg(path)).expect_code(0);
+}
+
+/// Files and directories with +i and +a that were copied, in `d/` for each kind, and then changed in SRC.
+fn flagged(w: &World) {
+    for dir in ["i/in", "a/in", "plain"] {
+        fs::create_dir_all(w.src.join(dir)).unwrap();
+    }
+    let all = ["i/in/x", "a/in/x", "plain/x"];
+    for dir in ["plain", "i", "a"] {
+        for file in [
+            "same+i", "same+a", "new+i", "new+a", "gone+i", "gone+a", "off+i",
+        ] {
+            fs::write(w.src.join(dir).join(file), "one").unwrap();
+        }
+    }
+    for file in all {
+        fs::write(w.src.join(file), "one").unwrap();
+    }
+    fs::write(w.src.join("linked+i"), "one").unwrap();
+    fs::hard_link(w.src.join("linked+i"), w.src.join("plain/linked")).unwrap();
+    set_flags(w, "+");
+    sync(w);
+    set_flags(w, "-");
+    for dir in ["plain", "i", "a"] {
+        let at = |file: &str| w.src.join(dir).join(file);
+        for file in ["new+i", "new+a"] {
+            fs::write(at(file), "two and more").unwrap();
+        }
+        for file in ["gone+i", "gone+a"] {
+            fs::remove_file(at(file)).unwrap();
+        }
+    }
+    fs::write(w.src.join("linked+i"), "two").unwrap();
+    fs::write(w.src.join("i/in/x"), "two").unwrap();
+    set_flags(w, "+");
+    // What has lost its flag.
+    chattr("-i", &w.src.join("i"));
+    chattr("-i", &w.src.join("i/off+i"));
+    chattr("+i", &w.src.join("i"));
+}
+
+/// +i and +a in SRC, or off again; directories last, or first.
+fn set_flags(w: &World, to: &str) {
+    let on = |path: &str, flag: &str| chattr(&format!("{to}{flag}"), &w.src.join(path));
+    let dirs = || {
+        on("i", "i");
+        on("a", "a");
+        on("a/in", "i");
+        on("", "a");
+    };
+    if to == "-" {
+        dirs();
+    }
+    for dir in ["plain", "i", "a"] {
+        for file in ["same", "new", "gone"] {
+            for flag in ["i", "a"] {
+                let path = format!("{dir}/{file}+{flag}");
+                if w.src.join(&path).exists() {
+                    on(&path, flag);
+                }
+            }
+        }
+        on(&format!("{dir}/off+i"), "i");
+    }
+    on("linked+i", "i");
+    if to == "+" {
+        dirs();
+    }
+}
+
+/// The mount shows SRC: its names and its bytes.
+fn expect_srcs(w: &World, at: &Path) {
+    let listed = |root: &Path| {
+        let mut find = Command::new("find");
+        find.arg(root).args(["-printf", "%P %y %s %m\\n"]);
+        let out = run(&mut find).expect_code(0).out;
+        let mut lines: Vec<_> = out
+            .lines()
+            .filter(|l| !l.starts_with("lost+found"))
+            .map(str::to_owned)
+            .collect();
+        lines.retain(|line| !line.contains(" d ")); // Sizes of directories are dst's.
+        lines.sort();
+        lines
+    };
+    assert_eq!(listed(at), listed(&w.src));
+    for dir in ["plain", "i", "a"] {
+        for (file, want) in [
+            ("same+i", "one"),
+            ("same+a", "one"),
+            ("new+i", "two and more"),
+            ("new+a", "two and more"),
+        ] {
+            let got = fs::read_to_string(at.join(dir).join(file)).unwrap();
+            assert_eq!(got, want, "{dir}/{file}");
+        }
+        assert!(!at.join(dir).join("gone+i").exists());
+    }
+    assert_eq!(fs::read_to_string(at.join("linked+i")).unwrap(), "two");
+    assert_eq!(fs::read_to_string(at.join("plain/linked")).unwrap(), "two");
+    assert_eq!(fs::read_to_string(at.join("i/in/x")).unwrap(), "two");
+}
+
+#[test]
+fn what_is_immutable_or_append_only_in_an_earlier_copy_is_taken_over() {
+    for kind in ["ext4", "xfs", "btrfs"] {
+        if !can_mount_on(kind) {
+            continue;
+        }
+        let w = World::on(kind);
+        flagged(&w);
+        let inode = |path: &str| w.dst.join(path).metadata().unwrap().ino();
+        let same = inode("plain/same+i");
+        let options = ["--adopt", "--delete", "--no-background"];
+        for (point, number) in [
+            ("populate-after-child", "3"),
+            ("extra-before", "1"),
+            ("extra-removed", "2"),
+        ] {
+            let exit = format!("{point}:{number}");
+            if let Ok(m) = w.try_mount(&options, &[("MIRRORFS_FAULT", &exit)]) {
+                let _ = fs::read_dir(m.path("plain")).map(Iterator::count); // It dies of it.
+                m.kill();
+            }
+        }
+        let m = w.mount_with(&options, &[]);
+        expect_srcs(&w, &m.at);
+        // Nothing has its flags before the end.
+        for file in ["plain/same+i", "a/same+a", "plain/new+i"] {
+            let opened = fs::File::options().write(true).open(m.path(file));
+            opened.unwrap_or_else(|e| panic!("{kind} {file}: {e}"));
+        }
+        m.kill();
+        let m = w.mount_with(&["--adopt", "--delete"], &[]);
+        m.wait_complete();
+        expect_srcs(&w, &m.at);
+        assert_eq!(
+            (m.status()["errors"].clone(), m.errors()),
+            (0.into(), String::new()),
+            "{kind}"
+        );
+        m.finish();
+        expect_srcs(&w, &w.dst);
+        assert_eq!(
+            inode("plain/same+i"),
+            same,
+            "what is equal is not copied again"
+        );
+        run(mirrorfs().arg("verify").args([&w.src, &w.dst])).expect_code(0);
+        w.expect_same_tree(&w.src);
+        for root in [&w.src, &w.dst] {
+            let flags = run(Command::new("chattr").args(["-R", "-f", "-ia"]).arg(root));
+            flags.expect_code(0);
+        }
+    }
+}
