@@ -21,7 +21,7 @@ bin=$(realpath "$bin")
 # On a disk where marks can be kept: /tmp may be a tmpfs.
 work=$(mktemp -d "${TMPDIR:-/var/tmp}/mirrorfs-demo.XXXXXX")
 src=$work/old dst=$work/new
-export MIRRORFS_RUN_DIR=$work/run
+export MIRRORFS_RUN_DIR=$work/run MIRRORFS_STATE_DIR=$work/run
 daemon=
 
 cleanup() {

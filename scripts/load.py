@@ -187,7 +187,7 @@ class Run:
         self.o, self.rng = o, random.Random(o.seed)
         self.bad, self.rounds = [], {'fio': 0, 'stress': 0}
         self.work = lab.scratch('mirrorfs-load.')
-        os.environ['MIRRORFS_RUN_DIR'] = self.work + '/run'
+        os.environ['MIRRORFS_RUN_DIR'] = os.environ['MIRRORFS_STATE_DIR'] = self.work + '/run'
         self.fs = lab.make_fs(fs, self.work, 6 << 30)
         self.src, self.dst, self.at = self.fs + '/src', self.fs + '/dst', self.work + '/mnt'
         for d in (self.src, self.dst, self.at):
@@ -359,7 +359,7 @@ def table(samples, rows):
 def many(o):
     """Memory over the number of files: empty ones, 1,000 in a directory."""
     work = lab.scratch('mirrorfs-many.')
-    os.environ['MIRRORFS_RUN_DIR'] = work + '/run'
+    os.environ['MIRRORFS_RUN_DIR'] = os.environ['MIRRORFS_STATE_DIR'] = work + '/run'
     # ext4 makes one inode for each 16 KiB: both trees need theirs.
     fs = lab.make_fs(o.fs[0], work, max(4 << 30, 5 * o.many * (16 << 10) // 2))
     src, dst, at = fs + '/src', fs + '/dst', work + '/mnt'

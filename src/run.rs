@@ -10,6 +10,7 @@ mod counts;
 mod daemon;
 mod errors;
 mod finish;
+mod finished;
 mod front;
 mod helper;
 mod keeper;

@@ -116,7 +116,7 @@ class Lab:
         self.o = o
         self.rng = random.Random(o.seed)
         self.work = lab.scratch('mirrorfs-kill9.')
-        os.environ['MIRRORFS_RUN_DIR'] = self.work + '/run'
+        os.environ['MIRRORFS_RUN_DIR'] = os.environ['MIRRORFS_STATE_DIR'] = self.work + '/run'
         self.fs = lab.make_fs(o.fs, self.work)
         self.at = self.work + '/mnt'
         os.mkdir(self.at)

@@ -49,7 +49,7 @@ place() {
 work=${WORK:-$(mktemp -d "${TMPDIR:-$(place)}/mirrorfs-power.XXXXXX")}
 trap '[ -n "${WORK:-}" ] || rm -rf "$work"' EXIT
 chmod 755 "$work"       # PostgreSQL is not root
-export MIRRORFS_RUN_DIR=$work/run   # No other daemon is asked.
+export MIRRORFS_RUN_DIR=$work/run MIRRORFS_STATE_DIR=$work/run   # No other daemon is asked.
 bad=0
 options() {
   case $1 in

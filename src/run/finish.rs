@@ -1,5 +1,6 @@
 //! The `finish` command: by the daemon, or offline on a dst that is not mounted.
 
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -11,7 +12,7 @@ use super::front::file_name;
 use super::manifest::Unended;
 use super::serve::refused;
 use super::varlink::Request;
-use super::{Outcome, client, exit, out, preflight};
+use super::{Outcome, client, exit, finished, out, preflight};
 use crate::mirror::{LedgerEntry, Rest};
 
 /// `mirrorfs finish`.
@@ -28,9 +29,13 @@ pub(super) fn run(path: &Path, accept_loss: bool) -> Outcome {
             preflight::migration(path)?;
             let survey = crate::mirror::survey(path)?;
             let entries = crate::mirror::read_ledger(path)?;
-            let rests = crate::mirror::finish_offline(path, accept_loss)
-                .map_err(|e| refused(e, survey.ledger))?;
             let src = survey.identity_src.unwrap_or_default();
+            let root = preflight::root_of(path)?;
+            finished::remember(&src, path, root.as_fd());
+            let rests = crate::mirror::finish_offline(path, accept_loss).map_err(|e| {
+                finished::forget(path, root.as_fd());
+                refused(e, survey.ledger)
+            })?;
             let report = write_report(&src, path, (&entries, &rests), None);
             (survey.ledger, report, None)
         }

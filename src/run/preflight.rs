@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use super::out::quoted;
-use super::{Failure, exit};
+use super::{Failure, exit, finished};
 use crate::config::{MountConfig, SyncConfig};
 use crate::error::Errno;
 use crate::fuse::session;
@@ -195,6 +195,10 @@ fn look(mut config: MountConfig) -> Result<Ground, Failure> {
         }
     }
     not_nested(&src, &dst)?;
+    let resumes = dst.path.join(CONTROL_DIR).exists();
+    if config.adopt && !resumes {
+        finished::refuse("--adopt", &dst.path, &dst.fd)?;
+    }
     if let Some(path) = &config.manifest {
         for root in [&src, &dst, &point] {
             outside("--manifest", path, root)?;
@@ -242,7 +246,19 @@ pub(super) fn sync(config: &SyncConfig) -> Result<(), Failure> {
     };
     apart(&src)?;
     match Root::open("DST", &config.dst) {
-        Ok(dst) => apart(&dst).and_then(|()| not_nested(&src, &dst)),
+        Ok(dst) => {
+            apart(&dst)?;
+            not_nested(&src, &dst)?;
+            let busy = "a migration shows its tree there, and copies it by itself";
+            match config.dry_run {
+                true => Ok(()),
+                false if dst.mounted_type().as_deref() == Some(OUR_TYPE) => {
+                    let line = format!("DST {}: {busy}", quoted(&dst.path));
+                    Err(Failure::new(exit::UNUSABLE, line))
+                }
+                false => finished::refuse("sync", &dst.path, &dst.fd),
+            }
+        }
         // Missing: it will be made, unless its parent is missing too or lies inside SRC.
         Err(failure) => match std::fs::symlink_metadata(&config.dst) {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
@@ -279,6 +295,11 @@ fn outside(what: &str, path: &Path, root: &Root) -> Result<(), Failure> {
         }
         false => Ok(()),
     }
+}
+
+/// The root of a DST that no daemon serves.
+pub(super) fn root_of(dst: &Path) -> Result<OwnedFd, Failure> {
+    Root::open("PATH", dst).map(|root| root.fd)
 }
 
 /// `path` is the DST of a migration that no daemon serves.

@@ -36,7 +36,7 @@ use super::upgrade::{self, Predecessor};
 use super::varlink::Request;
 use super::watch::{Phase, Watch};
 use super::web;
-use super::{Failure, Outcome, exit, finish};
+use super::{Failure, Outcome, exit, finish, finished};
 use crate::cli;
 use crate::config::MountConfig;
 use crate::error::Error;
@@ -468,8 +468,12 @@ impl Served<'_> {
 
     /// While users still work in the mount: dst is the truth, so they notice nothing.
     fn finish(&self, accept_loss: bool) -> Result<Value, Failure> {
+        let (src, dst) = (&self.config.src, &self.config.dst);
+        let root = self.mirror.dst_root().as_fd();
+        finished::remember(src, dst, root);
         let lost = self.mirror.ledger_entries();
         let rests = self.mirror.finish(accept_loss).map_err(|error| {
+            finished::forget(dst, root);
             let errors = self.mirror.progress().errors.get();
             refused(error, errors)
         })?;
@@ -479,7 +483,6 @@ impl Served<'_> {
             tracing::warn!("lost or not whole, as accepted: {}", entry.message);
         }
         let counts = self.watch.report().counts;
-        let (src, dst) = (&self.config.src, &self.config.dst);
         let report = finish::write_report(src, dst, (&lost, &rests), Some(&counts));
         self.background.end();
         self.detach()?;

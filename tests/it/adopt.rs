@@ -371,3 +371,69 @@ fn what_is_immutable_or_append_only_in_an_earlier_copy_is_taken_over() {
         }
     }
 }
+
+/// A line that was left in fstab, a unit, a cron job.
+#[test]
+pub(crate) fn what_users_did_after_finish_is_not_taken_back_by_the_command_of_before() {
+    let Some(w) = copied("ext4") else { return };
+    let state = w.scratch_path("state");
+    let command = |words: &[&str]| {
+        let mut command = mirrorfs();
+        command.env("MIRRORFS_STATE_DIR", &state).args(words);
+        command
+    };
+    let sync = |more: &[&str]| run(command(&["sync"]).args(more).args([&w.src, &w.dst]));
+    let mount = || {
+        let words = ["mount", "--adopt", "--delete"];
+        run(command(&words).args([&w.src, &w.dst]))
+    };
+    let finish = || run(command(&["finish"]).arg(&w.dst));
+    let users = |at: &Path| {
+        fs::write(at.join("five"), "a user's").unwrap();
+        fs::write(at.join("new"), "a user's").unwrap();
+    };
+    let expect_users = || {
+        for name in ["five", "new"] {
+            assert_eq!(fs::read_to_string(w.dst.join(name)).unwrap(), "a user's");
+        }
+    };
+    mount().expect_code(0);
+    users(&w.dst);
+    let into_mount = sync(&[]).expect_code(3).err;
+    assert!(
+        into_mount.contains("a migration shows its tree there"),
+        "{into_mount}"
+    );
+    run(command(&["wait"]).arg(&w.dst)).expect_code(0);
+    finish().expect_code(0);
+    expect_users();
+    // The same tree by another path is the same.
+    let link = w.scratch_path("link");
+    std::os::unix::fs::symlink(&w.dst, &link).unwrap();
+    let by_link = run(command(&["sync"]).args([&w.src, &link]));
+    for refused in [mount(), sync(&[]), sync(&["--delete"]), by_link] {
+        let said = refused.expect_code(3).err;
+        assert!(
+            said.contains("take back what users have changed since"),
+            "{said}"
+        );
+    }
+    expect_users();
+    sync(&["-n"]).expect_code(0);
+    let notes: Vec<_> = fs::read_dir(&state).unwrap().flatten().collect();
+    assert_eq!(notes.len(), 1);
+    // Who wants the old tree again says so.
+    fs::remove_file(notes[0].path()).unwrap();
+    sync(&[]).expect_code(0);
+    mount().expect_code(0);
+    run(command(&["wait"]).arg(&w.dst)).expect_code(0);
+    assert!(!w.dst.join("new").exists());
+    // Without a daemon too.
+    let pid = crate::fixture::status(&w.dst)["pid"].as_u64().unwrap();
+    run(Command::new("umount").arg(&w.dst)).expect_code(0);
+    let daemon = std::path::PathBuf::from(format!("/proc/{pid}"));
+    crate::fixture::wait_until("the daemon's end", LIMIT, || !daemon.exists());
+    finish().expect_code(0);
+    let said = mount().expect_code(3).err;
+    assert!(said.contains("take back"), "{said}");
+}

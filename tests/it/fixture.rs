@@ -250,6 +250,9 @@ pub(crate) fn as_user<T: Send>(
 pub(crate) fn mirrorfs() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_mirrorfs"));
     command.env_remove("MIRRORFS_FAULT");
+    // Not on this machine's own record of what was finished.
+    let state = std::env::temp_dir().join("mirrorfs-it-state");
+    command.env("MIRRORFS_STATE_DIR", state);
     // The trees are small, so the parts that the walker takes of a directory are small too.
     command.env("MIRRORFS_FAULT_CHUNK", "16");
     command

@@ -116,6 +116,7 @@ impl Home {
         let mut command = Command::new(&self.program);
         command
             .env("MIRRORFS_RUN_DIR", &self.run_dir)
+            .env("MIRRORFS_STATE_DIR", &self.run_dir)
             .env_remove("MIRRORFS_FAULT")
             .current_dir("/")
             .uid(uid)
@@ -734,6 +735,7 @@ fn many_inodes_and_few_fds_go_together() {
         .arg("--nofile=1024:1024")
         .arg(&home.program)
         .env("MIRRORFS_RUN_DIR", &home.run_dir)
+        .env("MIRRORFS_STATE_DIR", &home.run_dir)
         .current_dir("/")
         .uid(USER)
         .gid(USER);

@@ -45,6 +45,7 @@ scenes! {
     cli::mount_refuses_a_dst_that_is_somebody_elses_and_a_src_with_marks,
     shards::auto_reads_what_the_starter_says_and_says_what_it_went_by,
     adopt::what_delete_could_not_be_told_from_later_is_refused,
+    adopt::what_users_did_after_finish_is_not_taken_back_by_the_command_of_before,
     adopt::without_delete_what_only_dst_has_is_kept_counted_and_listed,
     semantics::a_sync_that_is_not_durable_is_not_adopted,
     semantics::finish_refuses_while_something_is_pending,
