@@ -21,7 +21,7 @@ pub use keep::KeepArgs;
 pub use mount::{Level, Mount, rate, size};
 pub use refused::Refused;
 pub use steer::{Pull, Set, Status, Steer, Upgrade, Wait};
-pub use sync::{AlwaysOn, FsyncArg, ReflinkArg, Sync};
+pub use sync::{AlwaysOn, FsyncArg, ReflinkArg, Sync, help_alone};
 
 /// What every command's help ends with.
 pub const EXIT_CODES: &str = "\

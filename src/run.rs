@@ -48,7 +48,7 @@ use std::process::ExitCode;
 use clap::{CommandFactory, Parser};
 
 use self::varlink::Request;
-use crate::cli::{Cli, Command};
+use crate::cli::{self, Cli, Command};
 use crate::error::{Errno, Error, Side};
 use crate::native;
 
@@ -133,7 +133,7 @@ pub(crate) type Outcome = Result<u8, Failure>;
 
 /// Runs the program with the given words, the program's name first.
 pub fn run(words: impl IntoIterator<Item = OsString>) -> ExitCode {
-    let words: Vec<OsString> = words.into_iter().collect();
+    let mut words: Vec<OsString> = words.into_iter().collect();
     if let Some(code) = upgrade::called(&words) {
         return code;
     }
@@ -149,6 +149,7 @@ pub fn run(words: impl IntoIterator<Item = OsString>) -> ExitCode {
             Err(_) => ExitCode::FAILURE,
         };
     }
+    cli::help_alone(&mut words);
     let outcome = match Cli::try_parse_from(words) {
         Ok(cli) => dispatch(cli.command),
         Err(error) => usage(&error),

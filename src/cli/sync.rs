@@ -1,5 +1,6 @@
 //! `mirrorfs sync`: rsync's grammar.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -20,7 +21,8 @@ in size and mtime is not copied again. Files appear in DST complete or not at al
 #[derive(Debug, Args)]
 #[command(
     after_help = EXIT_CODES,
-    args_override_self = true
+    args_override_self = true,
+    disable_help_flag = true
 )]
 pub struct Sync {
     /// The tree to copy from; it is never written
@@ -202,6 +204,10 @@ pub struct Sync {
     )]
     pub config: Option<PathBuf>,
 
+    /// Print help; -h alone does too
+    #[arg(long, action = ArgAction::HelpLong)]
+    pub help: Option<bool>,
+
     /// What is not kept. Before what turns it on: clap takes each option's words out of its matches.
     #[command(flatten)]
     pub keep: KeepArgs,
@@ -271,6 +277,9 @@ pub struct AlwaysOn {
     /// Owners by number
     #[arg(long)]
     pub numeric_ids: bool,
+    /// Sizes with units
+    #[arg(short = 'h', long, action = ArgAction::Count)]
+    pub human_readable: u8,
 }
 
 /// `--reflink`.
@@ -424,6 +433,16 @@ impl Sync {
     }
 }
 
+/// As with rsync, `-h` alone asks for help; beside other words it is `--human-readable`.
+pub fn help_alone(words: &mut [OsString]) {
+    if let [_, command, word] = words
+        && command == "sync"
+        && word == "-h"
+    {
+        *word = "--help".into();
+    }
+}
+
 /// rsync's rule: a colon before the first slash means another machine.
 fn not_remote(path: &std::path::Path) -> Result<(), String> {
     let text = path.to_string_lossy();
@@ -461,6 +480,7 @@ mod tests {
         assert_eq!(config.verbose, 2);
         assert!(!config.checksum);
         assert_eq!(sync("-aj3 a b").expect("parses").jobs, Some(3));
+        assert!(sync("-avhh --human-readable a b").is_ok());
     }
 
     #[test]
