@@ -12,7 +12,7 @@ use super::{Failure, exit, finished};
 use crate::config::{MountConfig, SyncConfig};
 use crate::error::Errno;
 use crate::fuse::session;
-use crate::mark::CONTROL_DIR;
+use crate::mark::{CONTROL_DIR, SHARDS_DIR, SYNC_RECORD};
 use crate::mirror::Trees;
 use crate::sys::helper::Helper;
 use crate::sys::stat::{Stat, stat_fd};
@@ -305,7 +305,17 @@ pub(super) fn root_of(dst: &Path) -> Result<OwnedFd, Failure> {
 /// `path` is the DST of a migration that no daemon serves.
 pub(super) fn migration(path: &Path) -> Result<(), Failure> {
     Root::open("PATH", path)?;
-    match std::fs::symlink_metadata(path.join(CONTROL_DIR)) {
+    let control = path.join(CONTROL_DIR);
+    for name in [SYNC_RECORD, SHARDS_DIR] {
+        if control.join(name).exists() {
+            let line = format!(
+                "PATH {}: a sync into it did not end ({CONTROL_DIR}/{name}): run mirrorfs sync once more",
+                quoted(path)
+            );
+            return Err(Failure::new(exit::UNUSABLE, line));
+        }
+    }
+    match std::fs::symlink_metadata(control) {
         Ok(_) => Ok(()),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
             let line = format!(

@@ -1647,6 +1647,20 @@ pub(crate) fn a_sync_that_is_not_durable_is_not_adopted() {
         "{code}: {said}"
     );
     assert!(record.exists(), "nothing is changed");
+    let expect_no_migration = || {
+        for command in ["status", "wait", "finish", "errors"] {
+            let said = run(mirrorfs().arg(command).arg(&w.dst)).expect_code(3).err;
+            assert!(
+                said.contains("a sync into it did not end"),
+                "{command}: {said}"
+            );
+        }
+    };
+    expect_no_migration();
+    let shards = w.dst.join(CONTROL).join("shards");
+    fs::rename(&record, &shards).unwrap();
+    expect_no_migration();
+    fs::rename(&shards, &record).unwrap();
     sync().expect_code(0);
     assert!(!record.exists());
     w.mount_with(&["--adopt"], &[]).finish();
