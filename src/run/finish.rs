@@ -17,13 +17,17 @@ use crate::mirror::{LedgerEntry, Rest};
 
 /// `mirrorfs finish`.
 pub(super) fn run(path: &Path, accept_loss: bool) -> Outcome {
+    let mut tree = path.to_owned();
+    let mut uncovered = None;
     let (lost, report, manifest) = match client::find(path)? {
         Some(daemon) => {
             let (reply, uid) = daemon.call_whose(&Request::Finish { accept_loss })?;
+            let told = |key| reply.get(key).and_then(Value::as_str).map(PathBuf::from);
+            tree = told("dst").unwrap_or(tree);
+            uncovered = told("mountpoint").filter(|point| *point != tree);
             let lost = reply.get("lost").and_then(Value::as_u64).unwrap_or(0);
-            let report = reply.get("report").and_then(Value::as_str);
             let manifest = reply.get("manifest").and_then(Unended::from_json);
-            (lost, report.map(PathBuf::from), manifest.map(|m| (m, uid)))
+            (lost, told("report"), manifest.map(|m| (m, uid)))
         }
         None => {
             preflight::migration(path)?;
@@ -40,7 +44,14 @@ pub(super) fn run(path: &Path, accept_loss: bool) -> Outcome {
             (survey.ledger, report, None)
         }
     };
-    out::say(&format!("finished: {} is a plain tree", out::quoted(path)));
+    let tree = out::quoted(&tree);
+    out::say(&format!("finished: {tree} is a plain tree"));
+    if let Some(point) = uncovered {
+        let point = out::quoted(&point);
+        out::say(&format!(
+            "{point} is what it was before the mount: go on in {tree}, or mount that there"
+        ));
+    }
     if let Some(report) = report {
         out::say(&format!("report: {}", report.display()));
     }

@@ -488,7 +488,13 @@ impl Served<'_> {
         self.detach()?;
         let lost = lost.iter().filter(|e| !e.is_extra()).count();
         let manifest = manifest::unended(self.mirror, self.config);
-        Ok(json!({ "lost": lost, "report": report, "manifest": manifest }))
+        Ok(json!({
+            "lost": lost,
+            "dst": dst,
+            "mountpoint": self.config.mountpoint,
+            "report": report,
+            "manifest": manifest,
+        }))
     }
 }
 

@@ -1692,6 +1692,20 @@ fn the_daemonized_mount_is_usable_when_the_command_returns() {
 }
 
 #[test]
+fn finish_names_the_tree_that_is_plain() {
+    let Some(w) = world(some_files) else { return };
+    let mut m = w.mount();
+    m.wait_complete();
+    let said = run(mirrorfs().arg("finish").arg(&m.at)).expect_code(0).out;
+    let (dst, at) = (w.dst.display(), w.at.display());
+    let first = format!("finished: \"{dst}\" is a plain tree\n");
+    let second = format!("\"{at}\" is what it was before the mount: go on in \"{dst}\"");
+    assert!(said.starts_with(&first) && said.contains(&second), "{said}");
+    assert_eq!(m.wait_exit(LIMIT), Some(0), "{}", m.log());
+    w.expect_finished_copy();
+}
+
+#[test]
 pub(crate) fn finish_refuses_while_something_is_pending() {
     let Some(w) = world(some_files) else { return };
     let m = w.mount_lazy();
