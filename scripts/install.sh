@@ -28,6 +28,6 @@ doc=$share/doc/mirrorfs
 install -d "$doc"
 gzip -9nc CHANGELOG.md >"$doc/changelog.gz"
 for file in README.md docs/*.md docs/*.json docs/*.varlink docs/*.svg \
-    examples/mirrorfs.toml examples/prometheus/* examples/grafana/*; do
+    examples/mirrorfs.toml examples/systemd/* examples/shards/* examples/prometheus/* examples/grafana/*; do
     install -D -m 644 "$file" "$doc/$file"
 done

@@ -40,7 +40,8 @@ pub struct Mount {
     /// because others of their directory were opened), nostore=WHO, record=FILE, replay=FILE, manifest=FILE, adopt, checksum, delete, nobackground, finish,
     /// log=FILE, loglevel=LEVEL,
     /// bwlimit=RATE, jobs=N, source-timeout=DUR, on-error=wait|fail, metrics=ADDR, metrics-file=FILE,
-    /// config=FILE. ro, nosuid, nodev and noexec apply to the mount. allow_other lets other
+    /// config=FILE. In fstab and for mount.mirrorfs also dst=DIR (where to copy to; the mount point
+    /// unless given). ro, nosuid, nodev and noexec apply to the mount. allow_other lets other
     /// users in where root is not asked (/etc/fuse.conf must allow it); root's mounts are open to
     /// all anyway. What mount(8) and
     /// fstab(5) use for themselves (defaults, rw, nofail, noauto, _netdev, x-*, ...) is accepted
