@@ -77,7 +77,7 @@ pub use asker::{Asker, asking};
 pub use attr::{Attr, Change, Stamp};
 pub use carry::{Carrier, Placed};
 pub use commit::DoneDir;
-pub use control::CONTROL;
+pub use control::{CONTROL, is_locked};
 pub use file::{Locate, user_errno};
 pub use finish::{Rest, Survey, accept_offline, finish_offline, read_ledger, survey};
 pub use found::Found;

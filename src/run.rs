@@ -8,6 +8,7 @@ mod client;
 mod control;
 mod counts;
 mod daemon;
+mod ending;
 mod errors;
 mod finish;
 mod finished;

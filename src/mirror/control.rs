@@ -379,6 +379,16 @@ fn write_identity(control: BorrowedFd<'_>, identity: &Identity) -> Result<()> {
     fd::fsync(control).on("fsync", Side::Dst, CONTROL)
 }
 
+/// Whether a daemon, or another command, has the lock of a dst root. An answer for this moment.
+pub fn is_locked(root: BorrowedFd<'_>) -> bool {
+    let Ok(Some(dir)) = open_dir(root) else {
+        return false;
+    };
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+    let lock = rustix::fs::openat(&dir, c"lock", flags, Mode::empty());
+    lock.is_ok_and(|lock| host::try_lock_shared(lock.as_fd()) == Err(Errno::WOULDBLOCK))
+}
+
 fn lock(control: BorrowedFd<'_>, dst: &Path) -> Result<OwnedFd> {
     let flags = OFlags::CREATE | OFlags::RDWR | OFlags::CLOEXEC | OFlags::NOFOLLOW;
     let fd = rustix::fs::openat(control, c"lock", flags, Mode::from_raw_mode(0o600)).on(

@@ -193,7 +193,7 @@ pub(super) fn printable(path: &Path) -> String {
 }
 
 /// What `path` resolves to; `None` when that fails or takes too long.
-fn resolved(path: &Path) -> Option<PathBuf> {
+pub(super) fn resolved(path: &Path) -> Option<PathBuf> {
     let path = path.to_path_buf();
     let (tx, rx) = std::sync::mpsc::channel();
     std::thread::Builder::new()

@@ -2,7 +2,8 @@
 //!
 //! The same program, by the name that it was started under; also `mirrorfs SRC DIR -o OPTIONS`, as
 //! mount.fuse3 calls it. `dst=` among the options says where to copy to; without it that is DIR.
-//! What is mounted already is success: `mount -a` may be run again.
+//! What is mounted already is success: `mount -a` may be run again. What was mounted a moment ago, by a daemon
+//! that is ending, is not: it is mounted again when that has gone (ending.rs).
 
 use std::ffi::OsString;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -10,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Parser;
 
-use super::{client, exit, mount, out, steer};
+use super::{client, ending, exit, mount, out, steer};
 use crate::cli::{Cli, Command};
 
 /// mount(8)'s exit codes.
@@ -156,7 +157,16 @@ impl Call {
             let text = client::lexical(path);
             text.is_some_and(|t| names.contains(&client::printable(&t)))
         };
-        report.usable && is(&report.src_names, &self.src) && is(&report.home_names, &self.dst)
+        let same = is(&report.src_names, &self.src) && is(&report.home_names, &self.dst);
+        // A daemon may live on without its mount: what is there now the table of mounts says.
+        report.usable && same && ending::mount_at(&self.places()).is_some()
+    }
+
+    /// DIR as text, and as the table of mounts has it.
+    fn places(&self) -> Vec<String> {
+        let both = [client::lexical(&self.dir), client::resolved(&self.dir)];
+        let both = both.iter().flatten();
+        both.map(|path| client::printable(path)).collect()
     }
 
     /// The same as words of `mirrorfs mount`.

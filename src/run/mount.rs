@@ -1,6 +1,7 @@
 //! The `mount` command: preflight, what is opened before a daemon begins, and its two beginnings.
 
 use super::daemon::{self, Parent};
+use super::ending;
 use super::front::Front;
 use super::keeper::Keeper;
 use super::preflight;
@@ -18,6 +19,7 @@ use crate::sys::caps;
 /// `mirrorfs mount`.
 pub(super) fn run(args: cli::Mount) -> Outcome {
     let config = steer::mount_config(&args)?;
+    ending::wait_for(&config.dst);
     start(config, args)
 }
 

@@ -7,6 +7,7 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
+use super::ending::OUR_TYPE;
 use super::out::quoted;
 use super::{Failure, exit, finished};
 use crate::config::{MountConfig, SyncConfig};
@@ -18,8 +19,6 @@ use crate::sys::helper::Helper;
 use crate::sys::stat::{Stat, stat_fd};
 use crate::sys::{caps, host, local};
 
-/// File system type of our own mounts.
-const OUR_TYPE: &str = "fuse.mirrorfs";
 /// Dead mounts stacked on one directory that are taken away; more is somebody's mistake.
 const DEAD_MOUNTS_MAX: usize = 16;
 

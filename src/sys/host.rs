@@ -77,6 +77,11 @@ pub fn unlock(fd: BorrowedFd<'_>) -> Result<()> {
     rustix::fs::flock(fd, rustix::fs::FlockOperation::Unlock)
 }
 
+/// Takes a shared flock(2), without waiting.
+pub fn try_lock_shared(fd: BorrowedFd<'_>) -> Result<()> {
+    rustix::fs::flock(fd, rustix::fs::FlockOperation::NonBlockingLockShared)
+}
+
 /// As [`try_lock`]; where a server knows no locks nobody else can hold one either. NFS locks only what
 /// is open for writing.
 pub fn try_lock_if_any(fd: BorrowedFd<'_>) -> Result<()> {

@@ -86,6 +86,30 @@ fn the_helper_mounts_as_fstab_says_and_once() {
     stop(&w.dst);
 }
 
+/// The daemon of the first mount still lives when the second one is asked for: 0 is a mount.
+#[test]
+fn what_was_unmounted_a_moment_ago_is_mounted_again() {
+    let Some(w) = world() else { return };
+    file(&w, "a", 1000);
+    let options = format!("dst={},nobackground", w.dst.display());
+    let mut helper = Command::new(helper(&w));
+    helper.args([&w.src, &w.at]).args(["-o", &options]);
+    let mut plain = mirrorfs();
+    plain
+        .args(["mount", "--no-background"])
+        .args([&w.src, &w.dst, &w.at]);
+    run(&mut helper).expect_code(0);
+    for n in 0..6 {
+        let before = status(&w.at)["pid"].clone();
+        run(Command::new("umount").arg(&w.at)).expect_code(0);
+        run(if n % 2 == 0 { &mut helper } else { &mut plain }).expect_code(0);
+        assert!(fuse_mount_at(&w.at).is_some(), "0, and nothing is mounted");
+        assert_ne!(status(&w.at)["pid"], before);
+        assert_eq!(fs::read(w.at.join("a")).unwrap(), bytes(1000, 1000));
+    }
+    stop(&w.at);
+}
+
 /// The real mount(8) finds helpers in /sbin only, so this runs in a mount namespace of its own. What is
 /// installed there is a link to a program outside of it: the link is replaced, not what it leads to.
 #[test]
