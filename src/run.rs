@@ -26,6 +26,7 @@ mod pull;
 mod rate;
 mod reading;
 mod records;
+mod remount;
 mod report;
 mod saver;
 mod serve;

@@ -11,18 +11,18 @@ use std::path::{Path, PathBuf};
 
 use clap::Parser;
 
-use super::{client, ending, exit, mount, out, steer};
-use crate::cli::{Cli, Command};
+use super::{Failure, client, ending, exit, mount, out, remount, steer};
+use crate::cli::{self, Cli, Command};
 
 /// mount(8)'s exit codes.
-mod code {
-    pub(super) const DONE: u8 = 0;
+pub(super) mod code {
+    pub(in super::super) const DONE: u8 = 0;
     /// Wrong words, or not allowed.
-    pub(super) const USAGE: u8 = 1;
+    pub(in super::super) const USAGE: u8 = 1;
     /// The system lacks something.
-    pub(super) const SYSTEM: u8 = 2;
+    pub(in super::super) const SYSTEM: u8 = 2;
     /// The mount failed.
-    pub(super) const FAILED: u8 = 32;
+    pub(in super::super) const FAILED: u8 = 32;
 }
 
 /// How mount(8) calls a helper.
@@ -30,10 +30,10 @@ mod code {
 pub(super) struct Call {
     src: PathBuf,
     dst: PathBuf,
-    dir: PathBuf,
-    options: Vec<Vec<u8>>,
+    pub(super) dir: PathBuf,
+    pub(super) options: Vec<Vec<u8>>,
     /// `-f`: only say whether it could be done.
-    fake: bool,
+    pub(super) fake: bool,
     /// `-s`: what is not known is no error.
     sloppy: bool,
     wrong: Option<String>,
@@ -114,36 +114,41 @@ impl Call {
             out::complain(wrong);
             return code::USAGE;
         }
-        if self.is_there() {
-            return code::DONE;
+        if self.options.iter().any(|o| o == b"remount") {
+            return remount::run(&self);
         }
-        let cli = match Cli::try_parse_from(self.words()) {
-            Ok(cli) => cli,
-            Err(e) => {
-                out::complain(e.to_string().lines().next().unwrap_or_default());
-                return code::USAGE;
+        match self.words_say() {
+            Ok(args) if self.is_there() => match steer::mount_config(&args) {
+                Ok(_) => code::DONE,
+                Err(failure) => failed(&failure),
+            },
+            Ok(args) => self.mount(args),
+            Err(line) => {
+                out::complain(&line);
+                code::USAGE
             }
-        };
+        }
+    }
+
+    /// The words as those of `mirrorfs mount`, all of them known.
+    pub(super) fn words_say(&self) -> Result<cli::Mount, String> {
+        let first = |e: clap::Error| e.to_string().lines().next().unwrap_or_default().to_owned();
+        let cli = Cli::try_parse_from(self.words()).map_err(first)?;
         let Command::Mount(mut args) = cli.command else {
-            return code::USAGE; // The words say `mount`.
+            return Err("usage: mount.mirrorfs SRC DIR".into()); // The words say `mount`.
         };
         args.sloppy = self.sloppy;
+        Ok(*args)
+    }
+
+    fn mount(&self, args: cli::Mount) -> u8 {
         let outcome = match self.fake {
             true => steer::mount_config(&args).map(|_| exit::DONE),
-            false => mount::run(*args),
+            false => mount::run(args),
         };
         match outcome {
             Ok(_) => code::DONE,
-            Err(failure) => {
-                if !failure.line.is_empty() {
-                    out::complain(&failure.line);
-                }
-                match failure.exit {
-                    exit::USAGE => code::USAGE,
-                    exit::FAILURE => code::SYSTEM,
-                    _ => code::FAILED,
-                }
-            }
+            Err(failure) => failed(&failure),
         }
     }
 
@@ -163,7 +168,7 @@ impl Call {
     }
 
     /// DIR as text, and as the table of mounts has it.
-    fn places(&self) -> Vec<String> {
+    pub(super) fn places(&self) -> Vec<String> {
         let both = [client::lexical(&self.dir), client::resolved(&self.dir)];
         let both = both.iter().flatten();
         both.map(|path| client::printable(path)).collect()
@@ -179,6 +184,18 @@ impl Call {
         words.push("--".into());
         words.extend([&self.src, &self.dst, &self.dir].map(|p| p.clone().into_os_string()));
         words
+    }
+}
+
+/// Says it; the exit code of mount(8).
+fn failed(failure: &Failure) -> u8 {
+    if !failure.line.is_empty() {
+        out::complain(&failure.line);
+    }
+    match failure.exit {
+        exit::USAGE => code::USAGE,
+        exit::FAILURE => code::SYSTEM,
+        _ => code::FAILED,
     }
 }
 

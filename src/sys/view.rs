@@ -3,6 +3,7 @@
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::ptr;
 
 use rustix::fs::CWD;
 use rustix::io::Errno;
@@ -98,6 +99,9 @@ fn clones_across_mounts() -> bool {
     host::is_linux_at_least(5, 18)
 }
 
+/// MOUNT_ATTR_RDONLY.
+const RDONLY: u64 = 0x1;
+
 /// `struct mount_attr` of mount_setattr(2).
 #[repr(C)]
 struct MountAttr {
@@ -110,7 +114,6 @@ struct MountAttr {
 /// Copies the mounts from a directory on down, and makes the copy read-only. What is mounted in the
 /// original later may appear in it (kernels from 6.15 on, shared mounts); nothing goes the other way.
 fn clone_tree(dir: BorrowedFd<'_>) -> Result<OwnedFd> {
-    const RDONLY: u64 = 0x1;
     const NOATIME: u64 = 0x10;
     const ATIME_MASK: u64 = 0x70;
     const NODIRATIME: u64 = 0x80;
@@ -125,21 +128,37 @@ fn clone_tree(dir: BorrowedFd<'_>) -> Result<OwnedFd> {
         propagation: libc::MS_SLAVE,
         userns_fd: 0,
     };
-    let at = libc::AT_EMPTY_PATH | libc::AT_RECURSIVE;
+    set_attr(tree.as_fd(), libc::AT_RECURSIVE, &attr)?;
+    Ok(tree)
+}
+
+/// Makes a mount, by its root, read-only or writable; its other flags stay. EBUSY while somebody has a
+/// file open for writing.
+pub fn set_read_only(root: BorrowedFd<'_>, on: bool) -> Result<()> {
+    let attr = MountAttr {
+        attr_set: if on { RDONLY } else { 0 },
+        attr_clr: if on { 0 } else { RDONLY },
+        propagation: 0,
+        userns_fd: 0,
+    };
+    set_attr(root, 0, &attr)
+}
+
+fn set_attr(mount: BorrowedFd<'_>, at: i32, attr: &MountAttr) -> Result<()> {
+    let at = at | libc::AT_EMPTY_PATH;
     // SAFETY: an open fd, a NUL-terminated path, and a struct of ours with its size, all of which live
     // through the call; the kernel only reads them.
     let ret = unsafe {
         libc::syscall(
             libc::SYS_mount_setattr,
-            tree.as_raw_fd(),
+            mount.as_raw_fd(),
             c"".as_ptr(),
             at,
-            &raw const attr,
+            ptr::from_ref(attr),
             size_of::<MountAttr>(),
         )
     };
-    check(ret)?;
-    Ok(tree)
+    check(ret).map(drop)
 }
 
 /// Mount points besides the directory's own through which this tree, or a part of it, can be written.

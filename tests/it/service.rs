@@ -110,6 +110,46 @@ fn what_was_unmounted_a_moment_ago_is_mounted_again() {
     stop(&w.at);
 }
 
+#[test]
+fn a_remount_makes_the_mount_read_only_and_back_or_fails() {
+    let Some(w) = world() else { return };
+    file(&w, "a", 1000);
+    let options = format!("dst={},nodev", w.dst.display());
+    let call = |options: &str| -> Output {
+        run(Command::new(helper(&w))
+            .args([&w.src, &w.at])
+            .args(["-o", options]))
+    };
+    call(&format!("{options},remount,ro")).expect_code(32);
+    call(&options).expect_code(0);
+    // Something is mounted, and the words are as wrong as where nothing is.
+    call(&format!("{options},foo")).expect_code(1);
+    call("remount,foo").expect_code(1);
+    // As mount(8) does it: with what the table of mounts says.
+    call(
+        "rw,nosuid,nodev,relatime,user_id=0,group_id=0,default_permissions,allow_other,remount,ro",
+    )
+    .expect_code(0);
+    let made = fs::write(w.at.join("made"), "x").map_err(|e| e.raw_os_error());
+    assert_eq!(made, Err(Some(libc::EROFS)));
+    assert_eq!(fs::read(w.at.join("a")).unwrap(), bytes(1000, 1000));
+    let flags = |w: &World| rustix::fs::statvfs(&w.at).unwrap().f_flag;
+    assert!(flags(&w).contains(rustix::fs::StatVfsMountFlags::NODEV));
+    call("ro,remount,rw").expect_code(0);
+    let open = fs::File::create(w.at.join("made")).unwrap();
+    let busy = call("remount,ro").expect_code(32);
+    assert!(busy.err.contains("open for writing"), "{}", busy.err);
+    drop(open);
+    let other = call("rw,remount,bwlimit=1M").expect_code(32);
+    assert!(
+        other.err.contains("changes only ro and rw"),
+        "{}",
+        other.err
+    );
+    call("remount,rw").expect_code(0);
+    stop(&w.at);
+}
+
 /// The real mount(8) finds helpers in /sbin only, so this runs in a mount namespace of its own. What is
 /// installed there is a link to a program outside of it: the link is replaced, not what it leads to.
 #[test]
