@@ -137,10 +137,32 @@ impl<'a> Placer<'a> {
             }
             Err(e) if cannot_hold(&e) => {
                 self.mirror.fail(&path, &e);
-                Ok(true)
+                match self.hides_another(name, &stat) {
+                    true => Err(Error::Unusable(format!(
+                        "\"{}\": what DST has there is not SRC's and cannot be replaced",
+                        crate::error::Printable(path.as_ref().as_os_str())
+                    ))),
+                    false => Ok(true),
+                }
             }
             Err(e) => Err(e),
         }
+    }
+
+    /// dst has something of an earlier copy under a name that could not be placed, and users would take it
+    /// for src's: nobody is given the name, and the directory stays P. A directory in the place of
+    /// a file is no such thing.
+    fn hides_another(&self, name: &Name, src: &Stat) -> bool {
+        let Ok(there) = stat::stat_at(self.dst, name.as_cstr()) else {
+            return false;
+        };
+        let is_equal = there.size == src.size && there.mtime == src.mtime;
+        let same = there.kind() == src.kind();
+        let marked = self.mirror.mark.get(Target::At(self.dst, name));
+        self.mirror.control.identity.adopt
+            && !there.is_dir()
+            && !(same && is_equal)
+            && matches!(marked, Ok(None))
     }
 
     /// Somebody else has placed a name: who has a list of what is to be done lacks it.

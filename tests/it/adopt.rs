@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::Command;
 
 use crate::crash::FAULT_EXIT;
-use crate::fixture::{LIMIT, World, bytes, can_mount_on, mirrorfs, run};
+use crate::fixture::{LIMIT, World, bytes, can_mount_on, find_program, mirrorfs, need, run};
 
 fn sync(w: &World) {
     run(mirrorfs().arg("sync").args([&w.src, &w.dst])).expect_code(0);
@@ -436,4 +436,55 @@ pub(crate) fn what_users_did_after_finish_is_not_taken_back_by_the_command_of_be
     finish().expect_code(0);
     let said = mount().expect_code(3).err;
     assert!(said.contains("take back"), "{said}");
+}
+
+/// A daemon that may not take +i off: root without CAP_LINUX_IMMUTABLE.
+#[test]
+fn what_cannot_be_taken_over_is_not_read_as_srcs() {
+    if !can_mount_on("ext4") || !need(find_program("setpriv").is_some(), "setpriv") {
+        return;
+    }
+    let w = World::on("ext4");
+    fs::create_dir(w.src.join("d")).unwrap();
+    for file in ["d/fixed", "d/same", "beside"] {
+        fs::write(w.src.join(file), "one").unwrap();
+    }
+    sync(&w);
+    chattr("+i", &w.dst.join("d/fixed"));
+    fs::write(w.src.join("d/fixed"), "two!").unwrap();
+    let program = mirrorfs();
+    let mut mount = Command::new("setpriv");
+    mount.args([
+        "--bounding-set=-linux_immutable",
+        "--inh-caps=-linux_immutable",
+    ]);
+    for (name, value) in program.get_envs() {
+        mount.env(name, value.unwrap_or_default());
+    }
+    mount.arg(program.get_program()).args(["mount", "--adopt"]);
+    run(mount.args([&w.src, &w.dst, &w.at])).expect_code(0);
+    for _ in 0..2 {
+        let read = fs::read(w.at.join("d/fixed")).map_err(|e| e.raw_os_error());
+        assert_eq!(read, Err(Some(libc::EIO)));
+        let listed = fs::read_dir(w.at.join("d")).map(Iterator::count);
+        assert_eq!(listed.map_err(|e| e.raw_os_error()), Err(Some(libc::EIO)));
+    }
+    assert_eq!(fs::read(w.at.join("d/same")).unwrap(), b"one");
+    assert_eq!(fs::read(w.at.join("beside")).unwrap(), b"one");
+    let listed = run(mirrorfs().arg("errors").arg(&w.at)).out;
+    assert!(
+        listed.contains("\"d/fixed\": FS_IOC_SETFLAGS") || listed.contains("\"d/fixed\": unlink"),
+        "{listed}"
+    );
+    assert_eq!(
+        fs::read(w.dst.join("d/fixed")).unwrap(),
+        b"one",
+        "it is not touched"
+    );
+    run(Command::new("umount").arg(&w.at)).expect_code(0);
+    // Who may takes it over.
+    let m = w.mount_with(&["--adopt"], &[]);
+    assert_eq!(fs::read(m.path("d/fixed")).unwrap(), b"two!");
+    m.finish();
+    w.expect_finished_copy();
 }
