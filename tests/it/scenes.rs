@@ -280,6 +280,7 @@ pub(crate) fn users_of_a_mount_whose_daemon_dies() {
     m.kill();
     said_by(waits.unwrap());
     run(Command::new("cat").arg(w.at.join("a"))).expect_code(1);
+    ours(&["status"], &[&w.at]).expect_code(3);
     bad.tell("release");
     take_off(&w.at);
 }
