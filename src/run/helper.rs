@@ -29,7 +29,7 @@ pub(super) mod code {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Call {
     src: PathBuf,
-    dst: PathBuf,
+    pub(super) dst: PathBuf,
     pub(super) dir: PathBuf,
     pub(super) options: Vec<Vec<u8>>,
     /// `-f`: only say whether it could be done.

@@ -65,9 +65,10 @@ fn turn(call: &Call) -> Result<(), String> {
                 e => format!("{at}: remount: {e}"),
             })
         }
-        Some(_) if !call.options.iter().any(|o| is_own(o)) => Ok(()),
+        // With `dst=` they are fstab's, which mount(8) adds to what was asked for.
+        Some(_) if call.dst != call.dir || !call.options.iter().any(|o| is_own(o)) => Ok(()),
         _ => Err(format!(
-            "{at}: remount changes only ro and rw; mirrorfs throttle changes limits, umount and mount the rest"
+            "{at}: remount changes only ro and rw; mirrorfs set changes limits, umount and mount the rest"
         )),
     }
 }

@@ -147,6 +147,8 @@ fn a_remount_makes_the_mount_read_only_and_back_or_fails() {
         other.err
     );
     call("remount,rw").expect_code(0);
+    // What fstab says is no change that somebody asks for.
+    call(&format!("{options},bwlimit=1M,remount,rw")).expect_code(0);
     stop(&w.at);
 }
 
