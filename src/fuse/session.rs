@@ -259,9 +259,7 @@ impl Session {
     pub fn is_detached(&self) -> bool {
         let id = self.mount_id.load(Ordering::Relaxed);
         match host::mounts() {
-            Ok(mounts) => !mounts
-                .iter()
-                .any(|m| m.id == id && m.fs_type == "fuse.mirrorfs"),
+            Ok(mounts) => !mounts.iter().any(|m| m.id == id && m.fs_type == FS_TYPE),
             Err(_) => false,
         }
     }
@@ -324,6 +322,9 @@ pub fn take_off(point: &Path, helper: Option<&Helper>) -> Result<()> {
     }
 }
 
+/// The type of our mounts in the table of mounts.
+pub const FS_TYPE: &str = "fuse.mirrorfs";
+
 /// Why nobody but root can mount.
 pub const NO_HELPER: &str =
     "mount: no fusermount3 in PATH: without root mirrorfs mounts through it (package fuse3)";
@@ -365,7 +366,7 @@ fn mount_id(point: &Path) -> Result<u64> {
     let gone = || refused(point, "the helper's mount is not there");
     let mounts = host::mounts().map_err(|_| gone())?;
     let top = mounts.iter().rfind(|m| m.point == point).ok_or_else(gone)?;
-    match top.fs_type == "fuse.mirrorfs" {
+    match top.fs_type == FS_TYPE {
         true => Ok(top.id),
         false => Err(gone()),
     }

@@ -36,21 +36,22 @@ pub(crate) type Handler = dyn Fn(Request, BorrowedFd<'_>) -> Result<Value, Failu
 /// Where sockets and logs live: `$MIRRORFS_RUN_DIR`, /run/mirrorfs for root,
 /// `$XDG_RUNTIME_DIR/mirrorfs`, /tmp/mirrorfs-UID.
 pub(crate) fn run_dir() -> PathBuf {
-    let env = |key| {
-        std::env::var_os(key)
-            .filter(|v| !v.is_empty())
-            .map(PathBuf::from)
-    };
-    if let Some(dir) = env("MIRRORFS_RUN_DIR") {
+    if let Some(dir) = env_dir("MIRRORFS_RUN_DIR") {
         return dir;
     }
     match local::uid() {
         0 => PathBuf::from("/run/mirrorfs"),
-        uid => env("XDG_RUNTIME_DIR").map_or_else(
+        uid => env_dir("XDG_RUNTIME_DIR").map_or_else(
             || PathBuf::from(format!("/tmp/mirrorfs-{uid}")),
             |dir| dir.join("mirrorfs"),
         ),
     }
+}
+
+/// A directory that the environment names.
+pub(super) fn env_dir(key: &str) -> Option<PathBuf> {
+    let value = std::env::var_os(key).filter(|v| !v.is_empty());
+    value.map(PathBuf::from)
 }
 
 /// The run directory, made when it is missing. It must be ours: /tmp is everybody's.

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::client;
 use super::report::{Report, State};
+use crate::fuse::session::FS_TYPE;
 use crate::mirror::is_locked;
 use crate::sys::host::{self, MountLine};
 
@@ -44,8 +45,5 @@ pub(super) fn mount_at(names: &[String]) -> Option<MountLine> {
     let mut mounts = host::mounts().unwrap_or_default();
     let at = |m: &MountLine| names.contains(&client::printable(&m.point));
     mounts.retain(at);
-    mounts.pop().filter(|top| top.fs_type == OUR_TYPE)
+    mounts.pop().filter(|top| top.fs_type == FS_TYPE)
 }
-
-/// File system type of our own mounts.
-pub(super) const OUR_TYPE: &str = "fuse.mirrorfs";

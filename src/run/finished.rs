@@ -12,6 +12,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde_json::{Value, json};
 
+use super::control::env_dir;
 use super::front::file_name;
 use super::out::quoted;
 use super::{Failure, exit};
@@ -21,18 +22,14 @@ use crate::sys::stat::{Time, stat_fd};
 /// Where notes are: `$MIRRORFS_STATE_DIR`, /var/lib/mirrorfs for root, `$XDG_STATE_HOME/mirrorfs`,
 /// ~/.local/state/mirrorfs.
 fn state_dir() -> Option<PathBuf> {
-    let env = |key| {
-        let value = std::env::var_os(key).filter(|v| !v.is_empty());
-        value.map(PathBuf::from)
-    };
-    if let Some(dir) = env("MIRRORFS_STATE_DIR") {
+    if let Some(dir) = env_dir("MIRRORFS_STATE_DIR") {
         return Some(dir);
     }
     if local::uid() == 0 {
         return Some(PathBuf::from("/var/lib/mirrorfs"));
     }
-    let home = || env("HOME").map(|home| home.join(".local/state"));
-    Some(env("XDG_STATE_HOME").or_else(home)?.join("mirrorfs"))
+    let home = || env_dir("HOME").map(|home| home.join(".local/state"));
+    Some(env_dir("XDG_STATE_HOME").or_else(home)?.join("mirrorfs"))
 }
 
 /// The note of the directory that DST is, by whatever path it is reached: its inode and its birth; its

@@ -7,12 +7,11 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use super::ending::OUR_TYPE;
 use super::out::quoted;
 use super::{Failure, exit, finished};
 use crate::config::{MountConfig, SyncConfig};
 use crate::error::Errno;
-use crate::fuse::session;
+use crate::fuse::session::{self, FS_TYPE};
 use crate::mark::{CONTROL_DIR, SHARDS_DIR, SYNC_RECORD};
 use crate::mirror::Trees;
 use crate::sys::helper::Helper;
@@ -183,7 +182,7 @@ fn look(mut config: MountConfig) -> Result<Ground, Failure> {
     let dst = Root::open("DST", &config.dst)?;
     let point = Root::open("MOUNTPOINT", &config.mountpoint)?;
     for root in [&dst, &point] {
-        if root.mounted_type().as_deref() == Some(OUR_TYPE) {
+        if root.mounted_type().as_deref() == Some(FS_TYPE) {
             let line = format!(
                 "{} {}: busy: mirrorfs is mounted on it already (mirrorfs status {})",
                 root.role,
@@ -251,7 +250,7 @@ pub(super) fn sync(config: &SyncConfig) -> Result<(), Failure> {
             let busy = "a migration shows its tree there, and copies it by itself";
             match config.dry_run {
                 true => Ok(()),
-                false if dst.mounted_type().as_deref() == Some(OUR_TYPE) => {
+                false if dst.mounted_type().as_deref() == Some(FS_TYPE) => {
                     let line = format!("DST {}: {busy}", quoted(&dst.path));
                     Err(Failure::new(exit::UNUSABLE, line))
                 }
@@ -412,7 +411,7 @@ fn dead_mount_point(path: &Path) -> Option<PathBuf> {
     let real = std::fs::canonicalize(parent).ok()?.join(name);
     let mounts = host::mounts().ok()?;
     let top = mounts.into_iter().rfind(|m| m.point == real)?;
-    (top.fs_type == OUR_TYPE).then_some(real)
+    (top.fs_type == FS_TYPE).then_some(real)
 }
 
 /// This machine has what a mount needs. The helper comes back when it has to mount for us.
