@@ -37,13 +37,8 @@ pub(super) const LOOK_MAX: Duration = Duration::from_secs(5);
 pub struct Session {
     pub(super) shared: Arc<Shared>,
     pub(super) mountpoint: PathBuf,
-    /// The directory that is mounted over, or the root of the topmost dead mount on it, opened before
-    /// anything was mounted.
-    pub(super) on: OwnedFd,
-    /// Dead mounts on the mount point.
-    pub(super) dead: usize,
-    /// Held until `attach`, then given to the kernel. `None`: the helper has attached it already.
-    pub(super) mount: Mutex<Option<OwnedFd>>,
+    /// Held until `attach`, then given to the kernel, and what it goes over. `None`: it is attached already.
+    pub(super) mount: Mutex<Option<(OwnedFd, Over)>>,
     /// Who mounts and unmounts for us, without CAP_SYS_ADMIN.
     pub(super) helper: Option<Helper>,
     pub(super) mount_id: AtomicU64,
@@ -60,6 +55,25 @@ pub struct Session {
     pub(super) threads: Mutex<Vec<JoinHandle<Result<(), Errno>>>>,
 }
 
+/// Where a mount goes.
+#[derive(Debug)]
+pub struct Point {
+    /// Without symlinks.
+    pub path: PathBuf,
+    /// What is there.
+    pub over: Over,
+}
+
+/// What a mount goes over.
+#[derive(Debug)]
+pub enum Over {
+    /// This directory. The path is not walked again: it may be an automount point, where everybody waits for
+    /// the mount but the process group that was started to make it, which a daemon leaves.
+    Directory(OwnedFd),
+    /// So many mounts without a daemon, one on the other; they go away when the new one is there.
+    Dead(usize),
+}
+
 /// Tells the kernel what it must not believe any more.
 struct Notify(Arc<Dev>);
 
@@ -70,13 +84,9 @@ impl Invalidate for Notify {
 }
 
 impl Session {
-    /// Makes the superblock, answers the kernel's handshake, starts the threads. `dead`: so many
-    /// mounts without a daemon are stacked on the mount point and go away when this one is there.
-    pub fn start(mirror: Arc<Mirror>, config: &MountConfig, dead: usize) -> Result<Session> {
-        let on = local::open_dir_path(&config.mountpoint);
-        let on = on.on("open", Side::Host, &config.mountpoint)?;
-        let mountpoint =
-            std::fs::canonicalize(&config.mountpoint).unwrap_or_else(|_| config.mountpoint.clone());
+    /// Makes the superblock, answers the kernel's handshake, starts the threads.
+    pub fn start(mirror: Arc<Mirror>, config: &MountConfig, point: Point) -> Result<Session> {
+        let (mountpoint, over) = (point.path, point.over);
         let root = stat::stat_fd(mirror.dst_root().as_fd()).on("statx", Side::Dst, ".")?;
         let flags = host::fs_stat(mirror.dst_root().as_fd())
             .on("statfs", Side::Dst, ".")?
@@ -109,9 +119,7 @@ impl Session {
         let session = Session {
             shared: Arc::new(Shared::new(Arc::clone(&mirror))),
             mountpoint,
-            on,
-            dead,
-            mount: Mutex::new(mount),
+            mount: Mutex::new(mount.map(|mount| (mount, over))),
             helper,
             mount_id: AtomicU64::new(0),
             dev: Arc::new(Dev::new(dev)),
@@ -191,7 +199,7 @@ impl Session {
     /// Puts the mount on the mount point: visible from now on. Dead mounts there hide what is below
     /// until the new one does. `known`: called right before, when what `bare_state` tells is true.
     pub fn attach(&self, known: impl FnOnce()) -> Result<()> {
-        let Some(mount) = self.mount.lock().take() else {
+        let Some((mount, over)) = self.mount.lock().take() else {
             if self.helper.is_some()
                 && let Ok(root) = local::open_dir_path(&self.mountpoint)
             {
@@ -203,9 +211,9 @@ impl Session {
         let id = stat::mount_id(mount.as_fd()).on("statx", Side::Host, &self.mountpoint)?;
         self.mount_id.store(id, Ordering::Relaxed);
         known();
-        let attached = match self.dead {
-            0 => host::attach(mount.as_fd(), self.on.as_fd()),
-            dead => self.replace(mount.as_fd(), dead),
+        let attached = match over {
+            Over::Directory(on) => host::attach(mount.as_fd(), on.as_fd()),
+            Over::Dead(count) => self.replace(mount.as_fd(), count),
         };
         attached.on("move_mount", Side::Host, &self.mountpoint)
         // The last fd of the mount itself closes here: else it could never end.
@@ -227,7 +235,7 @@ impl Session {
                     self.mountpoint.display()
                 );
                 host::detach(&self.mountpoint)?;
-                let on = local::open_dir_path(&self.mountpoint)?;
+                let on = local::open_mount_point(&self.mountpoint)?;
                 host::attach(mount, on.as_fd())
             }
             Err(errno) => Err(errno),

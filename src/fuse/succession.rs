@@ -105,7 +105,7 @@ impl Session {
         if self.shared.ask_for_a_request().is_ok() {
             return;
         }
-        let root = local::open_dir_path(&self.mountpoint);
+        let root = local::open_mount_point(&self.mountpoint);
         let root = root.ok().filter(|root| self.holds(root.as_fd()));
         let shown = root.map(|root| self.shared.show_own(root.as_fd(), LOOK_MAX));
         if shown != Some(Ok(())) {
@@ -216,8 +216,7 @@ impl Session {
         let node = |ino| mirror.nodes().known(ino, "lookup");
         let dev = Arc::new(Dev::new(adopted(state.dev)?));
         let lanes: Result<Vec<_>> = state.lanes.iter().map(|n| adopted(*n)).collect();
-        let (lanes, on) = (lanes?, host::dup(mirror.dst_root().as_fd()));
-        let on = on.on("dup", Side::Dst, ".")?;
+        let lanes = lanes?;
         let was_killed = left.is_some();
         let (mut open, mut lists) = (Vec::new(), Vec::new());
         open.extend(state.files.iter().map(|f| (f.clone(), None)));
@@ -302,8 +301,6 @@ impl Session {
         let session = Session {
             shared,
             mountpoint: state.mountpoint.clone(),
-            on,
-            dead: 0,
             mount: Mutex::new(None),
             helper: None,
             mount_id: AtomicU64::new(state.mount_id),

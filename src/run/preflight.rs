@@ -11,7 +11,7 @@ use super::out::quoted;
 use super::{Failure, exit, finished};
 use crate::config::{MountConfig, SyncConfig};
 use crate::error::Errno;
-use crate::fuse::session::{self, FS_TYPE};
+use crate::fuse::session::{self, FS_TYPE, Over, Point};
 use crate::mark::{CONTROL_DIR, SHARDS_DIR, SYNC_RECORD};
 use crate::mirror::Trees;
 use crate::sys::helper::Helper;
@@ -31,8 +31,17 @@ struct Root {
 
 impl Root {
     fn open(role: &'static str, path: &Path) -> Result<Root, Failure> {
+        Root::new(role, path, local::open_dir_path(path))
+    }
+
+    /// What is mounted on. An automount point does not start what may be this very mount.
+    fn open_point(path: &Path) -> Result<Root, Failure> {
+        Root::new("MOUNTPOINT", path, local::open_mount_point(path))
+    }
+
+    fn new(role: &'static str, path: &Path, fd: Result<OwnedFd, Errno>) -> Result<Root, Failure> {
         let fail = |call: &str, e: Errno| unusable(role, path, call, e);
-        let fd = local::open_dir_path(path).map_err(|e| fail("open", e))?;
+        let fd = fd.map_err(|e| fail("open", e))?;
         alive(&fd).map_err(|e| {
             let line = format!(
                 "{role} {}: statfs: {e}; the daemon of the mount on it has died: the same \
@@ -68,6 +77,16 @@ impl Root {
         })
     }
 
+    /// Whoever an automount point was started for meets it as an empty directory.
+    fn is_a_tree(&self) -> Result<(), Failure> {
+        if self.fs_type() != "autofs" {
+            return Ok(());
+        }
+        let (role, path) = (self.role, quoted(&self.path));
+        let line = format!("{role} {path}: an automount point with nothing mounted on it");
+        Err(Failure::new(exit::UNUSABLE, line))
+    }
+
     fn is(&self, other: &Root) -> bool {
         self.stat.key == other.stat.key
     }
@@ -97,14 +116,14 @@ pub(crate) struct Ground {
     pub(crate) dst_fs: String,
     /// Mounts of ours whose daemon has died.
     pub(crate) dead: Dead,
+    /// Where the mount goes; `None`: there is one.
+    pub(crate) point: Option<Point>,
 }
 
 /// Mounts of ours whose daemon is dead: every access through them is ENOTCONN, so they keep what is
 /// below out of sight until the new mount is there.
 #[derive(Debug, Default)]
 pub(crate) struct Dead {
-    /// How many are stacked on the mount point: the new mount goes beneath (`Session::attach`).
-    pub(crate) on_mountpoint: usize,
     /// A mount point that is not used any more, and how many are stacked on it.
     elsewhere: Option<(PathBuf, usize)>,
 }
@@ -144,16 +163,22 @@ pub(super) fn mount(mut config: MountConfig) -> Result<Ground, Failure> {
         let on_mountpoint = clear_dead_mounts(&config.mountpoint, &take_off)?;
         let elsewhere = clear_dead_mounts(&config.dst, &take_off)?;
         let elsewhere = (elsewhere > 0).then(|| (config.dst.clone(), elsewhere));
-        let dead = Dead {
-            on_mountpoint,
-            elsewhere,
-        };
-        Ok(Ground {
-            dead,
-            ..look(config)?
-        })
+        let mut ground = look(config)?;
+        ground.dead = Dead { elsewhere };
+        Ok((ground, on_mountpoint))
     })
     .unwrap_or_else(|e| Err(unusable("MOUNTPOINT", &point, "unshare", e)))
+    .and_then(|(mut ground, dead)| {
+        // What was opened there is in the private mounts.
+        let over = match dead {
+            0 => local::open_mount_point(&point)
+                .map(Over::Directory)
+                .map_err(|e| unusable("MOUNTPOINT", &point, "open", e))?,
+            dead => Over::Dead(dead),
+        };
+        ground.point = ground.point.map(|point| Point { over, ..point });
+        Ok(ground)
+    })
 }
 
 /// Without CAP_SYS_ADMIN: nothing can be looked at below a dead mount, so that goes first.
@@ -171,7 +196,7 @@ fn mount_by(helper: &Helper, config: MountConfig) -> Result<Ground, Failure> {
     }
     let ground = look(config)?;
     let dst = Root::open("DST", &ground.config.dst)?;
-    let point = Root::open("MOUNTPOINT", &ground.config.mountpoint)?;
+    let point = Root::open_point(&ground.config.mountpoint)?;
     ours_to_mount_on(&dst, &point)?;
     Ok(ground)
 }
@@ -180,7 +205,8 @@ fn mount_by(helper: &Helper, config: MountConfig) -> Result<Ground, Failure> {
 fn look(mut config: MountConfig) -> Result<Ground, Failure> {
     let src = Root::open("SRC", &config.src)?;
     let dst = Root::open("DST", &config.dst)?;
-    let point = Root::open("MOUNTPOINT", &config.mountpoint)?;
+    let point = Root::open_point(&config.mountpoint)?;
+    let place = std::fs::canonicalize(&point.path).unwrap_or_else(|_| point.path.clone());
     for root in [&dst, &point] {
         if root.mounted_type().as_deref() == Some(FS_TYPE) {
             let line = format!(
@@ -191,6 +217,9 @@ fn look(mut config: MountConfig) -> Result<Ground, Failure> {
             );
             return Err(Failure::new(exit::UNUSABLE, line));
         }
+    }
+    for root in [&src, &dst] {
+        root.is_a_tree()?;
     }
     not_nested(&src, &dst)?;
     let resumes = dst.path.join(CONTROL_DIR).exists();
@@ -232,6 +261,10 @@ fn look(mut config: MountConfig) -> Result<Ground, Failure> {
         dst_fs: dst.fs_type(),
         config,
         dead: Dead::default(),
+        point: Some(Point {
+            path: place,
+            over: Over::Directory(point.fd),
+        }),
     })
 }
 
@@ -384,7 +417,7 @@ fn alive(fd: &OwnedFd) -> Result<(), Errno> {
 }
 
 fn open_alive(path: &Path) -> Result<(), Errno> {
-    local::open_dir_path(path).and_then(|fd| alive(&fd))
+    local::open_mount_point(path).and_then(|fd| alive(&fd))
 }
 
 /// Takes away mounts of ours whose daemon is dead, as far as the calling thread sees them; returns

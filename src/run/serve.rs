@@ -40,7 +40,7 @@ use super::{Failure, Outcome, exit, finish, finished};
 use crate::cli;
 use crate::config::MountConfig;
 use crate::error::Error;
-use crate::fuse::session::Session;
+use crate::fuse::session::{Point, Session};
 use crate::mirror::Mirror;
 use crate::native::{self, Native};
 use crate::progress::Progress;
@@ -111,6 +111,7 @@ pub(super) fn serve(
         config,
         trees,
         dead,
+        point,
         ..
     } = ground;
     let (listener, mirror) = match before {
@@ -136,8 +137,8 @@ pub(super) fn serve(
     let may_find = config.native && before.is_none();
     let guard = may_find.then(|| native::find_guard(&mirror)).transpose()?;
     let guard = guard.flatten();
-    let on = dead.on_mountpoint;
-    let session = match begin(&mirror, &config, on, before, guard.is_some()) {
+    let point = point.filter(|_| guard.is_none());
+    let session = match begin(&mirror, &config, point, before) {
         Ok(session) => session,
         Err(failure) if before.is_some() => return Err(failure),
         Err(failure) => {
@@ -203,19 +204,16 @@ pub(super) fn serve(
     served.close(end, replay, front)
 }
 
-/// The session: a new mount, or the predecessor's. What a guard watches needs none.
+/// The session: a new mount, or the predecessor's. What a guard watches needs none, and has no point.
 fn begin(
     mirror: &Arc<Mirror>,
     config: &MountConfig,
-    over_dead: usize,
+    point: Option<Point>,
     before: Option<&Predecessor>,
-    is_guarded: bool,
 ) -> Result<Option<Session>, Failure> {
+    let new = |point| Session::start(mirror.clone(), config, point).map_err(Failure::from);
     match before {
-        None if is_guarded => Ok(None),
-        None => Session::start(mirror.clone(), config, over_dead)
-            .map(Some)
-            .map_err(Failure::from),
+        None => point.map(new).transpose(),
         Some(before) => before.session(mirror.clone()).map(Some),
     }
 }

@@ -514,6 +514,7 @@ impl Predecessor {
             dst_fs: watch.dst_fs.clone(),
             config,
             dead: Dead::default(),
+            point: None,
         })
     }
 

@@ -2,7 +2,7 @@
 //! rate and the past.
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -78,7 +78,9 @@ impl Watch {
             let line = format!("{}: dup: {e}", quoted(&config.dst));
             Failure::new(exit::UNUSABLE, line)
         })?;
-        let mut home_names = names(&config.mountpoint);
+        // The daemon may not walk to an automount point: `Over::Directory`.
+        let point = ground.point.as_ref().map(|p| p.path.clone());
+        let mut home_names = both(lexical(&config.mountpoint), point);
         home_names.extend(names(&config.dst));
         Ok(Watch {
             progress,
@@ -348,8 +350,11 @@ fn estimate(ground: &Ground) -> Option<Estimate> {
 
 /// How a client may spell a path: as the user did, and as it resolved before the mount.
 fn names(path: &Path) -> Vec<String> {
-    let spelled = [lexical(path), std::fs::canonicalize(path).ok()];
-    let mut names: Vec<String> = spelled
+    both(lexical(path), std::fs::canonicalize(path).ok())
+}
+
+fn both(spelled: Option<PathBuf>, resolved: Option<PathBuf>) -> Vec<String> {
+    let mut names: Vec<String> = [spelled, resolved]
         .into_iter()
         .flatten()
         .map(|p| Printable(p.as_os_str()).to_string())
@@ -372,6 +377,7 @@ mod tests {
             src_fs: "ext4".to_owned(),
             dst_fs: "xfs".to_owned(),
             dead: Dead::default(),
+            point: None,
         };
         Watch::new(&ground, Arc::new(Progress::default())).expect("opens")
     }

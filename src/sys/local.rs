@@ -7,7 +7,7 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use rustix::fs::{CWD, Mode, OFlags};
+use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, StatxFlags};
 use rustix::io::Errno;
 
 use super::stat::{FileKey, stat_fd};
@@ -72,6 +72,22 @@ pub fn connect(path: &Path) -> Result<OwnedFd> {
 pub fn open_dir_path(path: &Path) -> Result<OwnedFd> {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     rustix::fs::openat(CWD, path, flags, Mode::empty())
+}
+
+/// As [`open_dir_path`], and an automount point (autofs) is opened as the directory that it is, instead of
+/// starting what it waits for: so the last component may not be asked to be a directory, nor end with a
+/// slash (fs/namei.c, `follow_automount`). ENOTDIR: it is something else.
+pub fn open_mount_point(path: &Path) -> Result<OwnedFd> {
+    let path: PathBuf = path.components().collect();
+    let flags = OFlags::PATH | OFlags::CLOEXEC;
+    let fd = rustix::fs::openat(CWD, path, flags, Mode::empty())?;
+    // No server is asked: that is for who looks at what is there.
+    let at = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+    let mode = rustix::fs::statx(&fd, c"", at, StatxFlags::TYPE)?.stx_mode;
+    match FileType::from_raw_mode(mode.into()) {
+        FileType::Directory => Ok(fd),
+        _ => Err(Errno::NOTDIR),
+    }
 }
 
 /// statx(2) of a name in an open directory (of that itself without one), by a child that has nothing else
@@ -148,7 +164,7 @@ pub fn in_private_mounts<T: Send>(f: impl FnOnce() -> T + Send) -> Result<T> {
 
 /// access(2) with the effective ids, for a directory that is to be read.
 pub fn may_list(dir: BorrowedFd<'_>) -> Result<()> {
-    use rustix::fs::{Access, AtFlags, accessat};
+    use rustix::fs::{Access, accessat};
     accessat(
         dir,
         c".",
@@ -159,7 +175,7 @@ pub fn may_list(dir: BorrowedFd<'_>) -> Result<()> {
 
 /// access(2) with the effective ids, for a directory that is to be mounted on.
 pub fn may_write(dir: BorrowedFd<'_>) -> Result<()> {
-    use rustix::fs::{Access, AtFlags, accessat};
+    use rustix::fs::{Access, accessat};
     accessat(dir, c".", Access::WRITE_OK, AtFlags::EACCESS)
 }
 

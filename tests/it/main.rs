@@ -7,6 +7,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod adopt;
+mod automount;
 mod badsource;
 mod bench;
 mod changing;

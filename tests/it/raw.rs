@@ -181,3 +181,18 @@ pub(crate) fn truncate(path: &std::ffi::CStr, len: u64) -> io::Result<()> {
     // SAFETY: a NUL-terminated path that lives through the call.
     check(unsafe { libc::truncate(path.as_ptr(), len as libc::off_t) }.into()).map(drop)
 }
+
+/// AUTOFS_IOC_READY: whoever waits for this request of an automount point goes on.
+pub(crate) fn autofs_ready(root: &std::fs::File, token: u32) -> io::Result<()> {
+    const READY: libc::c_ulong = 0x9360;
+    // SAFETY: an open fd and integers.
+    check(unsafe { libc::ioctl(root.as_raw_fd(), READY, libc::c_ulong::from(token)) }.into())
+        .map(drop)
+}
+
+/// AUTOFS_IOC_CATATONIC: nobody waits at this automount point any more, now or later.
+pub(crate) fn autofs_give_up(root: &std::fs::File) -> io::Result<()> {
+    const CATATONIC: libc::c_ulong = 0x9362;
+    // SAFETY: an open fd and an integer.
+    check(unsafe { libc::ioctl(root.as_raw_fd(), CATATONIC, 0) }.into()).map(drop)
+}

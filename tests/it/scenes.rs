@@ -83,6 +83,7 @@ scenes! {
     control::only_root_and_the_daemons_user_may_steer,
     service::metrics_say_what_status_says_and_to_this_machine_only,
     changing::a_file_that_never_stops_changing_is_in_the_ledger_until_it_does,
+    automount::what_is_to_be_copied_is_no_automount_point,
     scenes::places_that_mount_refuses,
     scenes::files_that_mount_refuses,
     scenes::a_dst_that_is_not_as_it_was,
