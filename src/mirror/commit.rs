@@ -6,7 +6,7 @@
 //! round's syncfs: only then a file leaves the table of hydrations and may be written (D2).
 //!
 //! A round starts a second after the first arrival (D10: seconds at the most), at once when
-//! somebody waits for it. Lock order: `queue` is a leaf.
+//! somebody waits for it, and soon when the walker does. Lock order: `queue` is a leaf.
 
 use std::collections::HashMap;
 use std::os::fd::AsFd;
@@ -28,6 +28,7 @@ use crate::error::{Context, Error, Result, Side};
 use crate::mark::Mark;
 use crate::sys::xattr::Target;
 use crate::sys::{cache, dir, fault, fd, stat};
+use crate::throttle::Background;
 
 mod dirs;
 pub use dirs::DoneDir;
@@ -40,6 +41,8 @@ const GATHER: Duration = Duration::from_secs(1);
 /// How long a round without files waits at most. It waits as long as the last syncfs took: half of
 /// the time then goes into syncing, and a deep tree is not held up.
 const GATHER_DIRS_MAX: Duration = Duration::from_millis(20);
+/// How long a round waits at least while the walker has nothing to do before it.
+const GATHER_HUNGRY: Duration = Duration::from_millis(20);
 /// How long a round that failed is put off.
 const RETRY: Duration = Duration::from_secs(1);
 /// A round starts at once with this many files.
@@ -89,7 +92,7 @@ struct Queue {
     synced: u64,
     /// How long the last syncfs took.
     sync_time: Duration,
-    /// Nobody is about to bring more.
+    /// The walker has nothing to do before the next round.
     hungry: bool,
     stopped: bool,
     /// How many rounds there are still, once it has stopped.
@@ -114,6 +117,32 @@ impl Queue {
     /// Files that no round has taken.
     fn waiting(&self) -> usize {
         self.files.len() + usize::try_from(self.carried).unwrap_or(usize::MAX)
+    }
+
+    /// Something has come since the last round.
+    fn has_work(&self) -> bool {
+        !(self.files.is_empty() && self.publishes.is_empty() && self.dirs.is_empty())
+    }
+
+    /// What a round has done is not durable yet.
+    fn has_tail(&self) -> bool {
+        !self.unmarked.is_empty() || !self.gates.is_empty()
+    }
+
+    /// When the next round starts, if the last one was over at `begun`. While the background does not run
+    /// only accesses bring something, and nobody waits for a round who does not say so: it gathers.
+    fn due(&self, begun: Instant, runs: bool) -> Option<Instant> {
+        let hungry = self.hungry && runs;
+        match self.first {
+            Some(first) if self.urgent || self.stopped => Some(first),
+            // One level of the tree a round: directories alone don't wait for company.
+            Some(first) if self.waiting() == 0 => Some(first + self.sync_time.min(GATHER_DIRS_MAX)),
+            Some(first) if hungry => Some(first + self.sync_time.clamp(GATHER_HUNGRY, GATHER)),
+            Some(first) => Some(first + GATHER),
+            None if !self.has_tail() => None,
+            None if hungry => Some(begun + GATHER_HUNGRY),
+            None => Some(begun + GATHER),
+        }
     }
 }
 
@@ -233,37 +262,18 @@ impl Commit {
         self.wake.notify_all();
     }
 
-    /// Waits until a round is due; `None` when the mirror stops and nothing is left to do.
-    fn next(&self) -> Option<Round> {
+    /// Waits until a round is due; `None` when the mirror stops and nothing is left to do. `runs`: whether
+    /// the background does.
+    fn next(&self, runs: impl Fn() -> bool) -> Option<Round> {
+        let begun = Instant::now();
         let mut queue = self.queue.lock();
         loop {
-            let idle =
-                queue.files.is_empty() && queue.publishes.is_empty() && queue.dirs.is_empty();
-            let tail = !queue.unmarked.is_empty() || !queue.gates.is_empty();
-            if queue.stopped && (idle && !tail || queue.last_rounds == 0) {
+            if queue.stopped && (!queue.has_work() && !queue.has_tail() || queue.last_rounds == 0) {
                 return None; // With no round left: dst takes nothing. What is marked stays pending.
             }
-            let due = match queue.first {
-                Some(first) if queue.urgent || queue.stopped => Some(first),
-                // One level of the tree a round: directories alone don't wait for company.
-                Some(first) if queue.waiting() == 0 => {
-                    Some(first + queue.sync_time.min(GATHER_DIRS_MAX))
-                }
-                Some(first) if queue.hungry => Some(first + queue.sync_time.min(GATHER)),
-                Some(first) => Some(first + GATHER),
-                None => tail.then(|| {
-                    Instant::now()
-                        + if queue.hungry {
-                            GATHER_DIRS_MAX
-                        } else {
-                            GATHER
-                        }
-                }),
-            };
-            match due {
+            match queue.due(begun, runs()) {
                 Some(due) if due <= Instant::now() || queue.stopped => break,
                 Some(due) => {
-                    queue.first.get_or_insert(due);
                     self.wake.wait_until(&mut queue, due);
                 }
                 None => self.wake.wait(&mut queue),
@@ -328,7 +338,8 @@ impl Mirror {
     /// The commit thread: rounds until the mirror stops.
     pub(super) fn commit_loop(self: &Arc<Self>) {
         let mut failing = false;
-        while let Some(round) = self.commit.next() {
+        let runs = || self.throttle().background() == Background::Running;
+        while let Some(round) = self.commit.next(runs) {
             let inside = self.marks.enter();
             let begun = Instant::now();
             let sync = || fd::syncfs(self.dst.as_fd());

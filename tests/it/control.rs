@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use crate::fixture::{
-    LIMIT, Output, World, as_user, bytes, can_mount_on, fuse_mount_at, mirrorfs, run, status,
-    wait_until,
+    LIMIT, Mounted, Output, World, as_user, bytes, can_mount_on, fuse_mount_at, mirrorfs, run,
+    status, wait_until,
 };
 use crate::messages;
 use crate::raw;
@@ -156,6 +156,46 @@ fn a_pause_holds_the_background_and_serves_whoever_opens_something() {
     let read = fs::read(w.dst.join("large")).unwrap();
     assert_eq!(read.len(), 40 * MIB + 4);
     assert!(read.ends_with(b"more"));
+}
+
+/// The commit thread's last round, as its log says.
+fn rounds(m: &Mounted) -> u64 {
+    let log = m.log();
+    let last = log.lines().rfind(|line| line.contains("synced number="));
+    let number = |line: &str| {
+        line.split("number=")
+            .nth(1)?
+            .split(' ')
+            .next()?
+            .parse()
+            .ok()
+    };
+    last.map_or(0, |line| number(line).unwrap_or_else(|| panic!("{line}")))
+}
+
+#[test]
+fn what_is_opened_while_nothing_else_is_pulled_is_synced_once_a_second() {
+    for paused in [false, true] {
+        let Some(w) = world() else { return };
+        for n in 0..300 {
+            file(&w, &format!("d{}/f{n}", n % 7), 4 << 10);
+        }
+        let m = w.mount_with(&["--no-background", "--log-level", "debug"], &[]);
+        if paused {
+            steer(&["pause"], &m.at);
+        }
+        let (begin, before) = (Instant::now(), rounds(&m));
+        for n in 0..300 {
+            fs::read(m.path(format!("d{}/f{n}", n % 7))).unwrap();
+        }
+        let raw = |n: usize| w.dst.join(format!("d{}/f{n}", n % 7));
+        wait_until("no marks", LIMIT, || !(0..300).any(|n| is_pending(&raw(n))));
+        let (rounds, most) = (rounds(&m) - before, begin.elapsed().as_secs() + 1);
+        assert!(
+            (1..=most).contains(&rounds),
+            "{rounds} rounds, {most} at most"
+        );
+    }
 }
 
 #[test]

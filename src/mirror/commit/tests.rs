@@ -105,3 +105,51 @@ fn what_is_in_a_directory_must_be_older_than_a_syncfs_that_worked() {
     assert!(covers(3, 5, Some(5)));
     assert!(covers(3, 4, Some(NOT_YET)), "it is told to come again");
 }
+
+#[test]
+fn a_round_gathers_for_a_second_unless_somebody_waits_for_it() {
+    let begun = Instant::now();
+    let mut queue = Queue::default();
+    queue.gates.insert(7, 3);
+    assert_eq!(Queue::default().due(begun, true), None, "there is nothing");
+    // The tail: what the last round did is to be durable.
+    assert_eq!(queue.due(begun, true), Some(begun + GATHER));
+    queue.hungry = true;
+    assert_eq!(queue.due(begun, true), Some(begun + GATHER_HUNGRY));
+    assert_eq!(
+        queue.due(begun, false),
+        Some(begun + GATHER),
+        "nobody waits"
+    );
+    // What has landed meanwhile.
+    queue.carried = 1;
+    let first = begun + GATHER / 4;
+    queue.first = Some(first);
+    assert_eq!(queue.due(begun, true), Some(first + GATHER_HUNGRY));
+    queue.sync_time = GATHER / 2;
+    assert_eq!(queue.due(begun, true), Some(first + GATHER / 2));
+    assert_eq!(queue.due(begun, false), Some(first + GATHER));
+    queue.hungry = false;
+    assert_eq!(queue.due(begun, true), Some(first + GATHER));
+    // Somebody waits: whatever else there is.
+    queue.urgent = true;
+    assert_eq!(queue.due(begun, false), Some(first));
+}
+
+#[test]
+fn who_waits_for_a_publication_does_not_wait_until_more_is_gathered() {
+    let commit = Arc::new(Commit::default());
+    commit.queue.lock().gates.insert(7, 2);
+    let thread = {
+        let commit = Arc::clone(&commit);
+        std::thread::spawn(move || commit.next(|| false).map(|round| round.number))
+    };
+    // It sleeps now because of the gate, for a second; parking_lot says when.
+    while !commit.wake.notify_one() {
+        std::thread::yield_now();
+    }
+    let asked = Instant::now();
+    commit.when_published(7, Box::new(|_| {}));
+    assert_eq!(thread.join().expect("it ends"), Some(1));
+    assert!(asked.elapsed() < GATHER / 2, "{:?}", asked.elapsed());
+}
