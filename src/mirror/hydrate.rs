@@ -399,13 +399,16 @@ impl Mirror {
         hydration: &Arc<Hydration>,
         priority: Priority,
     ) -> Result<()> {
-        if self.mixes && !hydration.state.lock().looked {
-            self.look(hydration)?;
-        }
-        if hydration.state.lock().stage != Stage::Queued {
+        let is_queued = || hydration.state.lock().stage == Stage::Queued;
+        let looks = self.mixes && !hydration.state.lock().looked;
+        let opened = match looks && is_queued() {
+            true => self.look_to_pull(hydration)?,
+            false => None,
+        };
+        if !is_queued() {
             return Ok(());
         }
-        let Some((dst, src, name)) = self.prepare(hydration)? else {
+        let Some((dst, src, name)) = self.prepare_with(hydration, opened)? else {
             self.already_done(hydration);
             return Ok(());
         };

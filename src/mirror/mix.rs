@@ -54,7 +54,7 @@ impl Mirror {
         self.replace_mark(file.as_fd(), &mark)
             .on("setxattr", Side::Dst, path)?;
         fault::point("mixed-marked");
-        Ok(Some(Ground::new(file, map, &mark)))
+        Ok(Some(Ground::new(Arc::new(file), map, &mark)))
     }
 
     /// The placeholder, open, with src's size (D4). `None`: it is gone.
@@ -139,7 +139,33 @@ impl Mirror {
         };
         let file = hydration.file.anchor.open(dst, OFlags::RDWR);
         let file = file.on("open", Side::Dst, path)?;
-        match self.load(hydration, file, &mark)? {
+        self.found_mixed(hydration, Arc::new(file), &mark)
+    }
+
+    /// As `look`, for who is about to pull the whole file: what it has opened for that, unless the file is
+    /// mixed, or carries no mark any more.
+    pub(super) fn look_to_pull(
+        self: &Arc<Self>,
+        hydration: &Arc<Hydration>,
+    ) -> Result<Option<Arc<OwnedFd>>> {
+        let opened = self.open_marked(hydration)?;
+        if let Some((file, mark)) = &opened
+            && mark.mixed.is_some()
+        {
+            self.found_mixed(hydration, Arc::clone(file), mark)?;
+            return Ok(None);
+        }
+        hydration.state.lock().looked = true;
+        Ok(opened.map(|(file, _)| file))
+    }
+
+    fn found_mixed(
+        self: &Arc<Self>,
+        hydration: &Arc<Hydration>,
+        file: Arc<OwnedFd>,
+        mark: &Mark,
+    ) -> Result<()> {
+        match self.load(hydration, file, mark)? {
             Some((ground, pulled)) => {
                 let start = Start {
                     pulled,
@@ -156,7 +182,7 @@ impl Mirror {
     fn load(
         &self,
         hydration: &Hydration,
-        file: OwnedFd,
+        file: Arc<OwnedFd>,
         mark: &Mark,
     ) -> Result<Option<(Ground, Option<Pulled>)>> {
         let (path, ino) = (&hydration.path, hydration.file.ino);

@@ -543,10 +543,10 @@ impl Mirror {
 
 impl Ground {
     /// As the mark says it; a mixed one.
-    pub(super) fn new(file: OwnedFd, map: ByteMap, mark: &Mark) -> Ground {
+    pub(super) fn new(file: Arc<OwnedFd>, map: ByteMap, mark: &Mark) -> Ground {
         let (atime, mtime) = mark.times.or(mark.salvage).unwrap_or_default();
         Ground {
-            file: Arc::new(file),
+            file,
             map,
             src_end: AtomicU64::new(mark.mixed.unwrap_or(0)),
             young: Mutex::new(mark.young),

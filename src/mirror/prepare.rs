@@ -11,6 +11,7 @@ use super::hydrate::Hydration;
 use super::populate::no_origin;
 use super::source::{SrcDir, SrcInfo};
 use crate::error::{Context, Error, Result, Side};
+use crate::mark::Mark;
 use crate::sys::name::Name;
 use crate::sys::stat;
 use crate::sys::xattr::Target;
@@ -22,6 +23,15 @@ impl Mirror {
     /// Opens src's directory and dst's file for a hydration, once. `None`: there is nothing to do,
     /// the file was unmarked before this hydration began (a walker's look was too old).
     pub(super) fn prepare(&self, hydration: &Hydration) -> Result<Option<Prepared>> {
+        self.prepare_with(hydration, None)
+    }
+
+    /// As `prepare`; with the file that `look_to_pull` has opened, if it has.
+    pub(super) fn prepare_with(
+        &self,
+        hydration: &Hydration,
+        opened: Option<Arc<OwnedFd>>,
+    ) -> Result<Option<Prepared>> {
         let begun = {
             let state = hydration.state.lock();
             let mixed = state.mixed.as_ref().map(|m| Arc::clone(&m.ground.file));
@@ -29,12 +39,12 @@ impl Mirror {
             if let (Some(dst), Some(src)) = (dst, &state.src) {
                 return Ok(Some((dst, Arc::clone(&src.0), src.1.clone())));
             }
-            mixed
+            mixed.or(opened)
         };
         let dst = match begun {
             Some(dst) => dst,
             None => match self.open_marked(hydration)? {
-                Some(dst) => dst,
+                Some((dst, _)) => dst,
                 None => return Ok(None),
             },
         };
@@ -45,8 +55,11 @@ impl Mirror {
         Ok(Some((dst, src, name)))
     }
 
-    /// dst's file, if it carries a mark.
-    fn open_marked(&self, hydration: &Hydration) -> Result<Option<Arc<OwnedFd>>> {
+    /// dst's file, open for writing, and its mark, if it carries one.
+    pub(super) fn open_marked(
+        &self,
+        hydration: &Hydration,
+    ) -> Result<Option<(Arc<OwnedFd>, Mark)>> {
         let path = &hydration.path;
         let dst = match hydration.file.anchor.open(self.dst.as_fd(), OFlags::RDWR) {
             // Deleted meanwhile.
@@ -55,11 +68,11 @@ impl Mirror {
         };
         let mark = self
             .mark
-            .get(Target::Fd(dst.as_fd()))
+            .get(Target::Open(dst.as_fd()))
             .on("getxattr", Side::Dst, path)?;
         self.check_seen(hydration.file.ino, mark.as_ref(), || path.to_path())?;
         // Only a hydration removes the mark, and this inode's only one is ours: the answer holds.
-        Ok(mark.map(|_| dst))
+        Ok(mark.map(|mark| (dst, mark)))
     }
 
     /// src's directory and the name in it, of a file that is not itself pending there.
@@ -87,3 +100,6 @@ impl Mirror {
         Ok((src, name))
     }
 }
+
+#[cfg(test)]
+mod tests;

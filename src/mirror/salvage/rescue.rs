@@ -130,7 +130,7 @@ impl Mirror {
         self.replace_mark(file.as_fd(), &mark)
             .on("setxattr", Side::Dst, path)?;
         fault::point("salvage-marked");
-        Ok(Some(Ground::new(file, map, &mark)))
+        Ok(Some(Ground::new(Arc::new(file), map, &mark)))
     }
 
     /// A user is about to change the file: what it is to be is his to say, and it is not src's any more.
