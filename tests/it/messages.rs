@@ -31,16 +31,8 @@ const BY_CHANCE: &[&str] = &[
 /// Messages that cannot be had here, and why. Nothing else may be missing.
 const NOT_HERE: &[(&str, &str)] = &[
     (
-        "...; the file is pulled whole before it is changed",
-        "not brought about yet: it takes a DST that refuses a map and still takes the file",
-    ),
-    (
-        "...; what can be read of the file is not kept",
-        "likewise, or a DST that refuses a mark",
-    ),
-    (
         "a file that SRC cannot give whole is being read; try again, or umount and finish DST then",
-        "not brought about yet: it takes a read that hangs for longer than finish waits",
+        "a read has to hang, and finish to come, at one moment of what is kept of the file",
     ),
     (
         "publish a directory: ...: setxattr dst: ...; it is tried again",
@@ -63,20 +55,7 @@ const NOT_HERE: &[(&str, &str)] = &[
     ("requests may wait for a slot: ...", "likewise"),
     ("keeper: wait: ...", "likewise"),
     ("keeper: fcntl: ...", "likewise"),
-    ("keeper: exec: ...", "likewise"),
-    (
-        "keeper: ...; the mount is dead: the same ...mirrorfs mount... resumes",
-        "not brought about yet: it takes a kill right after a syncfs that failed",
-    ),
     ("the mount is not kept: ...", "a kernel before 6.9"),
-    (
-        "--keep-mount: ...: ...",
-        "memory or clone3 has to be missing for one call and for nothing else",
-    ),
-    (
-        "--keep-mount: for root only",
-        "not brought about yet: it takes an ordinary user's mount",
-    ),
     (
         "upgrade: through io_uring only once a file was looked at: try again then",
         "the kernel has to forget every file of the mount",

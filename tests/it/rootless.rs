@@ -887,6 +887,8 @@ pub(crate) fn what_keeps_a_user_from_mounting_is_said_in_one_line() {
         "{said}"
     );
     rustix::mount::unmount(&home.dst, UnmountFlags::DETACH).unwrap();
+    let said = home.refused(&mut home.command(), &["--keep-mount"]);
+    said.expect_code(2);
     // No way to /dev/fuse, and none at all.
     let node = home.scratch.path().join("fuse");
     fs::set_permissions(&node, fs::Permissions::from_mode(0o600)).unwrap();

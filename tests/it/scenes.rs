@@ -12,7 +12,9 @@ use std::time::Duration;
 use rustix::mount::{MountFlags, UnmountFlags, mount, mount_bind, unmount};
 
 use crate::badsource::{BadSrc, apart};
-use crate::fixture::{LIMIT, LoopFs, Mounted, Output, World, bytes, mirrorfs, run, wait_until};
+use crate::fixture::{
+    LIMIT, LoopFs, Mounted, Output, World, bytes, fuse_mount_at, mirrorfs, run, status, wait_until,
+};
 use crate::messages;
 use crate::raw;
 use crate::upgrade::{program, script, try_upgrade};
@@ -92,6 +94,7 @@ scenes! {
     scenes::users_of_a_mount_that_cannot_give_what_they_want,
     scenes::a_trace_that_nobody_takes,
     scenes::a_target_without_room_for_the_ledger_and_for_maps,
+    scenes::a_target_without_inodes_for_maps,
     scenes::a_target_whose_disk_fails,
     scenes::a_map_that_was_removed,
     scenes::a_machine_that_lacks_something,
@@ -101,6 +104,7 @@ scenes! {
     scenes::manifests_that_are_not_whole,
     scenes::steering_that_is_refused,
     scenes::upgrades_that_are_refused,
+    scenes::keepers_that_cannot_go_on,
     keeper::what_a_keeper_cannot_do_is_refused,
     keeper::an_upgrade_of_a_mount_that_is_kept_is_refused,
     keeper::a_daemon_serves_on_when_its_keeper_is_killed,
@@ -379,6 +383,27 @@ pub(crate) fn a_target_without_room_for_the_ledger_and_for_maps() {
 /// In the middle of a block, so that the rest of it is needed.
 const CHANGE_A_BYTE: &str = "printf x | dd of=\"$1/large\" bs=1 seek=5000 conv=notrunc,fsync";
 
+/// It has room for data all the while.
+pub(crate) fn a_target_without_inodes_for_maps() {
+    let fs = LoopFs::new("ext4");
+    let mut bad = BadSrc::new(&fs);
+    bad.write("large", &bytes(1, 9 << 20));
+    bad.write("spoiled", &bytes(2, 600_000));
+    bad.start(&["path=spoiled op=read off=40960-45056 err=EIO"]);
+    let small = LoopFs::with("ext4", 64 << 20, &["-b", "4096", "-N", "200"], "loop");
+    let (src, dst) = (bad.at.clone(), small.dir("dst"));
+    let at = small.path().to_path_buf();
+    let w = World::from(src, dst, vec![fs, small]);
+    let m = w.mount_lazy();
+    sh("ls -l \"$1\"", &[&m.at]).expect_code(0);
+    let all = "n=0; while touch \"$1/x$n\" 2>/dev/null; do n=$((n + 1)); done; sync -f \"$1\"";
+    sh(all, &[&at]).expect_code(0);
+    sh(CHANGE_A_BYTE, &[&m.at]).expect_code(0);
+    wait_for(&m, "pulled whole before it is changed");
+    sh("cat \"$1/spoiled\"", &[&m.at]).expect_code(1);
+    wait_for(&m, "what can be read of the file is not kept");
+}
+
 /// As after an error of the journal: nothing that was written is promised to be there.
 pub(crate) fn a_target_whose_disk_fails() {
     let w = World::on_two("ext4", "xfs");
@@ -479,6 +504,46 @@ pub(crate) fn a_machine_that_lacks_something() {
     .unwrap();
     wait_until("the end", LIMIT, || child.try_wait().unwrap().is_some());
     messages::heard(&fs::read_to_string(&log).unwrap(), None);
+}
+
+pub(crate) fn keepers_that_cannot_go_on() {
+    let w = world();
+    const KEEP: [&str; 4] = ["mount", "--keep-mount", "--transport", "dev"];
+    // What the seccomp profiles of containers do.
+    let mut command = mirrorfs();
+    command.args(KEEP).args([&w.src, &w.dst, &w.at]);
+    let enosys = libc::SECCOMP_RET_ERRNO | libc::ENOSYS as u32;
+    run(raw::instead_of(&mut command, libc::SYS_clone3, enosys)).expect_code(1);
+    // A daemon that is killed before its mount can be seen.
+    let mut command = mirrorfs();
+    command.args(KEEP).arg("-f").args([&w.src, &w.dst, &w.at]);
+    let kill = libc::SECCOMP_RET_KILL_PROCESS;
+    run(raw::instead_of(&mut command, libc::SYS_fsmount, kill)).expect_code(1);
+    // The program's file system lets nobody run anything any more.
+    let disk = w.scratch_path("disk");
+    fs::create_dir(&disk).unwrap();
+    tmpfs("tmpfs", &disk);
+    let own = disk.join("mirrorfs");
+    sh("cp \"$1\" \"$2\"", &[&program(), &own]).expect_code(0);
+    let log = w.scratch_path("keeper.log");
+    let file = File::create(&log).unwrap();
+    let mut command = Command::new(&own);
+    command.args(KEEP).arg("-f").args([&w.src, &w.dst, &w.at]);
+    command.stdin(Stdio::null()).stdout(Stdio::null());
+    command.stderr(file);
+    let mut keeper = raw::die_with_parent(&mut command).spawn().unwrap();
+    wait_until("a mount", LIMIT, || fuse_mount_at(&w.at).is_some());
+    run(Command::new("mount")
+        .args(["-o", "remount,noexec"])
+        .arg(&disk))
+    .expect_code(0);
+    let pid = status(&w.at)["pid"].as_u64().unwrap();
+    raw::kill(u32::try_from(pid).unwrap(), libc::SIGKILL);
+    let end = keeper.wait().unwrap();
+    messages::heard(&fs::read_to_string(&log).unwrap(), end.code());
+    assert_eq!(end.code(), Some(1));
+    take_off(&w.at);
+    take_off(&disk);
 }
 
 pub(crate) fn a_src_that_others_write_and_one_that_is_half_migrated() {
