@@ -1,5 +1,6 @@
 //! mirrorfs as a service: the mount helper, systemd, metrics, and the status page in a browser.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -508,4 +509,155 @@ fn the_status_page_shows_a_migration_in_a_browser() {
     assert!(browser.text("action").starts_with("mirrorfs finish"));
     m.finish();
     wait_until("GONE", LIMIT, || browser.text("state") == "GONE");
+}
+
+/// The labels of each series, by its name, and the values that they have.
+type Series = BTreeMap<String, BTreeMap<String, BTreeSet<String>>>;
+
+fn exported(text: &str) -> Series {
+    let mut all = Series::new();
+    for line in text.lines().filter(|l| !l.starts_with('#')) {
+        let (name, rest) = line.split_once('{').unwrap();
+        let labels = all.entry(name.to_owned()).or_default();
+        for label in rest.rsplit_once('}').unwrap().0.split("\",") {
+            let (key, value) = label.split_once("=\"").unwrap();
+            let value = value.trim_end_matches('"').to_owned();
+            labels.entry(key.to_owned()).or_default().insert(value);
+        }
+    }
+    all
+}
+
+/// An expression of PromQL, and what else is told of its result: `{{label}}`, `$labels.label`.
+struct Asked {
+    expr: String,
+    told: String,
+}
+
+fn asked_by_the_dashboard(value: &Value, all: &mut Vec<Asked>) {
+    let text = |key: &str| value.get(key).and_then(Value::as_str).map(str::to_owned);
+    if let Some(expr) = text("expr") {
+        let told = text("legendFormat").unwrap_or_default();
+        all.push(Asked { expr, told });
+    }
+    if let Some(of) = text("query").and_then(|q| Some(q.strip_prefix("label_values(")?.to_owned()))
+    {
+        let (expr, label) = of.trim_end_matches(')').split_once(", ").unwrap();
+        let (expr, told) = (expr.to_owned(), format!("{{{{{label}}}}}"));
+        all.push(Asked { expr, told });
+    }
+    let inner: Vec<&Value> = match value {
+        Value::Object(map) => map.values().collect(),
+        Value::Array(list) => list.iter().collect(),
+        _ => Vec::new(),
+    };
+    inner.iter().for_each(|v| asked_by_the_dashboard(v, all));
+}
+
+fn asked_by_the_alerts(text: &str) -> Vec<Asked> {
+    let rules = text.split("- alert:").skip(1);
+    let asked = rules.map(|rule| {
+        let (_, expr) = rule.split_once("expr:").unwrap();
+        let end = ["\n        for:", "\n        labels:"];
+        let end = end.iter().filter_map(|key| expr.find(key)).min();
+        let (expr, told) = expr.split_at(end.unwrap());
+        let (expr, told) = (expr.to_owned(), told.to_owned());
+        Asked { expr, told }
+    });
+    asked.collect()
+}
+
+/// The words of a text that could be names.
+fn words(text: &str) -> impl Iterator<Item = &str> {
+    text.split(|c: char| !c.is_alphanumeric() && c != '_')
+        .filter(|w| !w.is_empty())
+}
+
+/// What is wrong with an expression: a series that is not exported, a label that it has not.
+fn wrong(asked: &Asked, exported: &Series) -> Vec<String> {
+    let mut wrong = Vec::new();
+    // Prometheus' own.
+    let mut labels: BTreeSet<&str> = ["instance", "job"].into();
+    for (at, _) in asked.expr.match_indices("mirrorfs_") {
+        let after = &asked.expr[at..];
+        let name = words(after).next().unwrap();
+        let Some(has) = exported.get(name) else {
+            wrong.push(format!("{name} is not exported"));
+            continue;
+        };
+        labels.extend(has.keys().map(String::as_str));
+        let Some(selector) = after[name.len()..].strip_prefix('{') else {
+            continue;
+        };
+        for one in selector.split_once('}').unwrap().0.split(',') {
+            let (key, value) = one.split_once('=').unwrap();
+            let Some(values) = has.get(key.trim_end_matches('!')) else {
+                wrong.push(format!("{name} has no label {key}"));
+                continue;
+            };
+            let unknown = |v: &&str| !v.starts_with("mountpoint") && !values.contains(*v);
+            // `$mountpoint` is the dashboard's own.
+            for value in words(value).filter(unknown) {
+                wrong.push(format!("{name}: no {key} is ever {value}"));
+            }
+        }
+    }
+    let grouped = asked.expr.match_indices(['(']).filter_map(|(at, _)| {
+        let by = words(&asked.expr[..at]).last()?;
+        ["by", "on", "without"].contains(&by).then(|| {
+            let inner = &asked.expr[at..];
+            inner.split_once(')').map_or(inner, |(list, _)| list)
+        })
+    });
+    let told = asked.told.split("{{").skip(1);
+    let told = told.filter_map(|t| Some(t.split_once("}}")?.0.trim()));
+    let told = told.map(|t| t.strip_prefix("$labels.").unwrap_or(t));
+    let told = told.filter(|t| !t.starts_with("$value"));
+    for label in grouped.flat_map(words).chain(told) {
+        if !labels.contains(label) {
+            wrong.push(format!("no label {label}"));
+        }
+    }
+    wrong
+}
+
+#[test]
+fn the_dashboard_and_the_alerts_ask_for_what_is_exported() {
+    let Some(w) = world() else { return };
+    file(&w, "a", 1000);
+    let port = port();
+    let m = w.mount_with(&["--metrics", &port.to_string()], &[]);
+    m.wait_complete();
+    let mut exported = exported(&get(port, "/metrics"));
+    m.finish();
+    // Missing while it cannot be told.
+    let like = exported["mirrorfs_left_bytes"].clone();
+    exported.insert("mirrorfs_eta_seconds".to_owned(), like);
+    let example = |name: &str| {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples");
+        fs::read_to_string(root.join(name)).unwrap()
+    };
+    let mut asked = Vec::new();
+    let dashboard = serde_json::from_str(&example("grafana/mirrorfs.json")).unwrap();
+    asked_by_the_dashboard(&dashboard, &mut asked);
+    assert!(asked.len() > 15, "{}", asked.len());
+    let rules = example("prometheus/mirrorfs.rules.yml");
+    let alerts = asked_by_the_alerts(&rules);
+    assert_eq!(alerts.len(), rules.matches("expr:").count());
+    for one in asked.iter().chain(&alerts) {
+        assert_eq!(wrong(one, &exported), [""; 0], "{}", one.expr);
+    }
+    // What would be found.
+    for (expr, told) in [
+        ("mirrorfs_pulled_bytes", ""),
+        ("rate(mirrorfs_waits_total[1m])", ""),
+        ("mirrorfs_state{State=\"COMPLETE\"}", ""),
+        ("mirrorfs_state{state=~\"COMPLETE|FAILED\"}", ""),
+        ("sum by (device) (mirrorfs_errors)", ""),
+        ("mirrorfs_errors", "{{ $labels.device }}"),
+        ("mirrorfs_errors", "{{state}} of {{mountpoint}}"),
+    ] {
+        let (expr, told) = (expr.to_owned(), told.to_owned());
+        assert_eq!(wrong(&Asked { expr, told }, &exported).len(), 1);
+    }
 }
