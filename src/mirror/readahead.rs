@@ -281,6 +281,9 @@ impl State {
 }
 
 #[cfg(test)]
+mod guards;
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use proptest::prelude::*;

@@ -4,17 +4,19 @@ use std::path::Path;
 
 use super::*;
 use crate::config::MountConfig;
+use crate::mirror::Trees;
 use crate::mirror::hydrate::{FileRef, Stage};
-use crate::mirror::{Origin, Trees};
+use crate::mirror::node::{Node, ROOT};
 use crate::progress::Progress;
 use crate::sys::caps;
 
-/// A placeholder, and its hydration, which nobody has begun. `None` where there are no mixed files.
-fn pending(dir: &Path) -> Option<(Arc<Mirror>, Arc<Hydration>)> {
+/// A mirror of a src that has one file, `f`, and its node: it is pending, and nobody has asked for it.
+/// `None` where there are no mixed files.
+pub(in crate::mirror) fn pending(dir: &Path, bytes: &[u8]) -> Option<(Arc<Mirror>, Arc<Node>)> {
     let (src, dst) = (dir.join("src"), dir.join("dst"));
     std::fs::create_dir(&src).expect("mkdir");
     std::fs::create_dir(&dst).expect("mkdir");
-    std::fs::write(src.join("f"), b"a small file").expect("write");
+    std::fs::write(src.join("f"), bytes).expect("write");
     let config = MountConfig::new(&src, &dst);
     let trees = Trees::open(&src, &dst).expect("trees");
     let mirror = Mirror::open(&config, trees, Arc::new(Progress::default())).expect("mirror");
@@ -23,21 +25,25 @@ fn pending(dir: &Path) -> Option<(Arc<Mirror>, Arc<Hydration>)> {
     }
     let root = mirror.root_dir().expect("root").expect("pending");
     mirror.populate_names(&root).expect("populated");
-    let name = Name::new(b"f").expect("a name");
-    let (at, origin) = (mirror.dst.as_fd(), root.origin.as_ref().expect("origin"));
-    let file = FileRef {
-        ino: stat::stat_at(at, name.as_cstr()).expect("statx").key.ino,
-        anchor: root.anchor.child(at, &name).expect("an anchor"),
-        origin: Some(Origin::of(&origin.join(&name))),
-    };
-    let (hydration, _) = mirror.hydrations.join(&file);
+    let found = mirror.child(ROOT, &f()).expect("found");
+    Some((mirror, found.node))
+}
+
+fn f() -> Name {
+    Name::new(b"f").expect("a name")
+}
+
+/// A small one, and its hydration.
+fn small(dir: &Path) -> Option<(Arc<Mirror>, Arc<Hydration>)> {
+    let (mirror, node) = pending(dir, b"a small file")?;
+    let (hydration, _) = mirror.hydrations.join(&FileRef::of(&node));
     Some((mirror, hydration))
 }
 
 #[test]
 fn what_was_opened_to_look_for_a_mixed_file_is_what_the_copy_writes_to() {
     let dir = tempfile::tempdir().expect("tempdir");
-    let Some((mirror, hydration)) = pending(dir.path()) else {
+    let Some((mirror, hydration)) = small(dir.path()) else {
         return;
     };
     let opened = mirror.look_to_pull(&hydration).expect("looked");
@@ -55,7 +61,7 @@ fn what_was_opened_to_look_for_a_mixed_file_is_what_the_copy_writes_to() {
 #[test]
 fn a_mixed_file_of_an_earlier_daemon_is_not_copied_whole() {
     let dir = tempfile::tempdir().expect("tempdir");
-    let Some((mirror, hydration)) = pending(dir.path()) else {
+    let Some((mirror, hydration)) = small(dir.path()) else {
         return;
     };
     let info = mirror.source.recall(hydration.file.ino).expect("placed");
@@ -73,12 +79,11 @@ fn a_mixed_file_of_an_earlier_daemon_is_not_copied_whole() {
 #[test]
 fn a_file_without_a_mark_is_not_copied() {
     let dir = tempfile::tempdir().expect("tempdir");
-    let Some((mirror, hydration)) = pending(dir.path()) else {
+    let Some((mirror, hydration)) = small(dir.path()) else {
         return;
     };
-    let at = mirror.dst.as_fd();
-    let name = Name::new(b"f").expect("a name");
-    mirror.mark.remove(Target::At(at, &name)).expect("removed");
+    let (dst, name) = (mirror.dst.as_fd(), f());
+    mirror.mark.remove(Target::At(dst, &name)).expect("removed");
     let opened = mirror.look_to_pull(&hydration).expect("looked");
     assert!(opened.is_none());
     let prepared = mirror.prepare_with(&hydration, opened);
