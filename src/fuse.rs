@@ -31,7 +31,7 @@ use rustix::fs::OFlags;
 use rustix::io::Errno;
 
 use crate::error::Result;
-use crate::mirror::{Caller, Change, Creator, Ino, Make, Node};
+use crate::mirror::{Caller, Change, Creator, Ino, Make, Moment, Node};
 use crate::sys::name::Name;
 pub(crate) use abi::request_name;
 use answer::{Attributes, Bytes, Count, Created, Done, Entry, Found, Offset, Opened, Xattr};
@@ -188,8 +188,14 @@ impl MirrorFs {
         let Some(open) = self.shared.files.get(at.fh) else {
             return reply.error(Errno::BADF);
         };
+        let (asked, held) = (Moment::now(), Arc::clone(&open));
         let then = Box::new(move |bytes: Result<Vec<u8>>| {
-            reply.send(bytes.map(Bytes).map_err(|e| errno("read", &e)));
+            let bytes = bytes.map_err(|e| errno("read", &e));
+            reply.send(
+                bytes
+                    .and_then(|b| held.answer(b, at.size, asked))
+                    .map(Bytes),
+            );
         });
         let (node, file, mirror) = (&open.node, open.file.as_fd(), &self.shared.mirror);
         match &open.src {

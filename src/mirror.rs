@@ -16,6 +16,7 @@ mod attr;
 mod barrier;
 mod bytemap;
 mod carry;
+mod changed;
 mod commit;
 mod control;
 mod crowd;
@@ -76,6 +77,7 @@ pub use anchor::Anchor;
 pub use asker::{Asker, asking};
 pub use attr::{Attr, Change, Stamp};
 pub use carry::{Carrier, Placed};
+pub use changed::Moment;
 pub use commit::DoneDir;
 pub use control::{CONTROL, is_locked};
 pub use file::{Locate, user_errno};
@@ -487,14 +489,6 @@ impl Mirror {
         if let Some(to) = self.invalidate.get() {
             to.attributes(ino);
         }
-    }
-
-    /// src's file is not the one that the kernel was told of.
-    fn src_was_changed(&self, ino: Ino) {
-        if let Some(node) = self.nodes.find(ino) {
-            node.note_old_pages();
-        }
-        self.invalidate(ino);
     }
 
     /// Records a failure: the ledger, the log, the count. dst that takes nothing is no entry's failure.

@@ -6,9 +6,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use dashmap::DashMap;
 use parking_lot::Mutex;
+use rustix::io::Errno;
 
 use super::passthrough::IoMode;
-use crate::mirror::{Node, Stream};
+use crate::mirror::{Moment, Node, Stream};
 use crate::sys::board::Record;
 use crate::sys::dir::Entry;
 
@@ -23,6 +24,23 @@ pub(super) struct OpenFile {
     pub(super) src: Option<Arc<OwnedFd>>,
     pub(super) mode: IoMode,
     pub(super) write: bool,
+    pub(super) since: Moment,
+}
+
+impl OpenFile {
+    /// What the kernel gets of bytes that it has asked for. EIO: it would take pages behind them for zeros.
+    pub(super) fn answer(
+        &self,
+        bytes: Vec<u8>,
+        want: u32,
+        asked: Moment,
+    ) -> Result<Vec<u8>, Errno> {
+        let lacks_pages = bytes.len() + rustix::param::page_size() <= want as usize;
+        match lacks_pages && self.node.changes().may_precede(self.since, asked) {
+            true => Err(Errno::IO),
+            false => Ok(bytes),
+        }
+    }
 }
 
 /// A directory that a user lists.

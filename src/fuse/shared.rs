@@ -17,7 +17,7 @@ use super::own::Own;
 use super::passthrough::{Backings, IoMode};
 use super::reply::{Reply, TTL, errno, generation, is_volatile};
 use crate::error::Result;
-use crate::mirror::{self, Attr, Ino, Locate, Mirror, Node};
+use crate::mirror::{self, Attr, Ino, Locate, Mirror, Moment, Node};
 use crate::sys::caps;
 use crate::sys::fault;
 use crate::sys::fusedev::BackingId;
@@ -180,6 +180,7 @@ impl Shared {
             src,
             mode,
             write,
+            since: Moment::now(),
         })
     }
 

@@ -26,7 +26,7 @@ use super::ring::relay::{self, Relay};
 use super::session::{LOOK_MAX, Session};
 use super::shared::Shared;
 use crate::error::{Context, Error, Result, Side};
-use crate::mirror::{DirState, Ino, Left, Mirror, Node, Stream, kind, write_json};
+use crate::mirror::{DirState, Ino, Left, Mirror, Moment, Node, Stream, kind, write_json};
 use crate::sys::board::Record;
 use crate::sys::fusedev::BackingId;
 use crate::sys::{fault, host, local, stat};
@@ -281,6 +281,7 @@ impl Session {
                 src: None,
                 mode: backings.restore(file.ino, number, file.write, known),
                 write: file.write,
+                since: Moment::FIRST,
             };
             shared.files.restore(file.handle, open);
         }

@@ -213,7 +213,7 @@ impl Mirror {
         let dir = self.source.dir(&origin.dir)?;
         let stat = stat::stat_at(dir.fd.as_fd(), name.as_cstr());
         let info = SrcInfo::from(&stat.on("statx", Side::Src, origin.path())?);
-        self.source.learn(node.ino, info);
+        self.learn_anew(node.ino, info);
         Ok(info)
     }
 

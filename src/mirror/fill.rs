@@ -144,7 +144,7 @@ impl Mirror {
         if !same {
             let path = path.to_path();
             self.fail(&hydration.path, &Error::SrcChanged { path });
-            self.src_was_changed(hydration.file.ino);
+            self.src_was_changed(hydration.file.ino, || ());
             self.leave(hydration, &src);
         }
     }
@@ -362,7 +362,7 @@ impl Mirror {
         }
         if !state.is_of_same_src(&copied.src) {
             drop(state);
-            self.src_was_changed(hydration.file.ino);
+            self.src_was_changed(hydration.file.ino, || ());
             self.leave(hydration, &copied.src);
             return Err(Error::SrcChanged {
                 path: hydration.path.to_path(),
@@ -477,7 +477,7 @@ impl State {
 
     /// What is here of src's bytes counts for nothing.
     pub(super) fn forget_pulled(&mut self) {
-        self.present = RangeSet::new();
+        (self.present, self.sure) = (RangeSet::new(), RangeSet::new());
         self.ranges.iter_mut().for_each(|job| job.void = true);
         if let Some(mixed) = &mut self.mixed {
             (mixed.fill.to, mixed.fill.looked) = (0, 0);

@@ -100,6 +100,8 @@ pub(super) struct State {
     /// For the manifest: what `whole` has read. It counts when that has landed.
     pub(super) hashed: Option<Hashed>,
     pub(super) present: RangeSet,
+    /// Of these, what was copied by jobs that have looked at src once more since.
+    pub(super) sure: RangeSet,
     pub(super) dst: Option<Arc<OwnedFd>>,
     pub(super) src: Option<(Arc<SrcDir>, Name)>,
     pub(super) readers: Vec<Waiter>,
@@ -238,6 +240,7 @@ impl Hydrations {
             beside: Vec::new(),
             hashed: None,
             present: RangeSet::new(),
+            sure: RangeSet::new(),
             dst: None,
             src: None,
             readers: Vec::new(),
@@ -445,11 +448,14 @@ impl Mirror {
         }
         fault::point("hydrate-landed");
         let ino = hydration.file.ino;
-        self.note_file_phase(&hydration.file, Phase::Unmarked);
         let known = self.source.recall(ino);
-        self.source.unlearn(ino);
-        if known.is_some_and(|k| k.size != copied.src.size || k.mtime != copied.src.mtime) {
-            self.src_was_changed(ino);
+        let turn = || {
+            self.note_file_phase(&hydration.file, Phase::Unmarked);
+            self.source.unlearn(ino);
+        };
+        match known.is_some_and(|k| k.size != copied.src.size || k.mtime != copied.src.mtime) {
+            true => self.src_was_changed(ino, turn),
+            false => turn(),
         }
         self.settle_ledger(&hydration.path);
         self.mend(ino);

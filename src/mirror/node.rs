@@ -23,6 +23,7 @@ use rustix::io::Errno;
 
 use super::absent::Absent;
 use super::anchor::Anchor;
+use super::changed::Changes;
 use super::ctime::SteadyCtime;
 use super::kept::Gone;
 use crate::error::{self, Context, Side};
@@ -118,6 +119,7 @@ pub struct Node {
     pub(super) absent: Absent,
     /// The kernel may have pages of what src's file was before it was changed.
     has_old_pages: AtomicBool,
+    changes: Changes,
     /// A user has made it in a directory that was P, and it has not moved since (own.rs).
     own: AtomicBool,
 }
@@ -145,6 +147,7 @@ impl Node {
             ctime: SteadyCtime::default(),
             absent: Absent::default(),
             has_old_pages: AtomicBool::new(false),
+            changes: Changes::default(),
             own: AtomicBool::new(false),
         }
     }
@@ -167,6 +170,11 @@ impl Node {
     /// Whether the next open has the kernel drop the pages that it has; asked once for each.
     pub fn take_old_pages(&self) -> bool {
         self.has_old_pages.swap(false, Ordering::Relaxed)
+    }
+
+    /// When the kernel was told that src's file was changed.
+    pub fn changes(&self) -> &Changes {
+        &self.changes
     }
 
     /// The ctime that users see.

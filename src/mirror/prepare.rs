@@ -95,7 +95,7 @@ impl Mirror {
         if src.may_hang && self.source.recall(hydration.file.ino).is_none() {
             let stat = stat::stat_at(src.fd.as_fd(), name.as_cstr());
             let stat = stat.on("statx", Side::Src, path)?;
-            self.source.learn(hydration.file.ino, SrcInfo::from(&stat));
+            self.learn_anew(hydration.file.ino, SrcInfo::from(&stat));
         }
         Ok((src, name))
     }

@@ -11,9 +11,9 @@ use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use rustix::fs::OFlags;
-use rustix::io::Errno;
 
 use super::Mirror;
+use super::changed::may_be_cut;
 use super::hydrate::{FileRef, Hydration, Stage, State};
 use super::node::Node;
 use super::populate::Waiter;
@@ -23,7 +23,6 @@ use crate::error::{Context, Error, Result, Side};
 use crate::progress::waits::Wait;
 use crate::ranges::RangeSet;
 use crate::sys::name::RelPath;
-use crate::sys::stat::Stat;
 use crate::sys::{fault, fd};
 
 /// Range pulls are widened to this unit, bytes: the kernel's largest readahead on FUSE is near it.
@@ -129,7 +128,7 @@ impl Mirror {
             let here = !begins && state.stage != Stage::Copying;
             if here || state.present.contains(&range) {
                 drop(state);
-                return then(self.read_here(&file, &hydration.path, range));
+                return self.read_pulled(&hydration, range, then);
             }
             let joins = self.join_ahead(node, info, (&hydration, state), &range, then);
             let Some((mut state, then)) = joins else {
@@ -161,6 +160,7 @@ impl Mirror {
             file.anchor
                 .open(self.dst.as_fd(), OFlags::RDONLY)
                 .on("open", Side::Dst, path)?;
+        fault::point("read-here");
         let mut bytes = vec![0; (range.end - range.start) as usize];
         let n =
             fd::pread_all(opened.as_fd(), &mut bytes, range.start).on("read", Side::Dst, path)?;
@@ -279,7 +279,10 @@ impl Mirror {
         // src may have shrunk meanwhile: dst's placeholder has zeros there.
         let here: Vec<bool> = {
             let state = hydration.state.lock();
-            let is_here = |r: &RangeReader| is_mixed || state.present.contains(&r.range);
+            let is_here = |r: &RangeReader| match state.mixed {
+                Some(_) => state.first_missing(&r.range).is_none(),
+                None => is_mixed || state.present.contains(&r.range),
+            };
             left.iter().map(is_here).collect()
         };
         let told = if unasked { Ok(()) } else { result.clone() };
@@ -295,9 +298,7 @@ impl Mirror {
                 Ok(()) if !here => (reader.then)(Err(Error::SrcChanged {
                     path: hydration.path.to_path(),
                 })),
-                Ok(()) => {
-                    (reader.then)(self.read_here(&hydration.file, &hydration.path, reader.range))
-                }
+                Ok(()) => self.read_pulled(hydration, reader.range, reader.then),
                 // Not even begun, where dst is read-only: src has the bytes all the same, unless some
                 // are a user's.
                 Err(e) if e.is_bad_read() || e.is_dst_full() && !is_mixed => {
@@ -317,28 +318,6 @@ impl Mirror {
 }
 
 impl Mirror {
-    /// I6: all that was written while a whole file was copied is of the file that is there. ESTALE: it may not
-    /// be, and what is here counts for nothing. A file that was replaced stays as it was for whoever has it
-    /// open, and a server that goes by paths tells of it what the new one is: it has said something else before.
-    pub(super) fn is_of_one_src(&self, hydration: &Hydration, whole: &Stat) -> Result<()> {
-        let ino = hydration.file.ino;
-        let known = self.source.recall(ino);
-        let changed = known.is_some_and(|k| (k.size, k.mtime) != (whole.size, whole.mtime));
-        let mut state = hydration.state.lock();
-        let served = state.src.as_ref().is_some_and(|(dir, _)| dir.may_hang);
-        let doubtful = served && changed;
-        if state.is_of_one_src(whole) && !doubtful || fault::breaks("I6") {
-            return Ok(());
-        }
-        state.forget_pulled();
-        drop(state);
-        self.source.learn(ino, SrcInfo::from(whole));
-        if changed {
-            self.src_was_changed(ino);
-        }
-        Err(Errno::STALE).on("read", Side::Src, &hydration.path)
-    }
-
     fn salvage_later(self: &Arc<Self>, hydration: &Arc<Hydration>, reader: RangeReader) {
         let (mirror, hydration) = (Arc::clone(self), Arc::clone(hydration));
         let task = move || {
@@ -420,21 +399,6 @@ impl State {
         true
     }
 
-    /// A range job has ended. Beside the whole-file job it may have written over its bytes.
-    fn ended_beside(&mut self, id: u64, src: Option<Stat>) {
-        let begun = self.ranges.iter().any(|r| r.id == id && r.begun);
-        if begun && self.stage == Stage::Copying && !self.beside.contains(&src) {
-            self.beside.push(src);
-        }
-    }
-
-    /// False where something that was written while the whole file was copied is of another src.
-    fn is_of_one_src(&mut self, whole: &Stat) -> bool {
-        let same = |src: &Stat| src.key == whole.key && !whole.changed_since(src);
-        let beside = std::mem::take(&mut self.beside);
-        beside.iter().all(|src| src.as_ref().is_some_and(same))
-    }
-
     /// Tells `then` when a job has ended.
     pub(super) fn after(&mut self, id: u64, then: Waiter) {
         if let Some(job) = self.ranges.iter_mut().find(|r| r.id == id) {
@@ -503,12 +467,23 @@ impl Completion for Part {
             if !std::mem::replace(&mut job.heard, true) {
                 state.readahead.note(job.since.elapsed());
             }
-            job.take_bytes(offset, bytes)
+            let served = state.src.as_ref().is_some_and(|(dir, _)| dir.may_hang);
+            job.take_bytes(offset, bytes, served)
         };
         for (reader, bytes) in ready {
             drop(reader.wait);
             self.mirror.progress.demand_bytes.add(bytes.len() as u64);
             (reader.then)(Ok(bytes));
+        }
+    }
+
+    fn again(&mut self) {
+        let mut state = self.hydration.state.lock();
+        let state = &mut *state;
+        if let Some(job) = state.ranges.iter_mut().find(|r| r.id == self.id) {
+            job.got = RangeSet::new();
+            state.present.remove(&job.range);
+            state.sure = RangeSet::new();
         }
     }
 
@@ -553,7 +528,7 @@ impl Completion for Part {
             }
         }
         let src = outcome.as_ref().ok().map(|copied| copied.src);
-        self.hydration.state.lock().ended_beside(self.id, src);
+        self.hydration.state.lock().looked_again(self.id, src);
         let outcome =
             outcome.and_then(|copied| self.mirror.count_range(&self.hydration, self.id, &copied));
         self.mirror.range_done(&self.hydration, self.id, outcome);
@@ -561,8 +536,15 @@ impl Completion for Part {
 }
 
 impl RangeJob {
-    /// Stores bytes that were read from src; gives back the readers that have all of theirs now.
-    fn take_bytes(&mut self, offset: u64, bytes: &[u8]) -> Vec<(RangeReader, Vec<u8>)> {
+    /// Stores bytes that were read from src; gives back the readers that have all of theirs now. `served`: the
+    /// kernel asked a server for them, and zeros may be its own, in the place of what is there no more: who
+    /// would get such waits for the look after the copy.
+    fn take_bytes(
+        &mut self,
+        offset: u64,
+        bytes: &[u8],
+        served: bool,
+    ) -> Vec<(RangeReader, Vec<u8>)> {
         let Some(at) = offset.checked_sub(self.range.start) else {
             return Vec::new();
         };
@@ -572,18 +554,21 @@ impl RangeJob {
         };
         room.copy_from_slice(bytes);
         self.got.insert(offset..offset + bytes.len() as u64);
-        let (ready, wait): (Vec<_>, Vec<_>) = std::mem::take(&mut self.readers)
-            .into_iter()
-            .partition(|r| self.got.contains(&r.range));
-        self.readers = wait;
         let part = |r: &Range<u64>| {
             let start = (r.start - self.range.start) as usize;
-            self.bytes[start..start + (r.end - r.start) as usize].to_vec()
+            &self.bytes[start..start + (r.end - r.start) as usize]
         };
-        ready
+        let is_ready = |r: &RangeReader| {
+            self.got.contains(&r.range) && !(served && may_be_cut(r.range.start, part(&r.range)))
+        };
+        let (ready, wait): (Vec<_>, Vec<_>) = std::mem::take(&mut self.readers)
             .into_iter()
-            .map(|r| (part(&r.range), r))
-            .map(|(b, r)| (r, b))
-            .collect()
+            .partition(is_ready);
+        self.readers = wait;
+        let with_bytes = |r: RangeReader| {
+            let bytes = part(&r.range).to_vec();
+            (r, bytes)
+        };
+        ready.into_iter().map(with_bytes).collect()
     }
 }

@@ -152,8 +152,7 @@ impl Mirror {
         }
         let (known, now) = (self.source.recall(node.ino), SrcInfo::from(&now));
         if known.is_none_or(|k| k.size != now.size || k.mtime != now.mtime) {
-            self.source.learn(node.ino, now);
-            self.src_was_changed(node.ino);
+            self.src_was_changed(node.ino, || self.source.learn(node.ino, now));
         }
         Ok(file)
     }

@@ -9,7 +9,9 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use crate::badsource::{BadSrc, apart, entries, errno, expect_copy, world};
-use crate::fixture::{LIMIT, World, bytes, mirrorfs, run, wait_until};
+use rustix::fs::{Advice, fadvise};
+
+use crate::fixture::{Hold, LIMIT, World, bytes, mirrorfs, run, wait_until};
 use crate::raw;
 
 const LARGE: usize = 3 << 20;
@@ -205,6 +207,73 @@ fn a_file_that_changes_while_a_range_of_it_is_read_shows_no_zeros() {
         bad.end(&w);
         fill(&bad);
     }
+}
+
+/// What was pulled before is read from dst, and dst's file becomes shorter under the read: the kernel was told
+/// of another size when it asked, and would fill a short answer up with zeros.
+#[test]
+fn a_read_under_which_the_file_is_copied_as_a_shorter_one_shows_no_zeros() {
+    let Some((mut bad, w)) = world(fill) else {
+        return;
+    };
+    // The copy of the whole file, and not of what is read here.
+    bad.start(&["path=large op=read off=0-1M hang"]);
+    let hold = Hold::at(&w, "read-here");
+    let m = w.mount_with(&["--no-background", "-o", "large=1M"], &hold.env());
+    let file = File::open(m.path("large")).unwrap();
+    fadvise(&file, 0, None, Advice::Random).unwrap();
+    let read = |file: &File, at: u64| {
+        let mut page = vec![0; 4096];
+        file.read_exact_at(&mut page, at).map(|()| page)
+    };
+    // Both are in one piece.
+    let (first, second) = (2 << 20, (2 << 20) + 65_536);
+    assert!(read(&file, first).unwrap() == bytes(1, LARGE)[first as usize..][..4096]);
+    let held = file.try_clone().unwrap();
+    let answer = apart(move || read(&held, second));
+    hold.wait_met();
+    wait_for_hang(&bad);
+    cut(&bad.real.join("large"));
+    let_go(&bad);
+    run(mirrorfs().arg("resume").arg(&m.at)).expect_code(0);
+    m.wait_complete();
+    hold.let_go();
+    let answer = answer.recv_timeout(LIMIT).unwrap();
+    assert_eq!(errno(answer), libc::EIO);
+    // Who opens it now meets its new end.
+    let now = File::open(m.path("large")).unwrap();
+    let end = read(&now, second).unwrap_err();
+    assert_eq!(end.kind(), io::ErrorKind::UnexpectedEof);
+    drop((file, now));
+    m.finish();
+    expect_copy(&bad, &w);
+}
+
+/// The kernel fills a short answer of the source's up with zeros, as it does with ours, where it has heard of the
+/// file's attributes since it asked: what comes is no file's bytes, and only a later look tells.
+#[test]
+fn zeros_that_the_kernel_puts_in_the_place_of_what_a_source_lacks_are_shown_to_nobody() {
+    let Some((mut bad, w)) = world(fill) else {
+        return;
+    };
+    let (name, rule) = HANGS[0];
+    bad.start(&[rule, "path=large op=read off=0-1M hang"]);
+    let m = w.mount_with(&["--no-background", "-o", "large=1M"], &[]);
+    let file = File::open(m.path(name)).unwrap();
+    let read = apart(move || {
+        let mut page = vec![0; 4096];
+        file.read_exact_at(&mut page, (LARGE - 300_000) as u64)
+    });
+    wait_for_hang(&bad);
+    let size = |at: &Path| fs::metadata(at.join(name)).unwrap().len();
+    assert_eq!(size(&bad.at), LARGE as u64);
+    cut(&bad.real.join(name));
+    let_go(&bad);
+    let answer = read.recv_timeout(LIMIT).unwrap();
+    assert_eq!(errno(answer), libc::EIO);
+    run(mirrorfs().arg("resume").arg(&m.at)).expect_code(0);
+    m.finish();
+    expect_copy(&bad, &w);
 }
 
 #[test]

@@ -242,8 +242,7 @@ impl Mirror {
 
     fn left(&self, hydration: &Arc<Hydration>, info: SrcInfo) {
         let ino = hydration.file.ino;
-        self.source.learn(ino, info);
-        self.src_was_changed(ino);
+        self.src_was_changed(ino, || self.source.learn(ino, info));
         self.mend(ino);
         let path = hydration.path.to_path();
         let error = Error::SrcChanged { path };
