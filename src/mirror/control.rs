@@ -257,7 +257,14 @@ fn check_same(ask: &Request<'_>, identity: &Identity) -> Result<()> {
         .on("statx", Side::Src, ask.src)?
         .key
         .ino;
-    if identity.src != ask.src || identity.src_ino != ino {
+    if identity.src == ask.src && identity.src_ino != ino {
+        return Err(Error::Unusable(format!(
+            "SRC \"{}\" is not the directory that this migration began with (root inode {}, not {ino}): is it mounted?",
+            ask.src.display(),
+            identity.src_ino,
+        )));
+    }
+    if identity.src != ask.src {
         return Err(Error::Unusable(format!(
             "DST \"{}\" belongs to the migration of \"{}\" (root inode {}), not of \"{}\" (root inode {ino})",
             ask.dst.display(),

@@ -396,6 +396,26 @@ pub(crate) fn mount_refuses_a_dst_that_is_somebody_elses_and_a_src_with_marks() 
     expect_refusal(refused, 1, &["pending"]);
 }
 
+/// An empty directory is what is left of a SRC that is not mounted.
+#[test]
+pub(crate) fn a_src_that_is_not_mounted_any_more_is_told_from_another_one() {
+    if !can_mount_on("ext4") {
+        return;
+    }
+    let disk = crate::fixture::LoopFs::new("ext4");
+    let point = crate::fixture::Scratch::new();
+    let src = point.dir("old");
+    rustix::mount::mount_bind(disk.path(), &src).unwrap();
+    fs::write(src.join("a"), "content").unwrap();
+    let fs_ = crate::fixture::LoopFs::new("ext4");
+    let dst = fs_.dir("dst");
+    let w = World::from(src.clone(), dst, vec![disk, fs_]);
+    assert_eq!(w.mount_lazy().unmount(), 20);
+    rustix::mount::unmount(&src, rustix::mount::UnmountFlags::DETACH).unwrap();
+    let mount = run(mirrorfs().arg("mount").args([&w.src, &w.dst, &w.at]));
+    expect_refusal(mount, 3, &["SRC", "old", "is it mounted?"]);
+}
+
 #[test]
 fn signals_stop_a_mount_and_print_a_line() {
     if !can_mount_on("ext4") {
