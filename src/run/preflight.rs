@@ -335,7 +335,15 @@ pub(super) fn root_of(dst: &Path) -> Result<OwnedFd, Failure> {
 
 /// `path` is the DST of a migration that no daemon serves.
 pub(super) fn migration(path: &Path) -> Result<(), Failure> {
-    Root::open("PATH", path)?;
+    if Root::open("PATH", path)?.fs_type() == FS_TYPE {
+        // It lives, and was not among those that answer us.
+        let line = format!(
+            "PATH {}: a mirrorfs serves it that does not answer you: another user's (try as root), or one with \
+             another MIRRORFS_RUN_DIR",
+            quoted(path)
+        );
+        return Err(Failure::new(exit::UNUSABLE, line));
+    }
     let control = path.join(CONTROL_DIR);
     for name in [SYNC_RECORD, SHARDS_DIR] {
         if control.join(name).exists() {

@@ -13,6 +13,8 @@ use super::report::{Report, State};
 use super::{Failure, Outcome, exit};
 use crate::cli;
 use crate::error::Printable;
+use crate::fuse::session::FS_TYPE;
+use crate::sys::{host, local};
 
 /// How often a live page is drawn.
 const EVERY: Duration = Duration::from_secs(1);
@@ -45,7 +47,7 @@ pub(super) fn run(args: &cli::Status) -> Outcome {
         let reports = all();
         match format {
             Format::Json => print_json(&reports)?,
-            Format::Page if reports.is_empty() => out::say("no migration is running"),
+            Format::Page if reports.is_empty() => out::say(&none_runs()),
             _ => print(&reports, format),
         }
         return Ok(exit::DONE);
@@ -56,6 +58,19 @@ pub(super) fn run(args: &cli::Status) -> Outcome {
         None => stopped(path, format)?,
     }
     Ok(exit::DONE)
+}
+
+/// A mount of somebody else's is seen in the table of mounts, and its daemon answers only him and root.
+fn none_runs() -> String {
+    let mut mounts = host::mounts().unwrap_or_default();
+    mounts.retain(|m| m.fs_type == FS_TYPE && local::uid() != 0);
+    match mounts.first() {
+        None => "no migration is running".to_owned(),
+        Some(m) => format!(
+            "no migration of this user's is running; mirrorfs is mounted on {}: try as root",
+            Printable(m.point.as_os_str())
+        ),
+    }
 }
 
 fn all() -> Vec<Report> {

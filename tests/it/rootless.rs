@@ -20,8 +20,8 @@ use rustix::mount::UnmountFlags;
 use crate::badsource::BadSrc;
 use crate::compare;
 use crate::fixture::{
-    CONTROL, LIMIT, LoopFs, Output, Random, Scratch, as_user, bytes, can_mount, can_mount_on,
-    find_program, fuse_mount_at, kit, mirrorfs, need, run, wait_until,
+    CONTROL, LIMIT, LoopFs, Output, Random, Scratch, World, as_user, bytes, can_mount,
+    can_mount_on, find_program, fuse_mount_at, kit, mirrorfs, need, run, wait_until,
 };
 use crate::messages;
 use crate::nasty;
@@ -831,6 +831,28 @@ pub(crate) fn other_users_are_let_in_only_where_root_allows_it() {
     mount.wait_complete();
     mount.finish(&[], 0);
     rustix::mount::unmount(there, UnmountFlags::DETACH).unwrap();
+}
+
+/// He may not ask it, and is not told that there is none.
+#[test]
+pub(crate) fn a_user_is_told_that_a_migration_is_somebody_elses() {
+    if !can_run() || !can_mount_on("ext4") {
+        return;
+    }
+    let (home, w) = (Home::new(), World::on("ext4"));
+    let m = w.mount_lazy();
+    for command in ["status", "finish", "pause"] {
+        let said = run(home.command().arg(command).arg(&m.at)).expect_code(3);
+        assert!(said.err.contains("another user's"), "{}", said.err);
+    }
+    let said = run(home.command().arg("status")).expect_code(0).out;
+    assert!(said.contains(m.at.to_str().unwrap()), "{said}");
+    let at = m.at.clone();
+    assert_eq!(m.unmount(), 20);
+    let said = run(home.command().arg("status")).expect_code(0).out;
+    assert_eq!(said, "no migration is running\n");
+    let said = run(home.command().arg("status").arg(at)).expect_code(3).err;
+    assert!(said.contains("no daemon serves it"), "{said}");
 }
 
 #[test]

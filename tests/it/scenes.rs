@@ -34,6 +34,7 @@ scenes! {
     scenes::a_quota_and_a_full_and_a_read_only_target,
     rootless::what_a_user_may_not_read_is_in_the_ledger_and_the_rest_goes_on,
     rootless::what_a_user_may_not_make_is_in_the_ledger_and_owners_are_not,
+    rootless::a_user_is_told_that_a_migration_is_somebody_elses,
     rootless::what_keeps_a_user_from_mounting_is_said_in_one_line,
     rootless::root_without_the_capability_to_mount_asks_the_helper_and_passes_on_what_it_says,
     rootless::other_users_are_let_in_only_where_root_allows_it,
