@@ -41,6 +41,8 @@ pub struct Throttle {
     bytes_per_s: AtomicU64,
     /// The limit is not applied for now.
     lifted: AtomicBool,
+    /// The background ends: nobody waits for the limit any more.
+    ended: AtomicBool,
     /// Nanoseconds since `base`: when everything spent is paid for.
     paid_at_ns: AtomicU64,
     base: Instant,
@@ -55,6 +57,7 @@ impl Default for Throttle {
             jobs: AtomicUsize::new(usize::MAX),
             bytes_per_s: AtomicU64::new(0),
             lifted: AtomicBool::new(false),
+            ended: AtomicBool::new(false),
             paid_at_ns: AtomicU64::new(0),
             base: Instant::now(),
             changed: Mutex::new(()),
@@ -129,10 +132,17 @@ impl Throttle {
         self.opens_in() == Some(Duration::ZERO)
     }
 
-    /// Waits until the limit allows more. False: `give_up` said so, or the background does not run.
+    /// The background ends: who waits for the limit hears it at once.
+    pub fn end(&self) {
+        self.ended.store(true, SeqCst);
+        self.tell();
+    }
+
+    /// Waits until the limit allows more. False: `give_up` said so, or the background does not run, or ends.
     pub fn wait(&self, give_up: impl Fn() -> bool) -> bool {
         loop {
-            if self.background() != Background::Running || give_up() {
+            let ends = self.ended.load(SeqCst) || give_up();
+            if ends || self.background() != Background::Running {
                 return false;
             }
             match self.opens_in() {
@@ -222,6 +232,10 @@ mod tests {
         assert!(throttle.is_open() && throttle.is_lifted());
         assert!(throttle.toggle_limit());
         assert_eq!(throttle.limit(), Some(1));
+        throttle.spend(1 << 30);
+        throttle.end();
+        assert!(!throttle.wait(|| false), "no wait for years");
+        throttle.set_limit(Some(1));
         assert!(throttle.is_open() && !throttle.is_lifted());
     }
 

@@ -130,6 +130,7 @@ impl Walker {
     /// Stops to walk: what is in the engine goes on, nothing new is asked for.
     pub fn stop(&self) {
         self.shared.stop.store(true, Ordering::Relaxed);
+        self.shared.mirror.throttle().end();
         self.shared.wake.notify_all();
         let threads = std::mem::take(&mut *self.shared.threads.lock());
         let hung = host::join_all(threads, STOP_MAX);

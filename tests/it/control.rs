@@ -641,6 +641,26 @@ pub(crate) fn only_root_and_the_daemons_user_may_steer() {
     assert!(asked.expect_code(0).out.contains("PAUSED"));
 }
 
+/// The limit would hold its threads for minutes.
+#[test]
+fn a_stop_waits_for_no_limit_and_blames_no_src() {
+    let Some(w) = world() else { return };
+    for n in 0..400 {
+        file(&w, &format!("d{}/f{n}", n / 40), 20_000);
+    }
+    let mut m = w.mount_with(&["--bwlimit", "20K"], &[]);
+    let dirs: Vec<_> = (0..10).map(|n| w.dst.join(format!("d{n}"))).collect();
+    wait_until("it has begun with some files", LIMIT, || {
+        let in_dir = |dir| fs::read_dir(dir).map_or(0, Iterator::count);
+        dirs.iter().map(in_dir).sum::<usize>() > 4
+    });
+    let begun = Instant::now();
+    crate::raw::kill(m.pid, libc::SIGINT);
+    assert_eq!(m.wait_exit(LIMIT), Some(20));
+    eprintln!("stopped after {:?}", begun.elapsed());
+    assert!(!m.log().contains("wait for src"), "{}", m.log());
+}
+
 #[test]
 fn sync_goes_no_faster_than_its_limit() {
     let Some(w) = world() else { return };
