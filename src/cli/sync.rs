@@ -91,6 +91,10 @@ pub struct Sync {
     pub existing: bool,
     /// Remove from DST what SRC does not have
     ///
+    /// DST becomes what SRC is, with or without a slash: after `sync --delete /old/projects /new` nothing but
+    /// what is in projects is left in /new. What `rsync --delete /old/projects /new` does is
+    /// `sync --delete /old/projects /new/projects` here.
+    ///
     /// In each directory, when its new names are there. Nothing is removed from a directory that could
     /// not be listed whole.
     #[arg(
