@@ -96,7 +96,7 @@ pub(super) fn serve(
     mut front: Front,
     before: Option<&Predecessor>,
 ) -> Outcome {
-    host::raise_nofile();
+    host::widen_fd_table(host::raise_nofile());
     fault::end_at_a_deadlock();
     let progress = Arc::new(Progress::default());
     if before.is_none() {

@@ -1,6 +1,6 @@
 //! This machine: mounts, processes, limits, locks.
 
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::path::Path;
 
 use rustix::fs::{CWD, Mode, OFlags};
@@ -103,6 +103,18 @@ pub fn raise_nofile() -> u64 {
         Ok(()) => now.maximum.unwrap_or(1 << 20),
         Err(_) => now.current.unwrap_or(1024),
     }
+}
+
+/// What the table of fds is made for at once: directories that are kept open, files in flight, users' open files.
+const FDS: u64 = 4096;
+
+/// Makes the table of fds as large as it is going to be, while there is one thread. Later the kernel doubles it
+/// step by step, and every thread that opens something then waits until all CPUs have left the old one: tens of ms.
+pub fn widen_fd_table(limit: u64) {
+    let last = RawFd::try_from(limit.min(FDS)).map_or(0, |n| n - 1);
+    let any = std::io::stderr();
+    // Without memory or a descriptor for it the table grows when it must.
+    drop(rustix::io::fcntl_dupfd_cloexec(any, last));
 }
 
 /// The CPUs that this process may run on.
