@@ -1,20 +1,25 @@
 //! The `mount` command: preflight, what is opened before a daemon begins, and its two beginnings.
 
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::Path;
+
 use super::daemon::{self, Parent};
 use super::ending;
 use super::front::Front;
 use super::keeper::Keeper;
-use super::preflight;
+use super::preflight::{self, Ground};
 use super::serve::serve;
 use super::steer::{self, absolute};
 use super::trace::Traces;
 use super::upgrade::Predecessor;
 use super::web;
-use super::{Failure, Outcome, exit};
+use super::{Failure, Outcome, exit, out};
 use crate::cli;
 use crate::config::MountConfig;
 use crate::error::{Context, Side};
-use crate::sys::caps;
+use crate::mark::CONTROL_DIR;
+use crate::sys::name::Name;
+use crate::sys::{caps, host, local, stat};
 
 /// `mirrorfs mount`.
 pub(super) fn run(args: cli::Mount) -> Outcome {
@@ -26,6 +31,7 @@ pub(super) fn run(args: cli::Mount) -> Outcome {
 fn start(config: MountConfig, args: cli::Mount) -> Outcome {
     // In front of everything, the log too: a refusal changes nothing.
     let ground = preflight::mount(all_absolute(config)?)?;
+    hint_at_room(&ground);
     let config = &ground.config;
     if config.native && !config.over_mounts_dst() {
         let line = "--experimental-native: DST itself has to be the MOUNTPOINT";
@@ -53,6 +59,38 @@ fn start(config: MountConfig, args: cli::Mount) -> Outcome {
         }
         outcome
     })
+}
+
+/// Where SRC is the whole of a file system, what is in use there and free in DST can be told at once. No more than
+/// a hint: holes, compression and block sizes differ, and what an earlier copy or daemon has brought is in DST already.
+fn hint_at_room(ground: &Ground) {
+    let trees = &ground.trees;
+    let (src, dst) = (
+        host::fs_stat(trees.src.as_fd()),
+        host::fs_stat(trees.dst.as_fd()),
+    );
+    let whole =
+        local::place(trees.src.as_fd()).is_ok_and(|p| p.is_some_and(|p| p.path == Path::new("/")));
+    let begins = !ground.config.adopt && !holds(trees.dst.as_fd(), CONTROL_DIR);
+    if let (Ok(src), Ok(dst), true, true) = (src, dst, whole, begins) {
+        let used = src
+            .blocks
+            .saturating_sub(src.bfree)
+            .saturating_mul(src.frsize);
+        let free = dst.bavail.saturating_mul(dst.frsize);
+        if used > free {
+            out::complain(&format!(
+                "SRC's file system has {} in use, DST has {} free: it may not be enough",
+                out::bytes(used),
+                out::bytes(free)
+            ));
+        }
+    }
+}
+
+fn holds(dir: BorrowedFd<'_>, name: &str) -> bool {
+    let name = Name::new(name.as_bytes());
+    name.is_some_and(|name| stat::stat_at(dir, name.as_cstr()).is_ok())
 }
 
 /// Goes on with a mount that another program has served in this process, or under this keeper.

@@ -396,6 +396,34 @@ pub(crate) fn mount_refuses_a_dst_that_is_somebody_elses_and_a_src_with_marks() 
     expect_refusal(refused, 1, &["pending"]);
 }
 
+/// A hint before the first byte is copied, where it costs nothing to know.
+#[test]
+pub(crate) fn a_dst_that_is_too_small_for_all_of_src_is_told_at_once() {
+    if !can_mount_on("ext4") {
+        return;
+    }
+    use crate::fixture::{LoopFs, bytes};
+    let (a, b) = (LoopFs::new("ext4"), LoopFs::sized("ext4", 64 << 20));
+    let (src, dst) = (a.path().to_path_buf(), b.dir("dst"));
+    let part = a.dir("part");
+    let w = World::from(src.clone(), dst, vec![a, b]);
+    let mount = |src: &Path| {
+        let mut mount = mirrorfs();
+        let mount = mount.args(["mount", "--no-background"]);
+        let said = run(mount.args([src, &w.dst, &w.at])).expect_code(0).err;
+        run(Command::new("umount").arg(&w.at)).expect_code(0);
+        said
+    };
+    fs::write(part.join("large"), bytes(1, 80 << 20)).unwrap();
+    run(Command::new("sync").arg("-f").arg(&src)).expect_code(0);
+    let said = mount(&src);
+    assert!(said.contains("it may not be enough"), "{said}");
+    // Not again, and not of a directory in it, of which nobody knows.
+    assert_eq!(mount(&src), "");
+    w.empty_dst();
+    assert_eq!(mount(&part), "");
+}
+
 /// An empty directory is what is left of a SRC that is not mounted.
 #[test]
 pub(crate) fn a_src_that_is_not_mounted_any_more_is_told_from_another_one() {

@@ -46,6 +46,7 @@ scenes! {
     cli::a_path_that_is_no_migration_is_refused,
     cli::a_daemon_is_usable_when_mount_returns_and_is_found_by_each_of_its_paths,
     cli::mount_refuses_a_dst_that_is_somebody_elses_and_a_src_with_marks,
+    cli::a_dst_that_is_too_small_for_all_of_src_is_told_at_once,
     cli::a_src_that_is_not_mounted_any_more_is_told_from_another_one,
     shards::auto_reads_what_the_starter_says_and_says_what_it_went_by,
     adopt::what_delete_could_not_be_told_from_later_is_refused,
