@@ -6,7 +6,7 @@
 //! heard of the change must not end early.
 
 use std::ops::Range;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
@@ -15,7 +15,7 @@ use rustix::io::Errno;
 
 use super::Mirror;
 use super::hydrate::{Hydration, Stage, State};
-use super::node::Ino;
+use super::node::{Ino, Node};
 use super::ranged::ReadDone;
 use super::source::SrcInfo;
 use crate::engine::job::Priority;
@@ -119,6 +119,35 @@ impl Mirror {
                 path: path.to_path(),
             }),
         }
+    }
+
+    /// Bytes that were read from src's open file, of so many that were asked for, are all that there are by what
+    /// the kernel was told; those that may be the kernel's own zeros have src asked once more.
+    pub(super) fn expect_as_told(
+        &self,
+        node: &Node,
+        (src, offset): (BorrowedFd<'_>, u64),
+        (bytes, len): (&[u8], u32),
+    ) -> Result<()> {
+        let Some(told) = self.source.recall(node.ino) else {
+            return Ok(());
+        };
+        let path = || node.display_name();
+        let end = told.size.min(offset.saturating_add(len.into()));
+        let is_all = offset.saturating_add(bytes.len() as u64) >= end;
+        let origin = node.origin().map(|o| o.dir);
+        let served = || origin.is_none_or(|dir| !self.source.is_at_hand(&dir));
+        if is_all && !(may_be_cut(offset, bytes) && served()) {
+            return Ok(());
+        }
+        let now = stat::stat_fd_fresh(src).on("statx", Side::Src, path())?;
+        if is_all && (told.size, told.mtime) == (now.size, now.mtime) {
+            return Ok(());
+        }
+        self.src_was_changed(node.ino, || {
+            self.source.learn(node.ino, SrcInfo::from(&now))
+        });
+        Err(Error::SrcChanged { path: path() })
     }
 
     /// Remembers what src says of a file; nobody knows what the kernel was told of it.

@@ -127,6 +127,9 @@ impl Mirror {
                 }
             };
             bytes.truncate(n);
+            if node.is_pending_file() {
+                mirror.expect_as_told(node, (src.as_fd(), offset), (&bytes, len))?;
+            }
             Ok(bytes)
         };
         self.ask_later(Arc::clone(node), read, 0, told);

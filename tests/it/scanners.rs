@@ -294,6 +294,31 @@ fn a_scanner_hears_of_a_src_that_cannot_be_read() {
     assert_eq!(read.unwrap_err().raw_os_error(), Some(libc::EIO));
 }
 
+/// What it was told of is not all there any more: that is no end of the file.
+#[test]
+fn a_scanner_under_whom_a_file_of_src_shrinks_gets_no_early_end() {
+    let Some(w) = world() else { return };
+    let who = format!("uid:{SCANNER}");
+    let m = w.mount_with(&["--no-background", "--no-store", &who], &[]);
+    let path = m.path("dir/middle");
+    let open = || as_user(SCANNER, SCANNER, 0o22, || File::open(&path).unwrap());
+    let (mut scanner, all) = (open(), bytes(1 << 20, 1 << 20));
+    assert_eq!(first_byte(&mut scanner), all[0]);
+    let src = OpenOptions::new()
+        .write(true)
+        .open(w.src.join("dir/middle"));
+    src.unwrap().set_len(5_000).unwrap();
+    let read = |file: &File| file.read_at(&mut [0; 10], 900_000);
+    assert_eq!(read(&scanner).unwrap_err().raw_os_error(), Some(libc::EIO));
+    let again = open();
+    assert_eq!(read(&again).unwrap(), 0);
+    assert_eq!(again.metadata().unwrap().len(), 5_000);
+    let mut now = Vec::new();
+    (&again).read_to_end(&mut now).unwrap();
+    assert!(now == all[..5_000]);
+    assert!(is_untouched(&w.dst.join("dir/middle")));
+}
+
 #[test]
 fn looking_at_names_and_metadata_pulls_no_data() {
     let Some(w) = world() else { return };
