@@ -102,18 +102,25 @@ impl Mirror {
         }
         let then = self.waiting(path, then);
         let (mirror, hydration) = (Arc::clone(self), Arc::clone(hydration));
-        let task = move || then(mirror.expect_unchanged(&hydration).map(|()| bytes));
+        let task = move || {
+            then(
+                mirror
+                    .expect_unchanged(&hydration, range.end)
+                    .map(|()| bytes),
+            )
+        };
         self.engine.pool().run(Priority::Demand, Box::new(task));
     }
 
-    /// Asks src whether its file is what it was last known to be.
-    fn expect_unchanged(&self, hydration: &Hydration) -> Result<()> {
+    /// Asks src whether its file is what it was last known to be, and still so long.
+    fn expect_unchanged(&self, hydration: &Hydration, end: u64) -> Result<()> {
         let path = &hydration.path;
         let (dir, name) = self.open_origin(hydration)?;
         let file = fd::open_src(dir.fd.as_fd(), &name).on("open", Side::Src, path)?;
         let now = stat::stat_fd_fresh(file.as_fd()).on("statx", Side::Src, path)?;
         let known = self.source.recall(hydration.file.ino);
-        match known.is_some_and(|k| (k.size, k.mtime) == (now.size, now.mtime)) {
+        let same = known.is_some_and(|k| (k.size, k.mtime) == (now.size, now.mtime));
+        match same && end <= now.size {
             true => Ok(()),
             false => Err(Error::SrcChanged {
                 path: path.to_path(),
@@ -204,8 +211,9 @@ impl State {
         let Some(job) = self.ranges.iter().find(|r| r.id == id && r.begun) else {
             return;
         };
-        if src.is_some() && !job.void {
-            self.sure.insert(job.range.clone());
+        if let Some(src) = src.filter(|_| !job.void) {
+            let (start, end) = (job.range.start, job.range.end.min(src.size));
+            self.sure.insert(start..end);
         }
         if self.stage == Stage::Copying && !self.beside.contains(&src) {
             self.beside.push(src);

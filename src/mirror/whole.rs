@@ -111,6 +111,7 @@ impl Completion for Whole {
     fn landed(&mut self, range: Range<u64>) {
         let mut state = self.hydration.state.lock();
         state.readahead.whole_at = state.readahead.whole_at.max(range.end);
+        state.sure.remove(&range);
         state.present.insert(range);
         state.moved = Instant::now();
     }
