@@ -85,19 +85,17 @@ impl Mirror {
             Err(e) => return then(Err(e)),
         };
         let path = hydration.path.to_path();
-        let in_doubt = {
+        // I8: who waits is told without the lock.
+        let (comes, unsure) = {
             let state = hydration.state.lock();
             let comes = matches!(state.stage, Stage::Queued | Stage::Copying);
-            if !comes || state.mixed.is_some() {
-                return then(Ok(bytes));
-            }
-            if (bytes.len() as u64) < range.end - range.start {
-                return then(Err(Error::SrcChanged { path }));
-            }
-            let served = state.src.as_ref().is_some_and(|(dir, _)| dir.may_hang);
-            served && !state.sure.contains(&range) && may_be_cut(range.start, &bytes)
+            let unsure = state.is_served() && !state.sure.contains(&range);
+            (comes && state.mixed.is_none(), unsure)
         };
-        if !in_doubt {
+        if comes && (bytes.len() as u64) < range.end - range.start {
+            return then(Err(Error::SrcChanged { path }));
+        }
+        if !(comes && unsure && may_be_cut(range.start, &bytes)) {
             return then(Ok(bytes));
         }
         let then = self.waiting(path, then);
@@ -170,8 +168,7 @@ impl Mirror {
         let known = self.source.recall(ino);
         let changed = known.is_some_and(|k| (k.size, k.mtime) != (whole.size, whole.mtime));
         let mut state = hydration.state.lock();
-        let served = state.src.as_ref().is_some_and(|(dir, _)| dir.may_hang);
-        let doubtful = served && changed;
+        let doubtful = state.is_served() && changed;
         if state.is_of_one_src(whole) && !doubtful || fault::breaks("I6") {
             return Ok(());
         }
@@ -205,6 +202,12 @@ impl Mirror {
 }
 
 impl State {
+    /// A server or a daemon answers for src.
+    pub(super) fn is_served(&self) -> bool {
+        let dir = self.src.as_ref().map(|(dir, _)| dir);
+        dir.is_some_and(|dir| dir.may_hang)
+    }
+
     /// A range job has ended, and this is what it saw of src after its copy. Beside the whole-file job it may
     /// have written over its bytes.
     pub(super) fn looked_again(&mut self, id: u64, src: Option<Stat>) {

@@ -461,13 +461,13 @@ impl Completion for Part {
         let ready = {
             let mut state = self.hydration.state.lock();
             let state = &mut *state;
+            let served = state.is_served();
             let Some(job) = state.ranges.iter_mut().find(|r| r.id == self.id) else {
                 return;
             };
             if !std::mem::replace(&mut job.heard, true) {
                 state.readahead.note(job.since.elapsed());
             }
-            let served = state.src.as_ref().is_some_and(|(dir, _)| dir.may_hang);
             job.take_bytes(offset, bytes, served)
         };
         for (reader, bytes) in ready {
