@@ -20,6 +20,8 @@ use crate::sys::{caps, host, local};
 
 /// Dead mounts stacked on one directory that are taken away; more is somebody's mistake.
 const DEAD_MOUNTS_MAX: usize = 16;
+/// Symlinks that are followed to a dead mount, as the kernel does.
+const SYMLINKS_MAX: usize = 40;
 
 /// A directory that was opened as the user named it.
 struct Root {
@@ -161,8 +163,9 @@ pub(super) fn mount(mut config: MountConfig) -> Result<Ground, Failure> {
             host::detach(point).map_err(|e| unusable("MOUNTPOINT", point, "umount", e))
         };
         let on_mountpoint = clear_dead_mounts(&config.mountpoint, &take_off)?;
+        let dst = dead_mount_point(&config.dst);
         let elsewhere = clear_dead_mounts(&config.dst, &take_off)?;
-        let elsewhere = (elsewhere > 0).then(|| (config.dst.clone(), elsewhere));
+        let elsewhere = dst.filter(|_| elsewhere > 0).map(|at| (at, elsewhere));
         let mut ground = look(config)?;
         ground.dead = Dead { elsewhere };
         Ok((ground, on_mountpoint))
@@ -446,13 +449,23 @@ fn clear_dead_mounts(
     Ok(DEAD_MOUNTS_MAX)
 }
 
-/// The mount point of ours that `path` names, found as text: the path itself cannot be resolved.
+/// The mount point of ours that `path` names, found as text: the path itself cannot be resolved. It may be a
+/// symlink: that one lies beside the mount, and can be read.
 fn dead_mount_point(path: &Path) -> Option<PathBuf> {
-    let (parent, name) = (path.parent()?, path.file_name()?);
-    let real = std::fs::canonicalize(parent).ok()?.join(name);
-    let mounts = host::mounts().ok()?;
-    let top = mounts.into_iter().rfind(|m| m.point == real)?;
-    (top.fs_type == FS_TYPE).then_some(real)
+    let mut path = path.to_path_buf();
+    for _ in 0..SYMLINKS_MAX {
+        let (parent, name) = (path.parent()?, path.file_name()?);
+        let parent = std::fs::canonicalize(parent).ok()?;
+        let real = parent.join(name);
+        if let Ok(target) = std::fs::read_link(&real) {
+            path = parent.join(target);
+            continue;
+        }
+        let mounts = host::mounts().ok()?;
+        let top = mounts.into_iter().rfind(|m| m.point == real)?;
+        return (top.fs_type == FS_TYPE).then_some(real);
+    }
+    None
 }
 
 /// This machine has what a mount needs. The helper comes back when it has to mount for us.

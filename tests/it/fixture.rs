@@ -501,6 +501,12 @@ impl World {
         self
     }
 
+    /// The mount goes there.
+    pub(crate) fn at(mut self, at: &Path) -> World {
+        self.at = at.to_path_buf();
+        self
+    }
+
     /// The path of something that is neither in src nor in dst.
     pub(crate) fn scratch_path(&self, name: &str) -> PathBuf {
         self.scratch.path().join(name)

@@ -1581,6 +1581,47 @@ fn a_dead_mount_on_the_root_of_a_file_system_or_beside_dst_is_replaced_too() {
 }
 
 #[test]
+fn a_dead_mount_that_is_named_by_a_symlink_is_replaced_too() {
+    let mount = |w: &World, paths: &[&Path]| {
+        let mut command = mirrorfs();
+        command.arg("mount").arg(&w.src).args(paths);
+        run(&mut command).expect_code(0);
+        assert_eq!(fs::read(w.at.join("g")).unwrap(), bytes(2, 5_000));
+        let lies = |m: &&crate::fixture::Mount| m.at == w.at || m.at == w.dst;
+        assert_eq!(mounts().iter().filter(lies).count(), 1, "a dead one is left");
+        run(mirrorfs().arg("wait").arg(&w.at)).expect_code(0);
+        run(mirrorfs().arg("finish").arg(&w.at)).expect_code(0);
+        w.expect_no_trace();
+    };
+    let link = |w: &World, name: &str, to: &Path| {
+        let link = w.scratch_path(name);
+        std::os::unix::fs::symlink(to, &link).unwrap();
+        link
+    };
+    // DST itself is the mount point; the second link is relative.
+    let Some(w) = world(some_files) else { return };
+    let w = w.over();
+    w.mount_lazy().kill();
+    let near = link(&w, "near", &w.dst);
+    let far = link(&w, "far", Path::new(near.file_name().unwrap()));
+    mount(&w, &[&far]);
+    // The mount point is a directory of its own.
+    let Some(w) = world(some_files) else { return };
+    w.mount_lazy().kill();
+    let at = link(&w, "at", &w.at);
+    mount(&w, &[&w.dst, &at]);
+    // The dead mount is on DST, and the new one is elsewhere.
+    let Some(w) = world(some_files) else { return };
+    let w = w.over();
+    w.mount_lazy().kill();
+    let dst = link(&w, "dst", &w.dst);
+    let elsewhere = w.scratch_path("elsewhere");
+    fs::create_dir(&elsewhere).unwrap();
+    let w = w.at(&elsewhere);
+    mount(&w, &[&dst, &elsewhere]);
+}
+
+#[test]
 fn adopting_a_copy_made_earlier_pulls_only_what_differs() {
     let Some(w) = world(|d| {
         some_files(d);
