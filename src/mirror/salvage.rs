@@ -30,6 +30,7 @@ use super::node::{Ino, Node, Origin};
 use super::populate::no_origin;
 use super::ranged::ReadDone;
 use crate::error::{Context, Errno, Error, Result, Side};
+use crate::sys::name::RelPath;
 use crate::sys::{fault, fd, stat};
 
 /// The smallest piece that is read by itself, bytes.
@@ -158,7 +159,9 @@ impl Mirror {
                         path: path.to_path(),
                         errno,
                     };
+                    fault::point("salvage-bad");
                     self.fail_ranges(&path, &error, &bad, false);
+                    self.settle_if_here(ino, &path);
                     return Err(error);
                 }
             }
@@ -167,6 +170,16 @@ impl Mirror {
         match after.changed_since(&before) {
             true => Err(changed()),
             false => Ok(bytes),
+        }
+    }
+}
+
+impl Mirror {
+    /// A file that has become whole since a read of src failed is no entry of the ledger: what lands takes its
+    /// entries away, and this one came after that. In this order: its phase changes before they go.
+    fn settle_if_here(&self, ino: Ino, path: &RelPath) {
+        if self.nodes.get(ino).is_ok_and(|n| !n.is_pending_file()) {
+            self.settle_ledger(path);
         }
     }
 }

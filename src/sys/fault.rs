@@ -68,7 +68,7 @@ pub const POINTS: &[&str] = &[
 ];
 
 /// Points where a test only holds somebody back (`MIRRORFS_FAULT_HOLD`): nothing is written there.
-pub const HELD: &[&str] = &["walk-rest", "finish-shut", "read-here"];
+pub const HELD: &[&str] = &["walk-rest", "finish-shut", "read-here", "salvage-bad"];
 
 /// Points that only a mount that is kept passes (`--keep-mount`).
 pub const KEPT: &[&str] = &[

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use crate::badsource::{self, BadSrc, bad_pages, entries, errno, expect_copy};
 use crate::crash::{FAULT_EXIT, is_dead};
-use crate::fixture::{LIMIT, Mounted, World, bytes, mirrorfs, run, wait_until};
+use crate::fixture::{Hold, LIMIT, Mounted, World, bytes, mirrorfs, run, wait_until};
 use crate::raw;
 
 pub(crate) const PAGE: usize = 4096;
@@ -619,4 +619,27 @@ fn an_exit_at_each_point_of_a_bad_file_loses_nothing() {
 /// For other file systems than ext4.
 pub(crate) fn an_exit_at_each_point_once_loses_nothing() {
     exit_at_each(1);
+}
+
+#[test]
+fn a_file_that_became_whole_while_a_reader_met_its_bad_pages_is_in_no_ledger() {
+    let files = [("f", SMALL, &[0][..])];
+    let Some((bad, w)) = world_of(&files) else {
+        return;
+    };
+    let hold = Hold::at(&w, "salvage-bad");
+    let m = w.mount_with(&["--no-background", "-o", "large=64K"], &hold.env());
+    let late = badsource::read_apart(m.path("f"));
+    hold.wait_met();
+    // SRC is mended, and all of the file comes before that reader's failure is told.
+    bad.tell("off");
+    run(mirrorfs().arg("pull").arg(m.path("f"))).expect_code(0);
+    wait_until("whole", LIMIT, || m.status()["files_pulled"] == 1);
+    hold.let_go();
+    let late = late.recv_timeout(LIMIT).unwrap();
+    assert!(late.is_err() || late.unwrap() == content(SMALL));
+    assert_eq!(entries(&m), Vec::<Value>::new());
+    run(mirrorfs().arg("resume").arg(&m.at)).expect_code(0);
+    m.finish();
+    expect_copy(&bad, &w);
 }

@@ -1588,7 +1588,11 @@ fn a_dead_mount_that_is_named_by_a_symlink_is_replaced_too() {
         run(&mut command).expect_code(0);
         assert_eq!(fs::read(w.at.join("g")).unwrap(), bytes(2, 5_000));
         let lies = |m: &&crate::fixture::Mount| m.at == w.at || m.at == w.dst;
-        assert_eq!(mounts().iter().filter(lies).count(), 1, "a dead one is left");
+        assert_eq!(
+            mounts().iter().filter(lies).count(),
+            1,
+            "a dead one is left"
+        );
         run(mirrorfs().arg("wait").arg(&w.at)).expect_code(0);
         run(mirrorfs().arg("finish").arg(&w.at)).expect_code(0);
         w.expect_no_trace();
