@@ -117,7 +117,7 @@ impl Mirror {
         let file = fd::open_src(dir.fd.as_fd(), &name).on("open", Side::Src, path)?;
         let now = stat::stat_fd_fresh(file.as_fd()).on("statx", Side::Src, path)?;
         let known = self.source.recall(hydration.file.ino);
-        let same = known.is_some_and(|k| (k.size, k.mtime) == (now.size, now.mtime));
+        let same = known.is_some_and(|k| k.is_still(&now));
         match same && end <= now.size {
             true => Ok(()),
             false => Err(Error::SrcChanged {
@@ -146,7 +146,7 @@ impl Mirror {
             return Ok(());
         }
         let now = stat::stat_fd_fresh(src).on("statx", Side::Src, path())?;
-        if is_all && (told.size, told.mtime) == (now.size, now.mtime) {
+        if is_all && told.is_still(&now) {
             return Ok(());
         }
         self.src_was_changed(node.ino, || {
@@ -157,7 +157,9 @@ impl Mirror {
 
     /// Remembers what src says of a file; nobody knows what the kernel was told of it.
     pub(super) fn learn_anew(&self, ino: Ino, info: SrcInfo) {
-        self.while_in_doubt(ino, || self.source.learn(ino, info));
+        while_in_doubt(self.nodes.find(ino).as_deref(), || {
+            self.source.learn(ino, info)
+        });
     }
 
     /// I6: all that was written while a whole file was copied is of the file that is there. ESTALE: it may not
@@ -166,7 +168,7 @@ impl Mirror {
     pub(super) fn is_of_one_src(&self, hydration: &Hydration, whole: &Stat) -> Result<()> {
         let ino = hydration.file.ino;
         let known = self.source.recall(ino);
-        let changed = known.is_some_and(|k| (k.size, k.mtime) != (whole.size, whole.mtime));
+        let changed = known.is_some_and(|k| !k.is_still(whole));
         let mut state = hydration.state.lock();
         let doubtful = state.is_served() && changed;
         if state.is_of_one_src(whole) && !doubtful || fault::breaks("I6") {
@@ -184,21 +186,19 @@ impl Mirror {
 
     /// src's file is not the one that the kernel was told of: `turn` is what has answers be of the new one.
     pub(super) fn src_was_changed(&self, ino: Ino, turn: impl FnOnce()) {
-        if let Some(node) = self.nodes.find(ino) {
-            node.note_old_pages();
-        }
-        self.while_in_doubt(ino, || {
+        let node = self.nodes.find(ino);
+        node.iter().for_each(|n| n.note_old_pages());
+        while_in_doubt(node.as_deref(), || {
             turn();
             self.invalidate(ino);
         });
     }
+}
 
-    fn while_in_doubt(&self, ino: Ino, turn: impl FnOnce()) {
-        let node = self.nodes.find(ino);
-        node.iter().for_each(|n| n.changes().begin());
-        turn();
-        node.iter().for_each(|n| n.changes().end(Moment::now()));
-    }
+fn while_in_doubt(node: Option<&Node>, turn: impl FnOnce()) {
+    node.iter().for_each(|n| n.changes().begin());
+    turn();
+    node.iter().for_each(|n| n.changes().end(Moment::now()));
 }
 
 impl State {

@@ -453,7 +453,7 @@ impl Mirror {
             self.note_file_phase(&hydration.file, Phase::Unmarked);
             self.source.unlearn(ino);
         };
-        match known.is_some_and(|k| k.size != copied.src.size || k.mtime != copied.src.mtime) {
+        match known.is_some_and(|k| !k.is_still(&copied.src)) {
             true => self.src_was_changed(ino, turn),
             false => turn(),
         }

@@ -134,7 +134,7 @@ impl Mirror {
         let file = fd::open_src(dir.fd.as_fd(), name).on("open", Side::Src, &path)?;
         let before = stat::stat_fd(file.as_fd()).on("statx", Side::Src, &path)?;
         if let Some(known) = self.source.recall(ino)
-            && (known.size, known.mtime) != (before.size, before.mtime)
+            && !known.is_still(&before)
         {
             return Err(changed());
         }

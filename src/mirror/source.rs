@@ -61,6 +61,13 @@ pub struct SrcInfo {
     pub mtime: Time,
 }
 
+impl SrcInfo {
+    /// What src says `now` is of the same bytes, as far as size and time tell.
+    pub(super) fn is_still(&self, now: &Stat) -> bool {
+        (self.size, self.mtime) == (now.size, now.mtime)
+    }
+}
+
 impl From<&Stat> for SrcInfo {
     fn from(s: &Stat) -> SrcInfo {
         SrcInfo {

@@ -153,9 +153,10 @@ impl Mirror {
             let path = path.to_path();
             return Err(Error::SrcChanged { path });
         }
-        let (known, now) = (self.source.recall(node.ino), SrcInfo::from(&now));
-        if known.is_none_or(|k| k.size != now.size || k.mtime != now.mtime) {
-            self.src_was_changed(node.ino, || self.source.learn(node.ino, now));
+        let known = self.source.recall(node.ino);
+        if known.is_none_or(|k| !k.is_still(&now)) {
+            let turn = || self.source.learn(node.ino, SrcInfo::from(&now));
+            self.src_was_changed(node.ino, turn);
         }
         Ok(file)
     }
