@@ -27,7 +27,7 @@ const TICK: Duration = Duration::from_millis(200);
 /// `mirrorfs sync`.
 pub(super) fn run(config: SyncConfig) -> Outcome {
     preflight::sync(&config)?;
-    host::raise_nofile();
+    host::widen_fd_table(host::raise_nofile());
     let progress = Arc::new(Progress::default());
     let mut screen = Screen::new();
     Log::stderr(screen.bars()).install(if config.quiet {

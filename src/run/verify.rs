@@ -103,7 +103,7 @@ pub(super) fn run(src: &Path, dst: &Path, one_file_system: bool) -> Outcome {
 
 /// All of both trees, until a signal comes.
 pub(super) fn options() -> Result<VerifyOptions, Failure> {
-    host::raise_nofile();
+    host::widen_fd_table(host::raise_nofile());
     let stop = Arc::new(AtomicBool::new(false));
     for signal in [SIGINT, SIGTERM] {
         // The first one ends the comparison, the second one the process.

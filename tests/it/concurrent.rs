@@ -650,30 +650,3 @@ fn a_handle_of_a_file_that_was_deleted_is_stale_while_others_are_made() {
         assert_eq!(answers, HashSet::from([Errno::STALE]), "{kind}");
     }
 }
-
-/// The kernel doubles a table of fds that is full, and whoever opens something meanwhile waits for that.
-#[test]
-fn nobody_waits_for_a_larger_table_of_fds() {
-    if !can_mount_on("ext4") {
-        return;
-    }
-    let w = World::on("ext4");
-    let dirs: Vec<_> = (0..200).map(|n| format!("d{n}")).collect();
-    for dir in &dirs {
-        fs::create_dir(w.src.join(dir)).unwrap();
-        fs::write(w.src.join(dir).join("f"), b"data").unwrap();
-    }
-    let m = w.mount_lazy();
-    let slots = || {
-        let status = fs::read_to_string(format!("/proc/{}/status", m.pid)).unwrap();
-        let line = status.lines().find(|l| l.starts_with("FDSize:")).unwrap();
-        line["FDSize:".len()..].trim().parse::<usize>().unwrap()
-    };
-    let before = slots();
-    for dir in &dirs {
-        assert_eq!(fs::read(m.path(dir).join("f")).unwrap(), b"data");
-    }
-    let fds = fs::read_dir(format!("/proc/{}/fd", m.pid)).unwrap().count();
-    assert!(fds > 256, "{fds} fds are not many");
-    assert_eq!(before, slots(), "slots for {fds} fds");
-}

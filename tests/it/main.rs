@@ -19,6 +19,7 @@ mod crash;
 mod dev;
 mod differential;
 mod documents;
+mod fds;
 mod fidelity;
 mod fixture;
 mod full;
