@@ -14,7 +14,8 @@ migration is shown. Without a daemon `status DST` answers from the marks in DST.
 
 States: PREPARING (not usable yet), WALKING (usable; totals are estimates until every directory was \
 seen), MIGRATING (usable; totals are known), PAUSED (usable; only what is opened is copied), \
-DEGRADED (usable; something needs you, see `action`), COMPLETE (nothing is pending: finish), \
+DEGRADED (usable; something needs you, see `action`; behind it in parentheses what goes on \
+all the same: `DEGRADED (WALKING)`), COMPLETE (nothing is pending: finish), \
 FINISHED (waits for the last open file), STOPPED (no daemon; the mount command resumes).";
 
 pub(super) const WAIT_ABOUT: &str = "\

@@ -40,7 +40,7 @@ impl Front {
         match self {
             Front::Screen(screen) => {
                 let report = watch.report();
-                screen.show(report.state_name(), &report.counts);
+                screen.show(&report.state_text(), &report.counts);
             }
             Front::Log(last) if line_due => {
                 let line = watch.report().line();
@@ -57,7 +57,7 @@ impl Front {
     pub(super) fn line(&mut self, watch: &Watch) {
         let report = watch.report();
         match self {
-            Front::Screen(screen) => screen.line(report.state_name(), &report.counts),
+            Front::Screen(screen) => screen.line(&report.state_text(), &report.counts),
             Front::Log(_) => tracing::info!("{}", report.line()),
         }
     }

@@ -62,6 +62,10 @@ impl State {
 pub struct Report {
     /// The state.
     pub state: State,
+    /// What goes on while the state says DEGRADED: WALKING, MIGRATING or PAUSED. Null in another state,
+    /// and when nothing goes on.
+    #[serde(default)]
+    pub meanwhile: Option<State>,
     /// Programs can work in the mount.
     pub usable: bool,
     /// Where the tree is seen.
@@ -146,7 +150,7 @@ impl Report {
                 self.src_fs,
                 self.dst,
                 self.dst_fs,
-                self.state.name()
+                self.state_text()
             ),
             format!(
                 "since {} ({})  pid {}  background {}",
@@ -258,16 +262,20 @@ impl Report {
         .join("\t")
     }
 
-    /// The state as it is printed.
-    pub(crate) fn state_name(&self) -> &'static str {
-        self.state.name()
+    /// The state as people read it, with what goes on beside it: `DEGRADED (WALKING)`.
+    pub(crate) fn state_text(&self) -> String {
+        let state = self.state.name();
+        match self.meanwhile {
+            Some(meanwhile) => format!("{state} ({})", meanwhile.name()),
+            None => state.to_owned(),
+        }
     }
 
     /// One line for a log or a pipe.
     pub(crate) fn line(&self) -> String {
         match self.manifest() {
-            Some(manifest) => format!("{}  manifest {manifest} read", self.state.name()),
-            None => format!("{}  {}", self.state.name(), self.counts.line()),
+            Some(manifest) => format!("{}  manifest {manifest} read", self.state_text()),
+            None => format!("{}  {}", self.state_text(), self.counts.line()),
         }
     }
 

@@ -286,7 +286,7 @@ impl Served<'_> {
         let report = self.watch.report();
         tracing::info!("{}", report.line());
         if let Front::Screen(screen) = &mut front {
-            screen.close(report.state_name(), &report.counts);
+            screen.close(&report.state_text(), &report.counts);
         }
         let end = end?;
         waited?;

@@ -23,7 +23,7 @@ pub(super) fn run(path: &Path, timeout: Option<Duration>) -> Outcome {
         }
         let left = timeout.map(|t| t.saturating_sub(begun.elapsed()));
         if left == Some(Duration::ZERO) {
-            let line = format!("still {} after --timeout", daemon.report.state_name());
+            let line = format!("still {} after --timeout", daemon.report.state_text());
             return Err(Failure::new(exit::STALLED, line));
         }
         std::thread::sleep(left.map_or(pause, |left| left.min(pause)));

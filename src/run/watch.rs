@@ -209,6 +209,7 @@ impl Watch {
         let reading = self.reading.get().map(|r| r.now());
         Report {
             state,
+            meanwhile: self.meanwhile(state, &counts),
             usable: !matches!(state, State::Preparing | State::Finished | State::Stopped),
             mountpoint: text(&self.config.mountpoint),
             src: text(&self.config.src),
@@ -254,10 +255,25 @@ impl Watch {
             Phase::Serving if is(&self.progress.complete) => State::Degraded,
             Phase::Serving if is(&self.progress.dst_full) => State::Degraded,
             Phase::Serving if is(&self.progress.stuck) => State::Degraded,
-            Phase::Serving if self.pulls() != Background::Running => State::Paused,
-            Phase::Serving if counts.walk_done => State::Migrating,
-            Phase::Serving => State::Walking,
+            Phase::Serving => self.background_state(counts),
         }
+    }
+
+    /// How far the background is, whether it needs somebody or not.
+    fn background_state(&self, counts: &Counts) -> State {
+        if self.pulls() != Background::Running {
+            State::Paused
+        } else if counts.walk_done {
+            State::Migrating
+        } else {
+            State::Walking
+        }
+    }
+
+    /// What goes on in a state that does not say it.
+    fn meanwhile(&self, state: State, counts: &Counts) -> Option<State> {
+        let over = self.progress.complete.load(Relaxed) || self.progress.stuck.load(Relaxed);
+        (state == State::Degraded && !over).then(|| self.background_state(counts))
     }
 
     /// Why dst takes nothing, while that is so.
@@ -388,16 +404,24 @@ mod tests {
         let state = |live: &Watch| live.report().state;
         assert_eq!(state(&live), State::Preparing);
         live.set_phase(Phase::Serving);
-        assert_eq!(state(&live), State::Walking);
-        live.progress.walk_done.store(true, Relaxed);
-        assert_eq!(state(&live), State::Migrating);
+        assert_eq!(live.report().state_text(), "WALKING");
         live.progress.dst_full.store(true, Relaxed);
         assert_eq!(state(&live), State::Degraded);
+        assert_eq!(live.report().state_text(), "DEGRADED (WALKING)");
+        live.progress.dst_full.store(false, Relaxed);
+        live.progress.walk_done.store(true, Relaxed);
+        assert_eq!(state(&live), State::Migrating);
+        live.progress.src_is_away.store(true, Relaxed);
+        assert_eq!(live.report().meanwhile, Some(State::Migrating));
+        live.progress.src_is_away.store(false, Relaxed);
+        live.progress.stuck.store(true, Relaxed);
+        assert_eq!(live.report().state_text(), "DEGRADED");
+        live.progress.stuck.store(false, Relaxed);
         live.progress.complete.store(true, Relaxed);
         assert_eq!(state(&live), State::Complete);
         assert_eq!(live.report().action, "mirrorfs finish /tmp");
         live.progress.errors.set(1);
-        assert_eq!(state(&live), State::Degraded);
+        assert_eq!(live.report().state_text(), "DEGRADED");
     }
 
     #[test]

@@ -340,6 +340,17 @@ fn the_background_goes_on_when_its_source_is_back() {
     bad.die();
     wait_until("DEGRADED", LIMIT, || is_away(&m));
     assert_eq!(m.status()["background"], "waits for src");
+    // What needs somebody hides nothing of how far it is.
+    let meanwhile = m.status()["meanwhile"].as_str().unwrap().to_owned();
+    assert!(
+        ["WALKING", "MIGRATING"].contains(&meanwhile.as_str()),
+        "{meanwhile}"
+    );
+    let page = run(mirrorfs().arg("status").arg(&m.at)).expect_code(0).out;
+    let shown = format!("   DEGRADED ({meanwhile}), usable");
+    assert!(page.lines().next().unwrap().ends_with(&shown), "{page}");
+    let script = run(mirrorfs().args(["status", "-H"]).arg(&m.at)).expect_code(0);
+    assert_eq!(script.out.split('\t').nth(3), Some("DEGRADED"));
     thread::sleep(NOT_YET);
     bad.come_back();
     m.finish();
