@@ -432,7 +432,7 @@ impl Work<'_, '_> {
                     Err(Errno::NOENT)
                 ),
             };
-            if !in_src {
+            if !in_src && !host::is_lost_found(pair.dst.as_fd(), e.name.as_cstr()) {
                 let path = pair.path.join(&e.name);
                 match pair.path.is_root() && e.name.as_bytes() == CONTROL_DIR.as_bytes() {
                     true => self.tell(&path, Kind::NotFinished, "the control directory"),

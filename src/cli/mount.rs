@@ -67,7 +67,8 @@ pub struct Mount {
     /// With --adopt: remove from DST what SRC does not have
     ///
     /// In each directory before anybody can change it: what users make later is never touched. Without
-    /// it what only DST has is kept, counted by `status` and listed by `errors`.
+    /// it what only DST has is kept, counted by `status` and listed by `errors`. The `lost+found` in the root
+    /// of an ext4 stays.
     #[arg(long)]
     pub delete: bool,
     /// Copy only what is opened

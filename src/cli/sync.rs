@@ -96,7 +96,8 @@ pub struct Sync {
     /// `sync --delete /old/projects /new/projects` here.
     ///
     /// In each directory, when its new names are there. Nothing is removed from a directory that could
-    /// not be listed whole.
+    /// not be listed whole. The `lost+found` in the root of an ext4 stays (root's, mode 0700): it is the
+    /// file system's own.
     #[arg(
         long,
         aliases = ["del", "delete-during"],

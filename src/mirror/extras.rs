@@ -24,7 +24,7 @@ use crate::error::{Context, Error, Result, Side};
 use crate::sys::dir::{self, Entry};
 use crate::sys::name::{Name, RelPath};
 use crate::sys::xattr::Target;
-use crate::sys::{fault, fd, stat};
+use crate::sys::{fault, fd, host, stat};
 
 /// Names of dst that are looked at, at a time.
 const BATCH: usize = 1024;
@@ -47,7 +47,7 @@ impl Mirror {
             let at_end = dir::read_dir(dst, from, &mut buf, |entry| {
                 from = entry.next;
                 let control = partial.ino == ROOT && entry.name.as_bytes() == CONTROL.as_bytes();
-                let lost_found = partial.ino == ROOT && entry.name.as_bytes() == b"lost+found";
+                let lost_found = host::is_lost_found(dst, entry.name.as_cstr());
                 if !control && !lost_found && !partial.has(&entry.name) {
                     extras.push(entry.name);
                 }

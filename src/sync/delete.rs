@@ -16,7 +16,7 @@ use crate::mark::CONTROL_DIR;
 use crate::meta::LATE_FLAGS;
 use crate::sys::name::{Name, RelPath};
 use crate::sys::stat::{Stat, stat_at, stat_fd};
-use crate::sys::{dir as sys_dir, fd};
+use crate::sys::{dir as sys_dir, fd, host};
 
 /// How the name of an entry that is not complete yet begins.
 pub(super) const TEMP: &str = ".mirrorfs-tmp.";
@@ -27,7 +27,8 @@ impl Work<'_, '_> {
         let wanted = |name: &Name| {
             let control = dir.pair.path.is_root() && name.as_bytes() == CONTROL_DIR.as_bytes();
             let temp = name.as_bytes().starts_with(TEMP.as_bytes());
-            !control && (temp || self.job.config.delete && self.may_go(dir, name))
+            let lost_found = host::is_lost_found(dir.pair.dst.as_fd(), name.as_cstr());
+            !control && !lost_found && (temp || self.job.config.delete && self.may_go(dir, name))
         };
         if let Some(extra) = extra {
             for name in extra.iter().filter(|n| wanted(n)) {

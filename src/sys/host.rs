@@ -1,5 +1,6 @@
 //! This machine: mounts, processes, limits, locks.
 
+use std::ffi::CStr;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::path::Path;
 
@@ -7,6 +8,7 @@ use rustix::fs::{CWD, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, UnmountFlags};
 
+use super::stat::{stat_at, stat_fd};
 use super::{Result, check};
 
 /// Opens an absolute directory as the user wrote it (symlinks are followed).
@@ -65,6 +67,18 @@ pub fn fs_stat(fd: BorrowedFd<'_>) -> Result<FsStat> {
         namelen: v.f_namemax,
         flags: v.f_flag.bits(),
     })
+}
+
+/// True for the `lost+found` that mke2fs and e2fsck make: root's, for nobody else, directly in the root of
+/// an ext2, ext3 or ext4. It belongs to the file system, whatever a tree in it is a copy of. False also
+/// when that cannot be told.
+pub fn is_lost_found(dir: BorrowedFd<'_>, name: &CStr) -> bool {
+    // EXT4_ROOT_INO
+    const ROOT: u64 = 2;
+    name == c"lost+found"
+        && stat_fd(dir).is_ok_and(|s| s.key.ino == ROOT)
+        && fs_stat(dir).is_ok_and(|s| s.magic == EXT4_MAGIC)
+        && stat_at(dir, name).is_ok_and(|s| s.is_dir() && s.uid == 0 && s.perm() == 0o700)
 }
 
 /// Takes an exclusive flock(2) without waiting. EWOULDBLOCK: somebody holds it.

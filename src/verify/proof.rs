@@ -99,7 +99,7 @@ struct Proof<'a> {
 impl Visit<Digest> for Proof<'_> {
     fn opened(&self, to: &Teller<'_>, path: &RelPath, dir: BorrowedFd<'_>, stat: &Stat) {
         if path.is_root() {
-            if let Some(entry) = self.asked(to, path) {
+            if let Some(entry) = self.asked(to, path, Target::Open(dir)) {
                 let met = Met {
                     path,
                     stat,
@@ -117,7 +117,7 @@ impl Visit<Digest> for Proof<'_> {
 
     fn entry(&self, to: &Teller<'_>, met: &Met<'_>) -> Next<Digest> {
         let (path, stat) = (met.path, met.stat);
-        let Some(entry) = self.asked(to, path) else {
+        let Some(entry) = self.asked(to, path, met.at) else {
             return Next::Over;
         };
         if entry.kind != stat.kind() {
@@ -182,11 +182,12 @@ impl Proof<'_> {
     }
 
     /// What the manifest has of a path. `None`: nothing; that was told.
-    fn asked(&self, to: &Teller<'_>, path: &RelPath) -> Option<Entry> {
-        match self.manifest.get(path) {
-            Ok(Some(entry)) => return Some(entry),
-            Ok(None) => to.tell(path, Kind::Extra, ""),
-            Err(trouble) => to.tell(path, Kind::Unreadable, trouble.to_string()),
+    fn asked(&self, to: &Teller<'_>, path: &RelPath, at: Target<'_>) -> Option<Entry> {
+        match (self.manifest.get(path), at) {
+            (Ok(Some(entry)), _) => return Some(entry),
+            (Ok(None), Target::At(dir, name)) if host::is_lost_found(dir, name.as_cstr()) => {}
+            (Ok(None), _) => to.tell(path, Kind::Extra, ""),
+            (Err(trouble), _) => to.tell(path, Kind::Unreadable, trouble.to_string()),
         }
         None
     }

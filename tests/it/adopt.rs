@@ -6,7 +6,9 @@ use std::path::Path;
 use std::process::Command;
 
 use crate::crash::FAULT_EXIT;
-use crate::fixture::{LIMIT, World, bytes, can_mount_on, find_program, mirrorfs, need, run};
+use crate::fixture::{
+    LIMIT, LoopFs, Scratch, World, bytes, can_mount_on, find_program, mirrorfs, need, run,
+};
 
 fn sync(w: &World) {
     run(mirrorfs().arg("sync").args([&w.src, &w.dst])).expect_code(0);
@@ -487,4 +489,72 @@ fn what_cannot_be_taken_over_is_not_read_as_srcs() {
     assert_eq!(fs::read(m.path("d/fixed")).unwrap(), b"two!");
     m.finish();
     w.expect_finished_copy();
+}
+
+/// rsync would remove it; who makes a file system and copies into its root has it in the way otherwise.
+#[test]
+fn the_lost_found_of_an_ext4_is_the_file_systems_own_and_another_one_is_not() {
+    if !can_mount_on("ext4") {
+        return;
+    }
+    let (disk, other) = (LoopFs::new("ext4"), LoopFs::new("ext4"));
+    let own = disk.path().join("lost+found");
+    let (src, dst) = (other.dir("src"), disk.path().to_path_buf());
+    let w = World::from(src, dst, vec![disk, other]).over();
+    fs::write(w.src.join("a"), "content").unwrap();
+    let scratch = Scratch::new();
+    let manifest = scratch.path().join("manifest");
+    let litter = || {
+        fs::create_dir_all(w.dst.join("only in dst/lost+found")).unwrap();
+        fs::write(own.join("#12"), "fsck has found this").unwrap();
+    };
+    litter();
+    let mut command = mirrorfs();
+    command
+        .args(["sync", "-i", "--delete", "--manifest"])
+        .arg(&manifest);
+    let said = run(command.args([&w.src, &w.dst])).expect_code(0);
+    assert_eq!(said.out.matches("*deleting").count(), 2, "{}", said.out);
+    assert!(own.join("#12").exists() && !w.dst.join("only in dst").exists());
+    let verify = || {
+        run(mirrorfs().arg("verify").args([&w.src, &w.dst])).expect_code(0);
+        let mut command = mirrorfs();
+        command
+            .arg("verify")
+            .arg("--manifest")
+            .args([&manifest, &w.dst]);
+        run(&mut command).expect_code(0);
+    };
+    verify();
+    litter();
+    let m = w.mount_with(&["--adopt", "--delete"], &[]);
+    m.wait_complete();
+    assert_eq!(
+        (&m.status()["extras_removed"], &m.status()["extras_kept"]),
+        (&1.into(), &0.into())
+    );
+    assert!(m.path("lost+found/#12").exists() && !m.path("only in dst").exists());
+    m.finish();
+    assert!(own.join("#12").exists());
+    verify();
+
+    // Anywhere else it is a directory like all others.
+    let w = World::on("ext4");
+    let named = w.dst.join("lost+found");
+    let make = || {
+        use std::os::unix::fs::DirBuilderExt;
+        fs::DirBuilder::new().mode(0o700).create(&named).unwrap();
+    };
+    make();
+    run(mirrorfs().arg("verify").args([&w.src, &w.dst])).expect_code(9);
+    run(mirrorfs().args(["sync", "--delete"]).args([&w.src, &w.dst])).expect_code(0);
+    assert!(!named.exists());
+    fs::write(w.src.join("a"), "content").unwrap();
+    sync(&w);
+    make();
+    let m = w.mount_with(&["--adopt", "--delete"], &[]);
+    m.wait_complete();
+    assert_eq!(m.status()["extras_removed"], 1);
+    m.finish();
+    assert!(!named.exists());
 }
