@@ -216,6 +216,9 @@ fn usage(error: &clap::Error) -> Outcome {
             Err(Failure::new(exit::USAGE, ""))
         }
         _ => {
+            if let Some(line) = no_such_command(error) {
+                return Err(Failure::new(exit::USAGE, line));
+            }
             let text = error.render().to_string();
             let lines = text
                 .lines()
@@ -236,6 +239,22 @@ fn usage(error: &clap::Error) -> Outcome {
             ))
         }
     }
+}
+
+/// What others call by a name that clap would take for `mount`.
+fn no_such_command(error: &clap::Error) -> Option<String> {
+    use clap::error::{ContextKind, ContextValue};
+    let Some(ContextValue::String(word)) = error.get(ContextKind::InvalidSubcommand) else {
+        return None;
+    };
+    ["umount", "unmount", "stop"]
+        .contains(&word.as_str())
+        .then(|| {
+            format!(
+                "{word}: no command of mirrorfs: umount PATH stops a migration (without root fusermount3 -u PATH), \
+                 and the same mirrorfs mount resumes it; mirrorfs finish PATH ends a complete one (see mirrorfs --help)"
+            )
+        })
 }
 
 fn man(command: Option<&str>) -> Outcome {

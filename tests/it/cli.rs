@@ -100,6 +100,15 @@ fn man_pages_and_completions_are_printed() {
 pub(crate) fn what_cannot_be_meant_is_a_usage_error() {
     let cases: &[(&[&str], &[&str])] = &[
         (&["frob"], &["frob"]),
+        (
+            &["umount", "/srv"],
+            &["umount PATH", "mirrorfs finish PATH"],
+        ),
+        (
+            &["unmount", "/srv"],
+            &["umount PATH", "mirrorfs finish PATH"],
+        ),
+        (&["stop", "/srv"], &["umount PATH", "mirrorfs finish PATH"]),
         (&["mount"], &["<SRC>", "<DST>"]),
         (&["mount", "a"], &["<DST>"]),
         (&["mount", "--bogus", "a", "b"], &["--bogus"]),
