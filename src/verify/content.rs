@@ -1,15 +1,17 @@
-//! Content: whether two files hold the same bytes. Where both have a hole nothing is read.
+//! Content: whether two files hold the same bytes. Where both have a hole nothing is read, and of inodes
+//! with several names only one name is (`groups`).
 
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Arc, OnceLock};
 
 use rustix::io::Errno;
 
+use super::groups::Finding;
 use super::{Item, Kind, Work};
 use crate::error::Side;
 use crate::sys::name::RelPath;
+use crate::sys::stat::FileKey;
 use crate::sys::{copy, fd};
 
 /// Bytes that are read at once on each side.
@@ -41,33 +43,24 @@ pub(super) struct Slice {
     range: Range<u64>,
 }
 
-struct File {
-    path: RelPath,
-    src: OwnedFd,
-    dst: OwnedFd,
-    /// A difference was reported: once is enough.
-    reported: AtomicBool,
+/// A file that is compared.
+pub(super) struct File {
+    pub(super) path: RelPath,
+    pub(super) src: OwnedFd,
+    pub(super) dst: OwnedFd,
     /// Worth asking for holes: fewer blocks than bytes on one side.
-    sparse: bool,
+    pub(super) sparse: bool,
+    /// The src inode whose other names are told what is found.
+    pub(super) group: Option<FileKey>,
+    /// What differs: told, and once is enough.
+    pub(super) found: OnceLock<Finding>,
 }
 
 impl Slice {
     /// All of a file.
-    pub(super) fn whole(
-        path: RelPath,
-        src: OwnedFd,
-        dst: OwnedFd,
-        size: u64,
-        sparse: bool,
-    ) -> Slice {
+    pub(super) fn whole(file: File, size: u64) -> Slice {
         Slice {
-            file: Arc::new(File {
-                path,
-                src,
-                dst,
-                reported: AtomicBool::new(false),
-                sparse,
-            }),
+            file: Arc::new(file),
             range: 0..size,
         }
     }
@@ -76,7 +69,7 @@ impl Slice {
 impl Work<'_, '_> {
     pub(super) fn slice(&self, buffers: &mut Buffers, slice: Slice) {
         let Slice { file, mut range } = slice;
-        while range.start < range.end && !file.reported.load(Relaxed) && !self.crew.stopping() {
+        while range.start < range.end && file.found.get().is_none() && !self.crew.stopping() {
             if range.end - range.start > SHARE && self.crew.hungry() {
                 let middle = range.start + (range.end - range.start) / 2 / 4096 * 4096;
                 self.crew.push([Item::Slice(Slice {
@@ -87,10 +80,7 @@ impl Work<'_, '_> {
             }
             match self.chunk(buffers, &file, &range) {
                 Ok(next) => range.start = next,
-                Err(()) => {
-                    file.reported.store(true, Relaxed);
-                    break;
-                }
+                Err(()) => break,
             }
         }
         // With the last part of it; a run that was stopped has not seen all.
@@ -98,7 +88,25 @@ impl Work<'_, '_> {
             && !self.crew.stopping()
         {
             self.done(&file.path);
+            self.tell_group(&file);
         }
+    }
+
+    /// The other names of an inode hold the same bytes.
+    fn tell_group(&self, file: &File) {
+        let Some(group) = file.group else { return };
+        let finding = file.found.get();
+        for path in self.shared.groups.compared(group, finding) {
+            self.tell_found(&path, finding);
+        }
+    }
+
+    /// What was found in the content of an inode, by another name.
+    pub(super) fn tell_found(&self, path: &RelPath, finding: Option<&Finding>) {
+        if let Some((kind, detail)) = finding {
+            self.tell(path, *kind, detail.clone());
+        }
+        self.done(path);
     }
 
     /// Compares the next chunk of data of a range; returns where to go on. `Err`: reported.
@@ -125,9 +133,7 @@ impl Work<'_, '_> {
         if a != b {
             let same = a.iter().zip(b).take_while(|(a, b)| a == b).count();
             let detail = format!("first difference at byte {}", start + same as u64);
-            if !file.reported.swap(true, Relaxed) {
-                self.tell(&file.path, Kind::Content, detail);
-            }
+            self.found(file, (Kind::Content, detail));
             return Err(());
         }
         if src < len {
@@ -149,8 +155,13 @@ impl Work<'_, '_> {
     }
 
     fn failed(&self, file: &File, side: Side, call: &str, errno: Errno) {
-        if !file.reported.swap(true, Relaxed) {
-            self.unreadable(&file.path, side, call, errno);
+        let finding = (Kind::Unreadable, format!("{call} {side}: {errno}"));
+        self.found(file, finding);
+    }
+
+    fn found(&self, file: &File, (kind, detail): Finding) {
+        if file.found.set((kind, detail.clone())).is_ok() {
+            self.tell(&file.path, kind, detail);
         }
     }
 }

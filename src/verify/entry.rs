@@ -2,12 +2,13 @@
 
 use std::ffi::CString;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use rustix::fs::FileType;
 use rustix::io::Errno;
 
-use super::content::{self, Buffers, Slice};
+use super::content::{self, Buffers, File, Slice};
+use super::groups::Claim;
 use super::{Item, Kind, Work};
 use crate::error::Side;
 use crate::mark::MarkName;
@@ -46,9 +47,13 @@ impl Work<'_, '_> {
                     false => self.crew.push([Item::Dir(pair.place(name))]),
                 }
             }
-            FileType::RegularFile => self.file(buffers, pair, name, path, (src, dst)),
+            FileType::RegularFile => {
+                self.file(buffers, pair, name, path, (src, dst));
+                self.shared.groups.leave((&src).into(), (&dst).into());
+            }
             _ => {
                 self.special(pair, name, &path, (src, dst));
+                self.shared.groups.leave((&src).into(), (&dst).into());
                 self.done(&path);
             }
         }
@@ -93,11 +98,25 @@ impl Work<'_, '_> {
             return self.done(&path);
         }
         self.shared.files.add(1);
-        let sparse = [&src, &dst].iter().any(|s| s.blocks * 512 < s.size);
-        self.slice(
-            buffers,
-            Slice::whole(path, src_fd, dst_fd, src.size, sparse),
-        );
+        let claim = self
+            .shared
+            .groups
+            .claim((&src).into(), (&dst).into(), &path);
+        let group = match claim {
+            Claim::Alone => None,
+            Claim::First => Some(src.key),
+            Claim::Parked => return,
+            Claim::Known(finding) => return self.tell_found(&path, finding.as_ref()),
+        };
+        let file = File {
+            path,
+            src: src_fd,
+            dst: dst_fd,
+            sparse: [&src, &dst].iter().any(|s| s.blocks * 512 < s.size),
+            group,
+            found: OnceLock::new(),
+        };
+        self.slice(buffers, Slice::whole(file, src.size));
     }
 
     /// Symlinks, fifos, sockets, devices.

@@ -4,6 +4,8 @@
 //!   Visit::opened   a directory, the root too, before its names
 //!   Visit::read     a file, when all of it was hashed
 //!
+//! The bytes of an inode with several names are read for one of them (`inodes`); `Visit::read` is told each.
+//!
 //! What is done with it is the visitor's: compare it with a manifest (`proof`), or write one (`take`).
 
 use std::ffi::CStr;
@@ -17,6 +19,7 @@ use rustix::fs::{FileType, OFlags};
 use rustix::io::Errno;
 
 use super::content::{CHUNK, SHARE};
+use super::inodes::{Claim, Inodes};
 use super::{BATCH, Difference, Kind, Reading, Told, VerifyOptions, VerifyReport};
 use crate::crew::Crew;
 use crate::error::Side;
@@ -24,7 +27,7 @@ use crate::manifest::{BLOCK, Digest, Feed, Part, Tree};
 use crate::mark::{CONTROL_DIR, MarkName};
 use crate::progress::Counter;
 use crate::sys::name::{Name, RelPath};
-use crate::sys::stat::{Stat, stat_at, stat_fd};
+use crate::sys::stat::{Stat, fd_changed_since, stat_at, stat_fd};
 use crate::sys::xattr::Target;
 use crate::sys::{dir, fd, host};
 
@@ -68,6 +71,29 @@ pub(super) struct File<T> {
     tree: Tree,
     /// It could not be read: told.
     pub(super) failed: AtomicBool,
+    /// Other names of the inode wait for it.
+    first: bool,
+}
+
+impl<T> File<T> {
+    fn new(name: Waiting<T>, fd: OwnedFd, first: bool) -> File<T> {
+        File {
+            path: name.path,
+            fd,
+            tree: Tree::new(name.stat.size),
+            stat: name.stat,
+            about: name.about,
+            failed: AtomicBool::new(false),
+            first,
+        }
+    }
+}
+
+/// A name whose bytes are to be read.
+struct Waiting<T> {
+    path: RelPath,
+    stat: Stat,
+    about: T,
 }
 
 /// The tree and what was counted in it.
@@ -77,6 +103,8 @@ pub(super) struct One {
     pub(super) side: Side,
     entries: Counter,
     files: Counter,
+    /// Those whose bytes were read by another name.
+    again: Counter,
     bytes: Counter,
     reading: Arc<Reading>,
 }
@@ -88,6 +116,7 @@ impl One {
             side,
             entries: Counter::default(),
             files: Counter::default(),
+            again: Counter::default(),
             bytes: Counter::default(),
             reading: Arc::default(),
         }
@@ -97,6 +126,11 @@ impl One {
     pub(super) fn watched(mut self, options: &VerifyOptions) -> One {
         self.reading = Arc::clone(&options.reading);
         self
+    }
+
+    /// Files that were read, by one name each.
+    pub(super) fn files_read(&self) -> u64 {
+        self.files.get() - self.again.get()
     }
 
     /// What came of it.
@@ -128,6 +162,7 @@ impl One {
             0 => 2 * host::cpus().len().max(1),
             n => n,
         };
+        let inodes = Inodes::default();
         Crew::run(
             vec![Item::Dir(RelPath::root())],
             &options.stop,
@@ -143,6 +178,7 @@ impl One {
                 Work {
                     crew,
                     one,
+                    inodes: &inodes,
                     visit,
                     to,
                 }
@@ -193,6 +229,8 @@ enum Item<T> {
     Names(Arc<Dir>, Vec<dir::Entry>),
     /// A part of a file, and what of it was hashed.
     Slice(Arc<File<T>>, Range<u64>, Feed),
+    /// Another name of a file that was read, and its digest; without one it is to be read.
+    Again(Waiting<T>, Option<Digest>),
 }
 
 struct Dir {
@@ -219,6 +257,7 @@ impl Default for Buffers {
 struct Work<'a, 's, T, V> {
     crew: &'a Crew<'s, Item<T>, Told>,
     one: &'a One,
+    inodes: &'a Inodes<Waiting<T>>,
     visit: &'a V,
     to: Teller<'a>,
 }
@@ -230,6 +269,7 @@ impl<T: Send + Sync, V: Visit<T>> Work<'_, '_, T, V> {
             Item::More(dir, from) => self.batch(buffers, &dir, from),
             Item::Names(dir, names) => self.names(buffers, &dir, names),
             Item::Slice(file, range, feed) => self.slice(buffers, file, range, feed),
+            Item::Again(name, digest) => self.again(buffers, name, digest),
         }
     }
 
@@ -307,40 +347,57 @@ impl<T: Send + Sync, V: Visit<T>> Work<'_, '_, T, V> {
             link: link.as_deref(),
             at: Target::At(dir.fd.as_fd(), name),
         };
-        match self.visit.entry(&self.to, &met) {
-            Next::Over => {}
-            Next::List => self.crew.push([Item::Dir(path)]),
-            Next::Read(about) => self.content(buffers, dir, name, path, stat, about),
+        let about = match self.visit.entry(&self.to, &met) {
+            Next::Over => return,
+            Next::List => return self.crew.push([Item::Dir(path)]),
+            Next::Read(about) => about,
+        };
+        match super::content::open(dir.fd.as_fd(), name) {
+            Ok(fd) => self.content(buffers, fd, Waiting { path, stat, about }),
+            Err(e) => self.to.unreadable(&path, "openat2", e),
         }
     }
 
-    fn content(
-        &self,
-        buffers: &mut Buffers,
-        dir: &Dir,
-        name: &Name,
-        path: RelPath,
-        stat: Stat,
-        about: T,
-    ) {
-        let fd = match super::content::open(dir.fd.as_fd(), name) {
-            Ok(fd) => fd,
-            Err(e) => return self.to.unreadable(&path, "openat2", e),
-        };
+    fn content(&self, buffers: &mut Buffers, fd: OwnedFd, name: Waiting<T>) {
         self.one.files.add(1);
+        let stat = name.stat;
+        match self.inodes.claim(&stat, name) {
+            Claim::Alone(name) => self.read(buffers, File::new(name, fd, false)),
+            Claim::First(name) => self.read(buffers, File::new(name, fd, true)),
+            Claim::Parked => {}
+            Claim::Known(name, digest) => self.known(File::new(name, fd, false), digest),
+        }
+    }
+
+    /// Another name of a file that was read.
+    fn again(&self, buffers: &mut Buffers, name: Waiting<T>, digest: Option<Digest>) {
+        let Some((parent, last)) = name.path.split_last() else {
+            return; // The root is no file.
+        };
+        let flags = OFlags::PATH | OFlags::DIRECTORY;
+        let parent = fd::open_beneath(self.one.root.as_fd(), &parent, flags);
+        let fd = match parent.and_then(|p| super::content::open(p.as_fd(), &last)) {
+            Ok(fd) => fd,
+            Err(e) => return self.to.unreadable(&name.path, "openat2", e),
+        };
+        let file = File::new(name, fd, false);
+        match digest {
+            Some(digest) => self.known(file, digest),
+            None => self.read(buffers, file),
+        }
+    }
+
+    fn known(&self, file: File<T>, digest: Digest) {
+        self.one.again.add(1);
+        self.visit.read(&self.to, &file, Some(digest));
+    }
+
+    fn read(&self, buffers: &mut Buffers, file: File<T>) {
+        let stat = &file.stat;
         let data = stat.size.min(stat.blocks.saturating_mul(512));
         self.one.reading.found.add(data);
-        let tree = Tree::new(stat.size);
-        let feed = tree.feed(0);
-        let file = File {
-            path,
-            fd,
-            stat,
-            about,
-            tree,
-            failed: AtomicBool::new(false),
-        };
-        self.slice(buffers, Arc::new(file), 0..stat.size, feed);
+        let (feed, range) = (file.tree.feed(0), 0..stat.size);
+        self.slice(buffers, Arc::new(file), range, feed);
     }
 
     fn slice(
@@ -373,8 +430,24 @@ impl<T: Send + Sync, V: Visit<T>> Work<'_, '_, T, V> {
         if let Some(file) = Arc::into_inner(file)
             && !self.crew.stopping()
         {
-            self.visit.read(&self.to, &file, file.tree.digest());
+            let digest = file.tree.digest();
+            if file.first {
+                self.hand_back(&file, digest);
+            }
+            self.visit.read(&self.to, &file, digest);
         }
+    }
+
+    /// To the other names of an inode that was read, as far as it has not changed meanwhile.
+    fn hand_back(&self, file: &File<T>, digest: Option<Digest>) {
+        let failed = file.failed.load(Relaxed);
+        let still = !failed && matches!(fd_changed_since(file.fd.as_fd(), &file.stat), Ok(false));
+        let digest = digest.filter(|_| still);
+        let parked = self.inodes.read(&file.stat, digest);
+        self.crew.push(parked.into_iter().map(|name| {
+            let same = name.stat.ctime == file.stat.ctime;
+            Item::Again(name, digest.filter(|_| same))
+        }));
     }
 
     /// Hashes the next chunk of a range; returns where to go on.

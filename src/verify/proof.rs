@@ -224,10 +224,12 @@ impl Proof<'_> {
         {
             changes.push("another target".into());
         }
-        if let Some((nlink, key)) = was.group
-            && !self.groups.meet(Inode { key, nlink }, now.into())
-        {
-            changes.push("other names are one inode".into());
+        if let Some((nlink, key)) = was.group {
+            let was = Inode { key, nlink };
+            if !self.groups.meet(was, now.into()) {
+                changes.push("other names are one inode".into());
+            }
+            self.groups.leave(was, now.into());
         }
         self.xattrs(to, was, met, &mut changes);
         if !changes.is_empty() {

@@ -4,14 +4,12 @@
 //! what is read from it owes nothing to the copy. What an earlier manifest has of a file with the same
 //! size, mtime and ctime is not read again.
 
-use std::collections::HashMap;
 use std::ffi::CString;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Instant;
 
-use parking_lot::Mutex;
 use rustix::fs::FileType;
 use rustix::io::Errno;
 
@@ -20,7 +18,7 @@ use super::{Kind, Told, VerifyOptions, VerifyReport};
 use crate::error::{Context, Error, Result, Side};
 use crate::manifest::{Digest, Entry, Index, Scope, Writer, is_hashed, is_settled};
 use crate::sys::name::RelPath;
-use crate::sys::stat::{FileKey, Stat, fd_changed_since, stat_fd};
+use crate::sys::stat::{Stat, fd_changed_since, stat_fd};
 use crate::sys::view::View;
 use crate::sys::xattr::Target;
 use crate::sys::{fd, host};
@@ -46,7 +44,6 @@ pub fn take_manifest(
     let take = Take {
         writer,
         before,
-        groups: Mutex::default(),
         stays_on: options.one_file_system.then_some(stat.key.dev),
         scope: Scope::ours(),
     };
@@ -59,7 +56,11 @@ pub fn take_manifest(
         on(told);
     });
     let stopped = options.stop.load(Relaxed);
-    Ok(one.report(begin, (differences, unreadable), stopped))
+    let report = one.report(begin, (differences, unreadable), stopped);
+    Ok(VerifyReport {
+        files: one.files_read(),
+        ..report
+    })
 }
 
 /// Names and values.
@@ -68,8 +69,6 @@ type List = Vec<(CString, Vec<u8>)>;
 struct Take<'a> {
     writer: &'a Writer,
     before: &'a Index,
-    /// Digests of inodes with several names, and how many of these are still to come.
-    groups: Mutex<HashMap<FileKey, (Digest, u32)>>,
     /// The only file system whose directories are gone into.
     stays_on: Option<(u32, u32)>,
     /// What our copies can have.
@@ -96,10 +95,7 @@ impl Visit<Entry> for Take<'_> {
         match stat.kind() {
             FileType::RegularFile => {
                 entry.ctime = is_settled(stat).then_some(stat.ctime);
-                entry.digest = match self.of_group(stat) {
-                    Some(digest) => Some(digest),
-                    None => self.before.known(path, stat),
-                };
+                entry.digest = self.before.known(path, stat);
                 if entry.digest.is_none() && is_hashed(stat) {
                     return Next::Read(entry);
                 }
@@ -140,7 +136,6 @@ impl Visit<Entry> for Take<'_> {
         let Some(digest) = digest else {
             return to.unreadable(path, "read", Errno::IO); // It ends, and says it does not.
         };
-        self.note_group(&file.stat, digest);
         self.writer.add(&Entry {
             digest: Some(digest),
             ..file.about.clone()
@@ -158,30 +153,6 @@ impl Take<'_> {
                 to.unreadable(path, "listxattr, getxattr", e);
                 None
             }
-        }
-    }
-
-    /// The digest of an inode that was read by another name.
-    fn of_group(&self, stat: &Stat) -> Option<Digest> {
-        if stat.nlink < 2 {
-            return None;
-        }
-        let mut groups = self.groups.lock();
-        let (digest, left) = groups.get_mut(&stat.key)?;
-        let digest = *digest;
-        *left -= 1;
-        if *left == 0 {
-            groups.remove(&stat.key);
-        }
-        Some(digest)
-    }
-
-    fn note_group(&self, stat: &Stat, digest: Digest) {
-        if stat.nlink > 1 {
-            let mut groups = self.groups.lock();
-            // Two names may be read at once: then the later one counts too.
-            let left = stat.nlink - 1;
-            groups.entry(stat.key).or_insert((digest, left));
         }
     }
 }

@@ -225,3 +225,114 @@ fn json_says_what_the_lines_say() {
     assert_eq!(sum["ignored"], 4, "{sum}");
     assert_eq!(sum["manifest"]["ended"], true);
 }
+
+/// Names of one inode, and bytes of it.
+const NAMES: usize = 40;
+const LARGE: usize = 20 << 20;
+
+/// Two equal trees of one large file with many names, in many directories, and one without.
+fn linked(scratch: &Scratch) -> (std::path::PathBuf, std::path::PathBuf) {
+    let (src, dst) = (scratch.dir("src"), scratch.dir("dst"));
+    let content: Vec<u8> = (0..LARGE as u32 / 4)
+        .flat_map(|n| n.wrapping_mul(0x9e37_79b9).to_le_bytes())
+        .collect();
+    fs::write(src.join("n0"), content).unwrap();
+    fs::write(src.join("single"), b"single").unwrap();
+    for n in 1..NAMES {
+        let dir = src.join(format!("d{}", n % 8));
+        fs::create_dir_all(&dir).unwrap();
+        fs::hard_link(src.join("n0"), dir.join(format!("n{n}"))).unwrap();
+    }
+    run(mirrorfs().args(["sync"]).arg(&src).arg(&dst)).expect_code(0);
+    (src, dst)
+}
+
+/// Its JSON, and the bytes that its process has asked the kernel for (rchar of /proc/PID/io).
+#[track_caller]
+fn counted(args: &[&std::ffi::OsStr], want: i32) -> (Vec<Value>, Value, u64) {
+    let program = mirrorfs().get_program().to_owned();
+    let script = "\"$@\" & wait $!; code=$?; grep rchar /proc/$$/io >&2; exit $code";
+    let mut shell = std::process::Command::new("bash");
+    let said = run(shell.args(["-c", script, "bash"]).arg(program).args(args)).expect_code(want);
+    let read = said
+        .err
+        .lines()
+        .rev()
+        .find_map(|l| l.strip_prefix("rchar: "));
+    let read = read.unwrap_or_else(|| panic!("{}", said.err)).parse();
+    let (lines, sum) = json_lines(&said);
+    (lines, sum, read.unwrap())
+}
+
+#[test]
+fn the_bytes_of_an_inode_are_read_once_for_all_its_names() {
+    let scratch = Scratch::new();
+    let (src, dst) = linked(&scratch);
+    let manifest = scratch.path().join("manifest");
+    let all = LARGE as u64 + "single".len() as u64;
+    // Two trees: each is read once, and little else.
+    let verify = ["verify", "--json"].map(std::ffi::OsStr::new);
+    let two = [&verify[..], &[src.as_os_str(), dst.as_os_str()]].concat();
+    let (_, sum, read) = counted(&two, 0);
+    assert_eq!(
+        (&sum["files"], &sum["bytes"]),
+        (&(NAMES + 1).into(), &all.into())
+    );
+    assert!((2 * all..2 * all + (1 << 20)).contains(&read), "{read}");
+    // One tree, written down and compared with that.
+    let take = ["manifest".as_ref(), src.as_os_str(), manifest.as_os_str()];
+    let said = run(mirrorfs().args(take)).expect_code(0);
+    assert!(
+        said.out.contains(" 20.0 MiB of 2 files read"),
+        "{}",
+        said.out
+    );
+    let mut one = verify.to_vec();
+    one.extend(["--manifest".as_ref(), manifest.as_os_str(), dst.as_os_str()]);
+    let (_, sum, read) = counted(&one, 0);
+    assert_eq!(
+        (&sum["files"], &sum["bytes"]),
+        (&(NAMES + 1).into(), &all.into())
+    );
+    assert!((all..all + (1 << 20)).contains(&read), "{read}");
+
+    // What differs is told of each name, as if each had been read.
+    corrupt(&dst.join("n0"));
+    let (lines, sum, read) = counted(&two, 9);
+    assert!(read < all, "{read}");
+    assert_eq!(sum["differences"]["content"], NAMES);
+    let mut paths = BTreeSet::new();
+    for line in lines {
+        assert_eq!(line["detail"], "first difference at byte 0");
+        assert!(paths.insert(line["path"].as_str().unwrap().to_owned()));
+    }
+    assert_eq!(paths.len(), NAMES);
+    let (lines, sum, _) = counted(&one, 9);
+    assert_eq!(sum["differences"]["corrupt"], NAMES);
+    let details = lines.iter().map(|l| l["detail"].as_str().unwrap());
+    assert_eq!(details.collect::<BTreeSet<_>>().len(), 1, "{lines:?}");
+}
+
+#[test]
+fn a_name_that_is_an_inode_of_its_own_on_one_side_is_read_for_itself() {
+    let scratch = Scratch::new();
+    let (src, dst) = linked(&scratch);
+    let (whole, alone) = (dst.join("n0"), dst.join("d3/n3"));
+    fs::remove_file(&alone).unwrap();
+    run(std::process::Command::new("cp")
+        .arg("-a")
+        .args([&whole, &alone]))
+    .expect_code(0);
+    corrupt(&alone);
+    let args = [
+        "verify".as_ref(),
+        "--json".as_ref(),
+        src.as_os_str(),
+        dst.as_os_str(),
+    ];
+    let (lines, sum, _) = counted(&args, 9);
+    let content: Vec<_> = lines.iter().filter(|l| l["kind"] == "content").collect();
+    assert_eq!(content.len(), 1, "{lines:?}");
+    assert_eq!(content[0]["path"], "d3/n3");
+    assert!(sum["differences"]["links"].as_u64() >= Some(1), "{sum}");
+}
