@@ -82,23 +82,36 @@ pub(super) fn forget(dst: &Path, root: BorrowedFd<'_>) {
     }
 }
 
-/// Refuses to take a DST that was finished for a copy that is still being made. `what` would.
-pub(super) fn refuse(what: &str, dst: &Path, root: impl AsFd) -> Result<(), Failure> {
-    let Some(path) = note_of(dst, root.as_fd()) else {
-        return Ok(());
-    };
-    let Ok(text) = std::fs::read(&path) else {
-        return Ok(()); // There is none.
-    };
+/// The note on a tree that a migration was finished into.
+pub(super) struct Note {
+    /// Where it is.
+    path: PathBuf,
+    /// When that was, for people.
+    pub(super) at: String,
+}
+
+/// The note on a tree that carries nothing of ours; `None`: there is none.
+pub(super) fn note(dst: &Path, root: impl AsFd) -> Option<Note> {
+    let path = note_of(dst, root.as_fd())?;
+    let text = std::fs::read(&path).ok()?;
     let note: Value = serde_json::from_slice(&text).unwrap_or_default();
     let at = note.get("finished_unix").and_then(Value::as_u64);
     let at = UNIX_EPOCH + Duration::from_secs(at.unwrap_or(0));
+    let at = humantime::format_rfc3339_seconds(at).to_string();
+    Some(Note { path, at })
+}
+
+/// Refuses to take a DST that was finished for a copy that is still being made. `what` would.
+pub(super) fn refuse(what: &str, dst: &Path, root: impl AsFd) -> Result<(), Failure> {
+    let Some(note) = note(dst, root) else {
+        return Ok(());
+    };
     let line = format!(
         "DST {} was finished on {}: {what} would take back what users have changed since; \
          to begin anew all the same: rm {}",
         quoted(dst),
-        humantime::format_rfc3339_seconds(at),
-        quoted(&path),
+        note.at,
+        quoted(&note.path),
     );
     Err(Failure::new(exit::UNUSABLE, line))
 }

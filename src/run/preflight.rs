@@ -336,9 +336,19 @@ pub(super) fn root_of(dst: &Path) -> Result<OwnedFd, Failure> {
     Root::open("PATH", dst).map(|root| root.fd)
 }
 
+/// A migration into `path` was finished, and nothing of ours is there.
+pub(super) fn is_finished(path: &Path) -> bool {
+    Root::open("PATH", path).is_ok_and(|root| {
+        root.fs_type() != FS_TYPE
+            && !path.join(CONTROL_DIR).exists()
+            && finished::note(path, &root.fd).is_some()
+    })
+}
+
 /// `path` is the DST of a migration that no daemon serves.
 pub(super) fn migration(path: &Path) -> Result<(), Failure> {
-    if Root::open("PATH", path)?.fs_type() == FS_TYPE {
+    let root = Root::open("PATH", path)?;
+    if root.fs_type() == FS_TYPE {
         // It lives, and was not among those that answer us.
         let line = format!(
             "PATH {}: a mirrorfs serves it that does not answer you: another user's (try as root), or one with \
@@ -360,10 +370,17 @@ pub(super) fn migration(path: &Path) -> Result<(), Failure> {
     match std::fs::symlink_metadata(control) {
         Ok(_) => Ok(()),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-            let line = format!(
-                "PATH {}: no daemon serves it, and it is not the DST of a migration",
-                quoted(path)
-            );
+            let line = match finished::note(path, &root.fd) {
+                Some(note) => format!(
+                    "PATH {}: a migration into it was finished on {}: it is a plain tree",
+                    quoted(path),
+                    note.at
+                ),
+                None => format!(
+                    "PATH {}: no daemon serves it, and it is not the DST of a migration",
+                    quoted(path)
+                ),
+            };
             Err(Failure::new(exit::UNUSABLE, line))
         }
         Err(e) => {

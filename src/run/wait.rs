@@ -69,6 +69,10 @@ fn ended(daemon: &Daemon) -> Outcome {
 }
 
 fn no_daemon(path: &Path) -> Outcome {
+    // `mount --finish` may have come to its end before.
+    if preflight::is_finished(path) {
+        return Ok(exit::DONE);
+    }
     preflight::migration(path)?;
     Err(stopped())
 }

@@ -409,6 +409,15 @@ pub(crate) fn what_users_did_after_finish_is_not_taken_back_by_the_command_of_be
     run(command(&["wait"]).arg(&w.dst)).expect_code(0);
     finish().expect_code(0);
     expect_users();
+    // Who asks for it again is not told that he has the wrong path.
+    run(command(&["wait"]).arg(&w.dst)).expect_code(0);
+    for words in [&["finish"][..], &["status"], &["errors"]] {
+        let said = run(command(words).arg(&w.dst)).expect_code(3).err;
+        assert!(
+            said.contains("a migration into it was finished on 2") && said.contains("a plain tree"),
+            "{said}"
+        );
+    }
     // The same tree by another path is the same.
     let link = w.scratch_path("link");
     std::os::unix::fs::symlink(&w.dst, &link).unwrap();
