@@ -31,10 +31,6 @@ const BY_CHANCE: &[&str] = &[
 /// Messages that cannot be had here, and why. Nothing else may be missing.
 const NOT_HERE: &[(&str, &str)] = &[
     (
-        "a file that SRC cannot give whole is being read; try again, or umount and finish DST then",
-        "a read has to hang, and finish to come, at one moment of what is kept of the file",
-    ),
-    (
         "publish a directory: ...: setxattr dst: ...; it is tried again",
         "DST has to fail between two calls on one directory",
     ),

@@ -8,7 +8,8 @@ use std::thread;
 use rustix::fs::{Advice, fadvise};
 use serde_json::Value;
 
-use crate::fixture::{LIMIT, Mounted, World, wait_until};
+use crate::badsource::apart;
+use crate::fixture::{LIMIT, Mounted, World, mirrorfs, run, wait_until};
 use crate::raw;
 use crate::salvage::{
     Bad, FAIL, LARGE, PAGE, content, expect_salvaged, expect_whole, wait_told, world_of,
@@ -146,4 +147,41 @@ fn what_has_come_of_a_bad_file_is_on_record_while_the_rest_hangs() {
 #[test]
 fn what_has_come_of_a_bad_file_is_on_record_while_src_is_away() {
     kept_when_nothing_more_comes(true);
+}
+
+/// What a reader is about to be given must not change below him, and finish does not wait for ever.
+#[test]
+pub(crate) fn finish_says_what_it_waits_for_when_what_cannot_be_read_is_asked_for_and_hangs() {
+    const OF: Bad<'_> = ("large", LARGE, &[5]);
+    let Some((bad, w)) = world_of(&[OF]) else {
+        return;
+    };
+    bad.tell("add path=large op=read off=6M-13M hang");
+    let m = w.mount_with(&["--source-timeout", "1s"], &[]);
+    wait_until("an entry of the ledger", LIMIT / 4, || {
+        m.status()["errors"] == 1
+    });
+    let at = m.path("large");
+    let read = apart(move || {
+        let mut page = vec![0; PAGE];
+        let file = File::open(at)?;
+        file.read_exact_at(&mut page, 8 << 20).map(|()| page)
+    });
+    wait_until("a reader that waits", LIMIT / 4, || {
+        m.status()["waiting"] == 1
+    });
+    let finish = || {
+        let mut command = mirrorfs();
+        run(command.arg("finish").arg(&m.at).arg("--accept-loss"))
+    };
+    let refused = finish().expect_code(23).err;
+    assert!(
+        refused.contains("that SRC cannot give whole is being read; try again"),
+        "{refused}"
+    );
+    bad.tell("off");
+    bad.tell("release");
+    let page = read.recv_timeout(LIMIT).unwrap().unwrap();
+    assert!(page == content(LARGE)[8 << 20..][..PAGE]);
+    expect_whole(&bad, &w, m);
 }

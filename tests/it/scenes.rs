@@ -82,6 +82,7 @@ scenes! {
     proof_xattrs::who_is_not_root_compares_what_he_can_see_and_is_told_of_the_rest,
     mixed::what_src_cannot_read_can_be_written_over_and_the_rest_is_usable,
     salvage::what_can_be_read_stays_when_the_rest_is_given_up,
+    salvage_kept::finish_says_what_it_waits_for_when_what_cannot_be_read_is_asked_for_and_hangs,
     control::wait_tells_complete_from_stopped_and_from_too_late,
     control::pull_brings_files_and_trees_before_anybody_opens_them,
     control::signals_toggle_the_limit_and_read_the_configuration_again,
