@@ -126,6 +126,25 @@ impl Mirror {
         }
     }
 
+    /// What has landed of a file that is about to be mixed counts if src is asked once more and is as it was known:
+    /// where a server answers, some of it may be the kernel's zeros. Nothing looks at it when it is read, and the
+    /// rest of a user's block would be of it for ever. May wait for src.
+    pub(super) fn look_at_landed(&self, hydration: &Hydration) {
+        let landed = hydration.state.lock().unsure();
+        let served = || self.open_origin(hydration).map(|(dir, _)| dir.may_hang);
+        if landed.is_empty() || matches!(served(), Ok(false)) {
+            return;
+        }
+        let same = self.expect_unchanged(hydration, 0).is_ok();
+        let mut state = hydration.state.lock();
+        for range in landed {
+            match same {
+                true => state.sure.insert(range),
+                false => state.present.remove(&range),
+            }
+        }
+    }
+
     /// Bytes that were read from src's open file, of so many that were asked for, are all that there are by what
     /// the kernel was told; those that may be the kernel's own zeros have src asked once more.
     pub(super) fn expect_as_told(
@@ -206,6 +225,26 @@ impl State {
     pub(super) fn is_served(&self) -> bool {
         let dir = self.src.as_ref().map(|(dir, _)| dir);
         dir.is_some_and(|dir| dir.may_hang)
+    }
+
+    /// What has landed, and src was not looked at since.
+    fn unsure(&self) -> Vec<Range<u64>> {
+        let mut unsure = Vec::new();
+        for mut range in self.present.iter() {
+            while let Some(gap) = self.sure.first_gap(&range) {
+                range.start = gap.end;
+                unsure.push(gap);
+            }
+        }
+        unsure
+    }
+
+    /// What a server's file has brought counts no more, unless src was looked at since.
+    pub(super) fn keep_sure(&mut self) {
+        if self.is_served() {
+            let unsure = self.unsure();
+            unsure.iter().for_each(|range| self.present.remove(range));
+        }
     }
 
     /// A range job has ended, and this is what it saw of src after its copy. Beside the whole-file job it may

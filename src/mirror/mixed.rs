@@ -281,6 +281,7 @@ impl Mirror {
         }
         let (mirror, hydration) = (Arc::clone(self), Arc::clone(hydration));
         let task = move || {
+            mirror.look_at_landed(&hydration);
             let begun = mirror.mix(&hydration, info);
             mirror.mixing_ended(&hydration, info, begun);
         };
@@ -295,6 +296,7 @@ impl Mirror {
     ) {
         match begun {
             Ok(Some(ground)) => {
+                hydration.state.lock().keep_sure();
                 let info = Some(info);
                 let start = Start {
                     info,

@@ -2,7 +2,7 @@
 //! copied meanwhile is copied again, and no reader meets zeros or an early end.
 
 use std::cell::{Cell, RefCell};
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -293,6 +293,60 @@ fn zeros_that_the_kernel_puts_in_the_place_of_what_a_source_lacks_are_shown_to_n
     run(mirrorfs().arg("resume").arg(&m.at)).expect_code(0);
     m.finish();
     expect_copy(&bad, &w);
+}
+
+/// As above, of what the copy of the whole file brings, when a user changes the file before that has looked at
+/// the source again: the rest of his block would be such zeros for ever.
+#[test]
+fn zeros_that_have_landed_before_a_user_changes_the_file_are_no_part_of_it() {
+    let (name, size) = ("large", 12 << 20);
+    let Some((mut bad, w)) = world(|bad| bad.write("large", &bytes(1, 12 << 20))) else {
+        return;
+    };
+    let old = bytes(1, size);
+    // The end of a piece that the copy reads at once.
+    bad.start(&["path=large op=read off=6528K-6656K hang"]);
+    let m = w.mount_with(&["-o", "large=1M"], &[]);
+    wait_for_hang(&bad);
+    // The source's kernel hears of its attributes: it has the end for no end then.
+    assert_eq!(fs::metadata(bad.at.join(name)).unwrap().len(), size as u64);
+    cut(&bad.real.join(name));
+    // A hang would not outlive the release.
+    bad.tell("add path=large op=read off=6656K-12M delay=4");
+    bad.tell("del 0");
+    bad.tell("release");
+    wait_until("a later read", Duration::from_secs(20), || {
+        bad.tell("list")
+            .lines()
+            .any(|l| l.contains("delay=4") && !l.contains("acted 0"))
+    });
+    let at = (6528 << 10) + 65_536;
+    let path = m.path(name);
+    let written = apart(move || {
+        let file = OpenOptions::new().write(true).open(path)?;
+        file.write_all_at(&[7; 100], at + 1000)
+    });
+    wait_until("who writes waits", LIMIT, || m.status()["waiting"] == 1);
+    bad.tell("off");
+    // It works, or fails because the rest of his block is not there any more.
+    if let Err(e) = written.recv_timeout(LIMIT).unwrap() {
+        assert_eq!(e.raw_os_error(), Some(libc::EIO), "{e}");
+    }
+    for at in [at, at + 8192, (6528 << 10) + 90_112] {
+        let mut page = [0; 4096];
+        let file = File::open(m.path(name)).unwrap();
+        fadvise(&file, 0, None, Advice::Random).unwrap();
+        match file.read_exact_at(&mut page, at) {
+            Ok(()) => {
+                let is_old = |i: &usize| old[at as usize + i] == page[*i];
+                let other = (0..4096).filter(|i| !is_old(i) && page[*i] != 7).count();
+                assert_eq!(other, 0, "at {at}: bytes that are nobody's");
+            }
+            Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => {}
+            Err(e) => assert_eq!(e.raw_os_error(), Some(libc::EIO), "at {at}: {e}"),
+        }
+    }
+    m.unmount();
 }
 
 #[test]
