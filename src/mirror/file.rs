@@ -307,10 +307,9 @@ impl Mirror {
         if let Some((_, ground)) = self.mixed(node).map_err(|e| user_errno(&e))? {
             return self.sync_mixed(&ground, node.ino, file, data_only);
         }
-        if data_only {
-            fd::fdatasync(file)
-        } else {
-            fd::fsync(file)
+        match data_only && !self.is_own(file) {
+            true => fd::fdatasync(file),
+            false => fd::fsync(file),
         }
     }
 

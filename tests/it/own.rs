@@ -10,10 +10,12 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread;
 use std::time::{Duration, UNIX_EPOCH};
 
+use crate::badsource::apart;
 use crate::compare::{self, Ignore};
 use crate::crash::FAULT_EXIT;
 use crate::fixture::{
-    LIMIT, Mounted, World, as_user, bytes, is_marked, is_unpopulated, mirrorfs, run, wait_until,
+    Hold, LIMIT, Mounted, World, as_user, bytes, is_marked, is_unpopulated, mirrorfs, run,
+    wait_until,
 };
 use crate::huge::{MANY, count, name, world};
 use crate::keeper::KEEP;
@@ -386,4 +388,38 @@ fn the_next_program_knows_that_there_are_more_names_than_src_has() {
     drop(held);
     resume_and_finish(m);
     expect_like(&w, &plain);
+}
+
+/// The name comes after the inode, and fdatasync need not make it durable where nothing was written.
+#[test]
+fn a_new_file_that_was_synced_and_never_written_outlives_a_power_cut() {
+    for (kind, option) in [("ext4", "loop"), ("xfs", "loop,nouuid")] {
+        let Some(w) = world(kind, 2000) else { return };
+        let hold = Hold::at(&w, "own-marked");
+        let m = w.mount_with(&["--no-background"], &hold.env());
+        let path = m.path("huge/new");
+        let made = apart(move || File::create_new(path)?.sync_data());
+        hold.wait_met();
+        // The journal is written between the file and its name, and not by itself after that.
+        let fs = w.dst.parent().unwrap();
+        if kind == "ext4" {
+            let remount = ["-o", "remount,commit=600"];
+            run(Command::new("mount").args(remount).arg(fs)).expect_code(0);
+        }
+        rustix::fs::syncfs(File::open(fs).unwrap()).unwrap();
+        hold.let_go();
+        made.recv_timeout(LIMIT).unwrap().unwrap();
+        // What is on the disk now.
+        let (copy, cut) = (w.scratch_path("copy"), w.scratch_path("cut"));
+        let image = fs.with_file_name("image");
+        let mut cp = Command::new("cp");
+        run(cp.arg("--sparse=always").args([&image, &copy])).expect_code(0);
+        fs::create_dir(&cut).unwrap();
+        let mut mount = Command::new("mount");
+        run(mount.args(["-o", option]).args([&copy, &cut])).expect_code(0);
+        let is_there = cut.join("dst/huge/new").exists();
+        run(Command::new("umount").arg(&cut)).expect_code(0);
+        assert!(is_there, "{kind}");
+        m.unmount();
+    }
 }
