@@ -244,6 +244,8 @@ fn main() {
         config = LibraryBenchmarkConfig::default()
             .valgrind_args(["--trace-children=no"])
             .pass_through_env("MIRRORFS_BENCH_DIR")
+            // Memory of the engine's buffers is the kernel's zeros, whatever was freed before.
+            .env("GLIBC_TUNABLES", "glibc.malloc.mmap_threshold=65536")
             .tool(Callgrind::default().entry_point(EntryPoint::None)),
         library_benchmark_groups = hot
     );
