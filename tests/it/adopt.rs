@@ -2,12 +2,13 @@
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::crash::FAULT_EXIT;
 use crate::fixture::{
-    LIMIT, LoopFs, Scratch, World, bytes, can_mount_on, find_program, mirrorfs, need, run,
+    LIMIT, LoopFs, Scratch, World, bytes, can_mount_on, find_program, mirrorfs, need, run, status,
+    wait_until,
 };
 
 fn sync(w: &World) {
@@ -374,6 +375,12 @@ fn what_is_immutable_or_append_only_in_an_earlier_copy_is_taken_over() {
     }
 }
 
+/// In /proc.
+fn daemon_of(dst: &Path) -> PathBuf {
+    let pid = status(dst)["pid"].as_u64().unwrap();
+    format!("/proc/{pid}").into()
+}
+
 /// A line that was left in fstab, a unit, a cron job.
 #[test]
 pub(crate) fn what_users_did_after_finish_is_not_taken_back_by_the_command_of_before() {
@@ -407,7 +414,9 @@ pub(crate) fn what_users_did_after_finish_is_not_taken_back_by_the_command_of_be
         "{into_mount}"
     );
     run(command(&["wait"]).arg(&w.dst)).expect_code(0);
+    let daemon = daemon_of(&w.dst);
     finish().expect_code(0);
+    wait_until("the daemon's end", LIMIT, || !daemon.exists());
     expect_users();
     // Who asks for it again is not told that he has the wrong path.
     run(command(&["wait"]).arg(&w.dst)).expect_code(0);
@@ -440,10 +449,9 @@ pub(crate) fn what_users_did_after_finish_is_not_taken_back_by_the_command_of_be
     run(command(&["wait"]).arg(&w.dst)).expect_code(0);
     assert!(!w.dst.join("new").exists());
     // Without a daemon too.
-    let pid = crate::fixture::status(&w.dst)["pid"].as_u64().unwrap();
+    let daemon = daemon_of(&w.dst);
     run(Command::new("umount").arg(&w.dst)).expect_code(0);
-    let daemon = std::path::PathBuf::from(format!("/proc/{pid}"));
-    crate::fixture::wait_until("the daemon's end", LIMIT, || !daemon.exists());
+    wait_until("the daemon's end", LIMIT, || !daemon.exists());
     finish().expect_code(0);
     let said = mount().expect_code(3).err;
     assert!(said.contains("take back"), "{said}");
