@@ -307,7 +307,9 @@ impl Mirror {
         if let Some((_, ground)) = self.mixed(node).map_err(|e| user_errno(&e))? {
             return self.sync_mixed(&ground, node.ino, file, data_only);
         }
-        match data_only && !self.is_own(file) {
+        // The name of a user's own came after its inode, so the journal may have been written in between: ext4's
+        // fdatasync of a file that was never written would leave the name to the next commit.
+        match data_only && !node.is_own() {
             true => fd::fdatasync(file),
             false => fd::fsync(file),
         }

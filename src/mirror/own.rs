@@ -219,14 +219,6 @@ impl Mirror {
         matches!(mark, Ok(Some(mark)) if mark.own)
     }
 
-    /// Whether an open file is a user's own, in a directory that was P a moment ago. Its name came after its inode,
-    /// so the journal may have been written in between: ext4's fdatasync of a file that was never written would
-    /// leave the name to the next commit.
-    pub(super) fn is_own(&self, file: BorrowedFd<'_>) -> bool {
-        let mark = self.mark.get(Target::Open(file));
-        matches!(mark, Ok(Some(mark)) if mark.own)
-    }
-
     /// A user has removed a file of his own.
     pub(super) fn own_removed(&self, parent: Ino) {
         let node = self.nodes.find(parent);

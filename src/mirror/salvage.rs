@@ -172,9 +172,7 @@ impl Mirror {
             false => Ok(bytes),
         }
     }
-}
 
-impl Mirror {
     /// A file that has become whole since a read of src failed is no entry of the ledger: what lands takes its
     /// entries away, and this one came after that. In this order: its phase changes before they go.
     fn settle_if_here(&self, ino: Ino, path: &RelPath) {
